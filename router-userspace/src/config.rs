@@ -1,0 +1,592 @@
+//! `viaduct.toml` as types. Every key is optional, unknown keys are refused, and every default is here.
+//!
+//! Durations are written `"5s"`, `"250ms"`, `"2m"`. [`load`] refuses what contradicts itself, so the
+//! rest of the program takes a `Config` at its word.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// Reads and validates a configuration file.
+///
+/// # Errors
+/// One message naming the file and, for TOML errors, the line and key.
+pub fn load(path: &Path) -> anyhow::Result<Config> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    parse(&text).with_context(|| format!("configuration {}", path.display()))
+}
+
+/// Parses and validates the text of a configuration file.
+pub fn parse(text: &str) -> anyhow::Result<Config> {
+    let config: Config = toml::from_str(text)?;
+    config.validate()?;
+    Ok(config)
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub nats: NatsConfig,
+    pub file: FileConfig,
+    pub http: HttpConfig,
+    pub l4: L4Config,
+    pub health: HealthConfig,
+    pub admin: AdminConfig,
+    pub log: LogConfig,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NatsConfig {
+    /// Empty switches the source off.
+    pub servers: Vec<String>,
+    pub user: Option<String>,
+    pub password: Option<Secret>,
+    pub token: Option<Secret>,
+    pub nkey_seed: Option<Secret>,
+    /// A NATS credentials file (JWT and seed).
+    pub credentials_file: Option<PathBuf>,
+    /// PEM certificates to trust beside the system's.
+    pub ca_file: Option<PathBuf>,
+    pub client_certificate_file: Option<PathBuf>,
+    pub client_key_file: Option<PathBuf>,
+    /// First token of the subjects: `router.register`, `router.start`, ...
+    pub subject_prefix: String,
+    /// How often expired registrations are looked for.
+    #[serde(with = "humantime_serde")]
+    pub prune_interval: Duration,
+    /// The longest a registration lives without being repeated.
+    #[serde(with = "humantime_serde")]
+    pub stale_threshold: Duration,
+    /// What instances are asked to repeat their registration at, in `router.start`.
+    #[serde(with = "humantime_serde")]
+    pub minimum_register_interval: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FileConfig {
+    /// TOML files of static routes.
+    pub paths: Vec<PathBuf>,
+    /// How often they are looked at for a change.
+    #[serde(with = "humantime_serde")]
+    pub poll_interval: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Empty switches layer 7 off.
+    pub listen: Vec<SocketAddr>,
+    /// Runtimes, each on a thread of its own; 0 is one per core.
+    pub workers: usize,
+    pub balance: HttpBalance,
+    /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
+    pub trusted_proxies: Vec<IpNet>,
+    pub timeouts: HttpTimeouts,
+    pub limits: HttpLimits,
+    pub backend_tls: BackendTlsConfig,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HttpBalance {
+    #[default]
+    RoundRobin,
+    LeastConnections,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpTimeouts {
+    /// To a backend, for each attempt.
+    #[serde(with = "humantime_serde")]
+    pub connect: Duration,
+    /// From the first byte of a request's head to its last; also how long a client's kept-alive
+    /// connection may stay idle.
+    #[serde(with = "humantime_serde")]
+    pub request_headers: Duration,
+    /// From the request's last byte sent to the backend until the head of its response.
+    #[serde(with = "humantime_serde")]
+    pub response_headers: Duration,
+    /// Without a byte in a body, in either direction; upgraded connections are exempt.
+    #[serde(with = "humantime_serde")]
+    pub body_idle: Duration,
+    /// A kept-alive backend connection without a request. Shorter than what backends use, so that
+    /// the gateway closes first.
+    #[serde(with = "humantime_serde")]
+    pub backend_idle: Duration,
+    /// How long a backend that refused or timed out a connection is avoided.
+    #[serde(with = "humantime_serde")]
+    pub ejection: Duration,
+    /// How long open requests may take to end after SIGTERM.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpLimits {
+    /// Client connections of one worker; further ones wait in the listen queue.
+    pub connections: usize,
+    /// Bytes of a request's head; more is answered 431.
+    pub request_header_bytes: usize,
+    pub request_headers: usize,
+    /// Bytes of a request target; more is answered 414.
+    pub uri_bytes: usize,
+    /// Kept-alive connections to one backend, of one worker.
+    pub idle_per_backend: usize,
+    /// Attempts of one request, the first included.
+    pub attempts: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackendTlsConfig {
+    /// PEM certificates that backends registered with `tls_port` are verified against.
+    pub ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct L4Config {
+    /// Where the XDP program attaches. Empty switches layer 4 off.
+    pub interfaces: Vec<String>,
+    pub attach: Attach,
+    /// Registrations of VIPs outside are refused.
+    pub vip_ranges: Vec<IpNet>,
+    pub forwarding: Forwarding,
+    /// The gateway's ports in `nat` mode; must not overlap the kernel's `ip_local_port_range`.
+    pub nat_ports: PortRange,
+    /// How long the flows of a backend that left may go on.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+    pub timeouts: FlowTimeouts,
+    pub limits: L4Limits,
+    /// Where maps and links are pinned; a bpffs is mounted there if none is.
+    pub pin_path: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attach {
+    /// Native, and generic where the driver cannot.
+    #[default]
+    Auto,
+    Native,
+    Generic,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Forwarding {
+    #[default]
+    Nat,
+}
+
+/// How long a flow without packets is remembered, by the state it is in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FlowTimeouts {
+    /// TCP before the backend answered.
+    #[serde(with = "humantime_serde")]
+    pub tcp_syn: Duration,
+    #[serde(with = "humantime_serde")]
+    pub tcp_established: Duration,
+    /// TCP after a RST, or a FIN of both sides.
+    #[serde(with = "humantime_serde")]
+    pub tcp_closing: Duration,
+    #[serde(with = "humantime_serde")]
+    pub udp: Duration,
+}
+
+/// Capacities of the kernel maps, fixed when they are created.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct L4Limits {
+    /// 64 KiB of kernel memory each.
+    pub vips: u32,
+    /// Memberships of a backend in a VIP, draining ones included; 128 bytes each.
+    pub backends: u32,
+    /// Rounded up to a power of two; 80 bytes each.
+    pub flows: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HealthConfig {
+    pub check: HealthCheck,
+    #[serde(with = "humantime_serde")]
+    pub interval: Duration,
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// Good answers in a row before a backend that was down is used again.
+    pub rise: u32,
+    /// Bad answers in a row before a backend is avoided.
+    pub fall: u32,
+    /// Path of an `http` check; 200..=399 is good.
+    pub path: String,
+    /// Probes in flight at once.
+    pub concurrency: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HealthCheck {
+    #[default]
+    None,
+    Tcp,
+    Http,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdminConfig {
+    /// `ADDRESS:PORT` or `unix:/PATH`.
+    pub listen: AdminListen,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    pub format: LogFormat,
+    /// In the syntax of `RUST_LOG`, which wins over it.
+    pub filter: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+impl Default for NatsConfig {
+    fn default() -> NatsConfig {
+        NatsConfig {
+            servers: vec!["nats://127.0.0.1:4222".to_owned()],
+            user: None,
+            password: None,
+            token: None,
+            nkey_seed: None,
+            credentials_file: None,
+            ca_file: None,
+            client_certificate_file: None,
+            client_key_file: None,
+            subject_prefix: "router".to_owned(),
+            prune_interval: Duration::from_secs(30),
+            stale_threshold: Duration::from_secs(120),
+            minimum_register_interval: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for FileConfig {
+    fn default() -> FileConfig {
+        FileConfig { paths: Vec::new(), poll_interval: Duration::from_secs(1) }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> HttpConfig {
+        HttpConfig {
+            listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
+            workers: 0,
+            balance: HttpBalance::RoundRobin,
+            trusted_proxies: Vec::new(),
+            timeouts: HttpTimeouts::default(),
+            limits: HttpLimits::default(),
+            backend_tls: BackendTlsConfig::default(),
+        }
+    }
+}
+
+impl Default for HttpTimeouts {
+    fn default() -> HttpTimeouts {
+        HttpTimeouts {
+            connect: Duration::from_secs(5),
+            request_headers: Duration::from_secs(60),
+            response_headers: Duration::from_secs(900),
+            body_idle: Duration::from_secs(900),
+            backend_idle: Duration::from_secs(50),
+            ejection: Duration::from_secs(30),
+            drain: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for HttpLimits {
+    fn default() -> HttpLimits {
+        HttpLimits {
+            connections: 16_384,
+            request_header_bytes: 32 * 1024,
+            request_headers: 100,
+            uri_bytes: 16 * 1024,
+            idle_per_backend: 128,
+            attempts: 2,
+        }
+    }
+}
+
+impl Default for L4Config {
+    fn default() -> L4Config {
+        L4Config {
+            interfaces: Vec::new(),
+            attach: Attach::Auto,
+            vip_ranges: Vec::new(),
+            forwarding: Forwarding::Nat,
+            nat_ports: PortRange { first: 1024, last: 32767 },
+            drain: Duration::from_secs(300),
+            timeouts: FlowTimeouts::default(),
+            limits: L4Limits::default(),
+            pin_path: PathBuf::from("/sys/fs/bpf/viaduct"),
+        }
+    }
+}
+
+impl Default for FlowTimeouts {
+    fn default() -> FlowTimeouts {
+        FlowTimeouts {
+            tcp_syn: Duration::from_secs(30),
+            tcp_established: Duration::from_secs(2 * 3600),
+            tcp_closing: Duration::from_secs(10),
+            udp: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Default for L4Limits {
+    fn default() -> L4Limits {
+        L4Limits { vips: 256, backends: 16_384, flows: 262_144 }
+    }
+}
+
+impl Default for HealthConfig {
+    fn default() -> HealthConfig {
+        HealthConfig {
+            check: HealthCheck::None,
+            interval: Duration::from_secs(5),
+            timeout: Duration::from_secs(2),
+            rise: 2,
+            fall: 3,
+            path: "/".to_owned(),
+            concurrency: 256,
+        }
+    }
+}
+
+impl Default for AdminConfig {
+    fn default() -> AdminConfig {
+        AdminConfig { listen: AdminListen::Tcp(SocketAddr::from(([127, 0, 0, 1], 9901))) }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> LogConfig {
+        LogConfig { format: LogFormat::Text, filter: "info".to_owned() }
+    }
+}
+
+impl Config {
+    fn validate(&self) -> anyhow::Result<()> {
+        let nats = &self.nats;
+        for subject in nats.subject_prefix.split('.') {
+            ensure!(
+                !subject.is_empty() && !subject.contains(['*', '>', ' ', '\t', '\r', '\n']),
+                "nats.subject_prefix {:?} is not a NATS subject",
+                nats.subject_prefix
+            );
+        }
+        ensure!(
+            nats.client_certificate_file.is_some() == nats.client_key_file.is_some(),
+            "nats.client_certificate_file and nats.client_key_file go together"
+        );
+        let positive = [
+            ("nats.prune_interval", nats.prune_interval),
+            ("nats.stale_threshold", nats.stale_threshold),
+            ("nats.minimum_register_interval", nats.minimum_register_interval),
+            ("file.poll_interval", self.file.poll_interval),
+            ("http.timeouts.connect", self.http.timeouts.connect),
+            ("http.timeouts.request_headers", self.http.timeouts.request_headers),
+            ("http.timeouts.response_headers", self.http.timeouts.response_headers),
+            ("http.timeouts.body_idle", self.http.timeouts.body_idle),
+            ("http.timeouts.backend_idle", self.http.timeouts.backend_idle),
+            ("l4.timeouts.tcp_syn", self.l4.timeouts.tcp_syn),
+            ("l4.timeouts.tcp_established", self.l4.timeouts.tcp_established),
+            ("l4.timeouts.tcp_closing", self.l4.timeouts.tcp_closing),
+            ("l4.timeouts.udp", self.l4.timeouts.udp),
+            ("health.interval", self.health.interval),
+            ("health.timeout", self.health.timeout),
+        ];
+        for (key, value) in positive {
+            ensure!(!value.is_zero(), "{key} must be longer than 0s");
+        }
+        let at_least_one = [
+            ("http.limits.connections", self.http.limits.connections),
+            ("http.limits.request_headers", self.http.limits.request_headers),
+            ("http.limits.attempts", self.http.limits.attempts),
+            ("l4.limits.vips", self.l4.limits.vips as usize),
+            ("l4.limits.backends", self.l4.limits.backends as usize),
+            ("health.rise", self.health.rise as usize),
+            ("health.fall", self.health.fall as usize),
+            ("health.concurrency", self.health.concurrency),
+        ];
+        for (key, value) in at_least_one {
+            ensure!(value >= 1, "{key} must be at least 1");
+        }
+        // hyper refuses a read buffer below its minimum of 8 KiB.
+        ensure!(
+            self.http.limits.request_header_bytes >= 8192,
+            "http.limits.request_header_bytes must be at least 8192"
+        );
+        ensure!(
+            (1024..=1 << 24).contains(&self.l4.limits.flows),
+            "l4.limits.flows must be 1024..=16777216"
+        );
+        ensure!(self.health.path.starts_with('/'), "health.path must start with /");
+        let mut interfaces = self.l4.interfaces.clone();
+        interfaces.sort();
+        for pair in interfaces.windows(2) {
+            if pair[0] == pair[1] {
+                bail!("l4.interfaces names {:?} twice", pair[0]);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl L4Config {
+    /// Whether registrations may claim this VIP address.
+    pub fn allows_vip(&self, address: IpAddr) -> bool {
+        self.vip_ranges.iter().any(|range| range.contains(&address))
+    }
+}
+
+/// A secret: the value itself, or where to find it.
+///
+/// Written `"env:NAME"`, `"file:/PATH"`, or in clear. Never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The secret's value.
+    ///
+    /// # Errors
+    /// The environment variable or file it points to is missing.
+    pub fn reveal(&self) -> anyhow::Result<String> {
+        if let Some(name) = self.0.strip_prefix("env:") {
+            return std::env::var(name).with_context(|| format!("environment variable {name}"));
+        }
+        if let Some(path) = self.0.strip_prefix("file:") {
+            let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+            return Ok(text.trim_end().to_owned());
+        }
+        Ok(self.0.clone())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let pointer = self.0.starts_with("env:") || self.0.starts_with("file:");
+        serializer.serialize_str(if pointer { &self.0 } else { "(hidden)" })
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+        String::deserialize(deserializer).map(Secret)
+    }
+}
+
+/// Ports `first..=last`, written `"1024-32767"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    pub first: u16,
+    pub last: u16,
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<PortRange, &'static str> {
+        const SHAPE: &str = "a port range is written FIRST-LAST with 1 <= FIRST <= LAST <= 65535";
+        let (first, last) = text.split_once('-').ok_or(SHAPE)?;
+        let first: u16 = first.trim().parse().map_err(|_| SHAPE)?;
+        let last: u16 = last.trim().parse().map_err(|_| SHAPE)?;
+        if first == 0 || first > last {
+            return Err(SHAPE);
+        }
+        Ok(PortRange { first, last })
+    }
+}
+
+/// Where the admin API listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminListen {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl fmt::Display for AdminListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminListen::Tcp(address) => address.fmt(f),
+            AdminListen::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for AdminListen {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<AdminListen, &'static str> {
+        match text.strip_prefix("unix:") {
+            Some(path) if path.starts_with('/') => Ok(AdminListen::Unix(PathBuf::from(path))),
+            Some(_) => Err("the path of a unix: address is absolute"),
+            None => text
+                .parse()
+                .map(AdminListen::Tcp)
+                .map_err(|_| "an admin address is ADDRESS:PORT or unix:/PATH"),
+        }
+    }
+}
+
+/// serde by `Display` and `FromStr`, so that the file, the flags and the printed config agree.
+macro_rules! serde_as_text {
+    ($($ty:ty),*) => {$(
+        impl Serialize for $ty {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+        impl<'de> Deserialize<'de> for $ty {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$ty, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(de::Error::custom)
+            }
+        }
+    )*};
+}
+serde_as_text!(PortRange, AdminListen);
+
+#[cfg(test)]
+mod tests;

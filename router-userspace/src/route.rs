@@ -1,0 +1,224 @@
+//! The words of the route table: what a source announces and what both layers read.
+//!
+//! Everything here is valid by construction. Bytes from outside become these types in
+//! [`wire`] or in a source, or are refused there; nothing downstream checks again.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub mod expiry;
+pub mod table;
+pub mod wire;
+
+/// The transport protocol of a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Proto {
+    Tcp,
+    Udp,
+}
+
+/// A virtual IP: the address, protocol and port that clients dial. Written `tcp/192.0.2.10:9090`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Vip {
+    pub proto: Proto,
+    pub address: IpAddr,
+    /// Host byte order, never 0.
+    pub port: u16,
+}
+
+/// What an HTTP request must match: a host and a path prefix by whole segments.
+///
+/// `host` is lower case without port or trailing dot; a wildcard is written `*.example.com` and
+/// matches one or more labels in the place of `*`. `path` is empty or starts with `/`, is lower
+/// case and has no trailing `/` or query.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HttpMatch {
+    pub host: Arc<str>,
+    pub path: Arc<str>,
+}
+
+/// What a route matches.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RouteKey {
+    Http(HttpMatch),
+    Vip(Vip),
+}
+
+/// Where a backend was announced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// A `router.register` message; expires unless repeated.
+    Nats,
+    /// A routes file; stays until the file changes.
+    File,
+    /// Found in the pinned maps of an earlier agent; expires unless a source repeats it.
+    Adopted,
+}
+
+/// One `address:port` that serves, with all that its registration said of it.
+///
+/// Shared between the pools of every route of the same registration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    pub address: SocketAddr,
+    /// Share of new flows and requests relative to the rest of the pool, 1..=1000; default 100.
+    pub weight: u16,
+    /// Whether the L7 proxy speaks TLS to it, and the name its certificate must carry.
+    pub tls: Option<BackendTls>,
+    pub protocol: HttpProtocol,
+    /// Application id; `X-CF-ApplicationID` and the access log.
+    pub app: Option<Arc<str>>,
+    /// `private_instance_id`; `X-CF-InstanceID` and stickiness.
+    pub instance_id: Option<Arc<str>>,
+    pub instance_index: Option<Arc<str>>,
+    pub availability_zone: Option<Arc<str>>,
+    pub isolation_segment: Option<Arc<str>>,
+    pub tags: BTreeMap<Arc<str>, Arc<str>>,
+    pub origin: Origin,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendTls {
+    /// `server_cert_domain_san`; `None` checks the certificate against the backend's address.
+    pub server_name: Option<Arc<str>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum HttpProtocol {
+    #[default]
+    Http1,
+    Http2,
+}
+
+/// How a pool chooses among its backends at layer 7 (`options.loadbalancing`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Balance {
+    RoundRobin,
+    LeastConnections,
+}
+
+/// The backends of one route, sorted by address. Never empty in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    pub backends: Vec<Arc<Backend>>,
+    /// `None`: the gateway's default.
+    pub balance: Option<Balance>,
+    /// Starts with `https`; requests go there first.
+    pub route_service_url: Option<Arc<str>>,
+}
+
+/// One instance's announcement: the same backend for every route it names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    pub routes: Vec<RouteKey>,
+    pub backend: Arc<Backend>,
+    /// How long it lives without being repeated; `None`: the gateway's `stale_threshold`.
+    pub stale_after: Option<Duration>,
+    pub balance: Option<Balance>,
+    pub route_service_url: Option<Arc<str>>,
+}
+
+/// One instance's withdrawal. Matches by address alone, as gorouter does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unregistration {
+    pub routes: Vec<RouteKey>,
+    pub address: SocketAddr,
+    pub origin: Origin,
+}
+
+/// One change announced by a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouteEvent {
+    Register(Registration),
+    Unregister(Unregistration),
+    /// All that `origin` announces; whatever else came from it is gone.
+    Replace {
+        origin: Origin,
+        registrations: Vec<Registration>,
+    },
+}
+
+impl Proto {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Proto::Tcp => "tcp",
+            Proto::Udp => "udp",
+        }
+    }
+}
+
+impl Origin {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Origin::Nats => "nats",
+            Origin::File => "file",
+            Origin::Adopted => "adopted",
+        }
+    }
+}
+
+impl fmt::Display for Vip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = SocketAddr::new(self.address, self.port);
+        write!(f, "{}/{address}", self.proto.as_str())
+    }
+}
+
+/// Why a string is not a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VipError {
+    /// Does not start with `tcp/` or `udp/`.
+    Proto,
+    /// What follows the protocol is not `address:port`.
+    Address,
+    PortZero,
+}
+
+impl fmt::Display for VipError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            VipError::Proto => "a VIP starts with tcp/ or udp/",
+            VipError::Address => "a VIP is written tcp/ADDRESS:PORT or udp/[ADDRESS]:PORT",
+            VipError::PortZero => "the port of a VIP is 1..=65535",
+        })
+    }
+}
+
+impl std::error::Error for VipError {}
+
+impl FromStr for Vip {
+    type Err = VipError;
+
+    fn from_str(text: &str) -> Result<Vip, VipError> {
+        let (proto, address) = text.split_once('/').ok_or(VipError::Proto)?;
+        let proto = match proto {
+            "tcp" => Proto::Tcp,
+            "udp" => Proto::Udp,
+            _ => return Err(VipError::Proto),
+        };
+        let address: SocketAddr = address.parse().map_err(|_| VipError::Address)?;
+        if address.port() == 0 {
+            return Err(VipError::PortZero);
+        }
+        Ok(Vip { proto, address: address.ip(), port: address.port() })
+    }
+}
+
+impl fmt::Display for HttpMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.host, self.path)
+    }
+}
+
+impl fmt::Display for RouteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RouteKey::Http(http) => http.fmt(f),
+            RouteKey::Vip(vip) => vip.fmt(f),
+        }
+    }
+}

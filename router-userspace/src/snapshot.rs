@@ -1,0 +1,33 @@
+//! The one immutable view of routes and health that both layers read.
+//!
+//! The agent publishes a new [`Snapshot`] after each batch of events; it shares all but the changed
+//! parts with the one before, so publishing costs what changed and readers hold it for free.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use crate::route::{Pool, Vip};
+
+/// Routes and health at one revision.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Grows by one with every published change.
+    pub revision: u64,
+    /// By host as in [`crate::route::HttpMatch`]: exact names and `*.`-wildcards in one map.
+    pub hosts: imbl::HashMap<Arc<str>, Arc<HostRoutes>>,
+    pub vips: imbl::OrdMap<Vip, Arc<Pool>>,
+    /// Backends that active health checks hold to be down. New requests and flows avoid them while
+    /// their pool has another.
+    pub unhealthy: imbl::HashSet<SocketAddr>,
+}
+
+/// The routes of one host, longest path first, so that the first that matches is the most specific.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostRoutes {
+    pub paths: Vec<(Arc<str>, Arc<Pool>)>,
+}
+
+/// The place where the agent publishes and everyone else reads.
+pub type Published = Arc<ArcSwap<Snapshot>>;
