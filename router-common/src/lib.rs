@@ -1,1 +1,30 @@
+//! What the XDP program and the agent share: the layout of every map, the flow hash, the verdicts.
+//!
+//! Three rules hold for every type that goes into a map:
+//! 1. `#[repr(C)]`, a size asserted here, and no padding: a byte nobody wrote makes lookups miss.
+//! 2. Addresses and ports are in network byte order, in private fields; constructors and getters
+//!    take and give host types. Words ([`Addr`]) hold four octets as they lie in the packet.
+//! 3. All-zero is a valid value that means "nothing here", since that is what a new array holds.
 
+#![cfg_attr(not(test), no_std)]
+
+mod addr;
+pub mod checksum;
+mod flow;
+mod tables;
+mod verdict;
+
+pub use addr::{Addr, IPPROTO_TCP, IPPROTO_UDP, Ports};
+pub use flow::{
+    FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, RETURN_WAYS,
+    RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags,
+};
+pub use tables::{
+    BackendCounters, BackendEntry, BackendState, ClockSample, NO_BACKEND, PREFILTER_WORDS,
+    RING_SIZE, Ring, Settings, SweepRequest, SweepResult, VipInfo, VipKey, prefilter_bit,
+    ring_slot,
+};
+pub use verdict::Verdict;
+
+#[cfg(feature = "user")]
+mod user;

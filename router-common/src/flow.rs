@@ -1,0 +1,396 @@
+//! The flow table: which client talks to which backend through which gateway port.
+//!
+//! Three plain arrays, shared by all cores, instead of hash or LRU maps: a lookup is one cache line
+//! and no helper call, an insert cannot fail for want of memory, and nothing is locked.
+//!
+//! ```text
+//!  client -> VIP            hash                          backend -> gateway port      hash
+//!                            │ bucket                                                   │ bucket
+//!  FLOW_SLOTS  [ hash | seen | state ] x 8                RETURNS  [ hash | entry ] x 8 ┘
+//!                            │ bucket * 8 + way                        │ entry
+//!  FLOWS       [ client, backend, gateway port, MACs, ... ] <──────────┘
+//! ```
+//!
+//! A slot's place is its entry's place, so there is no allocator. An entry and its return slot are
+//! made together and cleared together, by whoever holds the slot after a compare-and-swap.
+
+use crate::{Addr, Ports};
+
+/// Slots of a bucket: one cache line of 64 bytes.
+pub const FLOW_WAYS: usize = 8;
+/// Return slots of a bucket: one cache line of 64 bytes.
+pub const RETURN_WAYS: usize = 8;
+/// Words that [`FlowKey::hash`] takes in, plus one.
+pub const HASH_WORDS: usize = 11;
+
+/// The 5-tuple of a packet as it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowKey {
+    pub source: Addr,
+    pub destination: Addr,
+    pub ports: Ports,
+    /// IANA protocol number.
+    pub proto: u8,
+}
+
+/// The public key of the ring hash: every gateway puts a flow on the same slot of the ring.
+/// The first binary digits of pi's fraction.
+pub const RING_KEYS: [u64; HASH_WORDS] = [
+    0x243f_6a88_85a3_08d3,
+    0x1319_8a2e_0370_7345,
+    0xa409_3822_299f_31d1,
+    0x082e_fa98_ec4e_6c89,
+    0x4528_21e6_38d0_1377,
+    0xbe54_66cf_34e9_0c6d,
+    0xc0ac_29b7_c97c_50dd,
+    0x3f84_d5b5_b547_0917,
+    0x9216_d5d9_8979_fb1b,
+    0xd131_0ba6_98df_b5ad,
+    0x2ffd_72db_d01a_dfb7,
+];
+
+impl FlowKey {
+    /// A hash that is strongly universal over its random keys, so that nobody who does not know them
+    /// can choose tuples that collide: the multilinear family, Lemire and Kaser, "Strongly universal
+    /// string hashing is fast", The Computer Journal 57(11), 2014, §3.
+    #[inline(always)]
+    pub fn hash(&self, keys: &[u64; HASH_WORDS]) -> u32 {
+        let source = self.source.words();
+        let destination = self.destination.words();
+        let mut sum = keys[0]
+            .wrapping_add(keys[1].wrapping_mul(source[3] as u64))
+            .wrapping_add(keys[2].wrapping_mul(destination[3] as u64))
+            .wrapping_add(keys[3].wrapping_mul(self.ports.word() as u64))
+            .wrapping_add(keys[4].wrapping_mul(self.proto as u64));
+        // The other words of two IPv4 addresses are constant and cannot tell flows apart.
+        if !(self.source.is_v4() && self.destination.is_v4()) {
+            sum = sum
+                .wrapping_add(keys[5].wrapping_mul(source[0] as u64))
+                .wrapping_add(keys[6].wrapping_mul(source[1] as u64))
+                .wrapping_add(keys[7].wrapping_mul(source[2] as u64))
+                .wrapping_add(keys[8].wrapping_mul(destination[0] as u64))
+                .wrapping_add(keys[9].wrapping_mul(destination[1] as u64))
+                .wrapping_add(keys[10].wrapping_mul(destination[2] as u64));
+        }
+        (sum >> 32) as u32
+    }
+}
+
+/// Where a flow is in its life. TCP as far as a gateway needs RFC 9293 §3.3.2.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowState {
+    Free = 0,
+    /// TCP, and the client has sent nothing but SYN: the first to go when room is needed.
+    Syn = 1,
+    Established = 2,
+    /// The client has sent FIN, the backend may go on.
+    FinClient = 3,
+    /// The backend has sent FIN, the client may go on.
+    FinBackend = 4,
+    /// Both have sent FIN, or one of them RST.
+    Closing = 5,
+    Udp = 6,
+    /// Held by the sweep while it clears the return slot.
+    Sweeping = 7,
+}
+
+impl FlowState {
+    pub const COUNT: usize = 8;
+
+    #[inline(always)]
+    pub const fn from_bits(bits: u8) -> FlowState {
+        match bits & 7 {
+            0 => FlowState::Free,
+            1 => FlowState::Syn,
+            2 => FlowState::Established,
+            3 => FlowState::FinClient,
+            4 => FlowState::FinBackend,
+            5 => FlowState::Closing,
+            6 => FlowState::Udp,
+            _ => FlowState::Sweeping,
+        }
+    }
+
+    /// The state after a TCP segment from the client.
+    #[inline(always)]
+    pub const fn after_client(self, flags: TcpFlags) -> FlowState {
+        if flags.rst() {
+            return FlowState::Closing;
+        }
+        match self {
+            FlowState::Syn | FlowState::Established if flags.fin() => FlowState::FinClient,
+            FlowState::FinBackend if flags.fin() => FlowState::Closing,
+            FlowState::Syn if !flags.syn() => FlowState::Established,
+            state => state,
+        }
+    }
+
+    /// The state after a TCP segment from the backend.
+    #[inline(always)]
+    pub const fn after_backend(self, flags: TcpFlags) -> FlowState {
+        if flags.rst() {
+            return FlowState::Closing;
+        }
+        match self {
+            FlowState::Syn | FlowState::Established if flags.fin() => FlowState::FinBackend,
+            FlowState::FinClient if flags.fin() => FlowState::Closing,
+            state => state,
+        }
+    }
+}
+
+/// Byte 13 of a TCP header (RFC 9293 §3.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpFlags(pub u8);
+
+impl TcpFlags {
+    #[inline(always)]
+    pub const fn fin(self) -> bool {
+        self.0 & 0x01 != 0
+    }
+
+    #[inline(always)]
+    pub const fn syn(self) -> bool {
+        self.0 & 0x02 != 0
+    }
+
+    #[inline(always)]
+    pub const fn rst(self) -> bool {
+        self.0 & 0x04 != 0
+    }
+
+    #[inline(always)]
+    pub const fn ack(self) -> bool {
+        self.0 & 0x10 != 0
+    }
+
+    /// Whether the segment asks for a new connection.
+    #[inline(always)]
+    pub const fn opens(self) -> bool {
+        self.0 & 0x17 == 0x02
+    }
+}
+
+/// `hash:32 | seen:24 | state:8`. One word, so that it changes by one compare-and-swap.
+///
+/// `seen` counts ticks (see `Settings::tick_shift`) modulo 2^24; 0 is a free slot.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowSlot(pub u64);
+
+impl FlowSlot {
+    #[inline(always)]
+    pub const fn new(hash: u32, seen: u32, state: FlowState) -> FlowSlot {
+        FlowSlot((hash as u64) << 32 | ((seen & 0xff_ffff) as u64) << 8 | state as u64)
+    }
+
+    #[inline(always)]
+    pub const fn hash(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    pub const fn seen(self) -> u32 {
+        (self.0 >> 8) as u32 & 0xff_ffff
+    }
+
+    #[inline(always)]
+    pub const fn state(self) -> FlowState {
+        FlowState::from_bits(self.0 as u8)
+    }
+
+    /// Ticks since the client's last packet.
+    #[inline(always)]
+    pub const fn age(self, now: u32) -> u32 {
+        now.wrapping_sub(self.seen()) & 0xff_ffff
+    }
+}
+
+/// The slots of eight flows whose hash starts alike.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FlowBucket {
+    pub slots: [FlowSlot; FLOW_WAYS],
+}
+
+/// `hash:32 | entry + 1:32`; 0 is free. The hash is of the backend's answer: backend to gateway port.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReturnSlot(pub u64);
+
+impl ReturnSlot {
+    #[inline(always)]
+    pub const fn new(hash: u32, entry: u32) -> ReturnSlot {
+        ReturnSlot((hash as u64) << 32 | (entry + 1) as u64)
+    }
+
+    #[inline(always)]
+    pub const fn hash(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// The index in `FLOWS`; meaningless in a free slot.
+    #[inline(always)]
+    pub const fn entry(self) -> u32 {
+        (self.0 as u32).wrapping_sub(1)
+    }
+}
+
+/// The return slots of eight flows whose answers' hash starts alike.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReturnBucket {
+    pub slots: [ReturnSlot; RETURN_WAYS],
+}
+
+/// One flow: all that both directions need beyond the backend's entry. One cache line.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FlowEntry {
+    pub client: Addr,
+    /// The client's port and the VIP's, as in the client's packets.
+    pub ports: Ports,
+    pub backend: u32,
+    /// The interface the client's packets come in by; answers leave there.
+    pub client_ifindex: u32,
+    /// Ticks when the backend last answered, as in [`FlowSlot`].
+    pub reply_seen: u32,
+    /// Hash of the backend's answers: which return slot is ours.
+    pub return_hash: u32,
+    /// Who the client's packets come from on the wire: the client, or the router on its side.
+    pub client_mac: [u8; 6],
+    /// Our own address on that wire.
+    pub local_mac: [u8; 6],
+    /// The gateway's port towards the backend, host byte order.
+    pub nat_port: u16,
+    /// Of the backend entry when the flow was made; another means the backend is gone.
+    pub generation: u16,
+    /// IANA protocol number; 0 while the entry is being written.
+    pub proto: u8,
+    pub reserved: [u8; 11],
+}
+
+const _: () = assert!(size_of::<FlowBucket>() == 64);
+const _: () = assert!(size_of::<ReturnBucket>() == 64);
+const _: () = assert!(size_of::<FlowEntry>() == 64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::IpAddr;
+    use proptest::prelude::*;
+
+    fn key(source: &str, destination: &str, ports: Ports) -> FlowKey {
+        let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
+        FlowKey {
+            source: addr(source),
+            destination: addr(destination),
+            ports,
+            proto: 6,
+        }
+    }
+
+    #[test]
+    fn the_hash_tells_every_field_apart() {
+        let base = key("198.51.100.7", "192.0.2.10", Ports::new(40000, 80));
+        let others = [
+            key("198.51.100.8", "192.0.2.10", Ports::new(40000, 80)),
+            key("198.51.100.7", "192.0.2.11", Ports::new(40000, 80)),
+            key("198.51.100.7", "192.0.2.10", Ports::new(40001, 80)),
+            key("198.51.100.7", "192.0.2.10", Ports::new(40000, 81)),
+            FlowKey { proto: 17, ..base },
+            key("2001:db8::7", "2001:db8::10", Ports::new(40000, 80)),
+        ];
+        for other in others {
+            assert_ne!(base.hash(&RING_KEYS), other.hash(&RING_KEYS), "{other:?}");
+        }
+        let v6 = key("2001:db8::7", "2001:db8::10", Ports::new(40000, 80));
+        for (source, destination) in [
+            ("2001:db9::7", "2001:db8::10"),
+            ("2001:db8:0:1::7", "2001:db8::10"),
+            ("2001:db8::7", "2001:db8::1:0:10"),
+        ] {
+            let other = key(source, destination, Ports::new(40000, 80));
+            assert_ne!(v6.hash(&RING_KEYS), other.hash(&RING_KEYS));
+        }
+    }
+
+    #[test]
+    fn consecutive_ports_spread_over_buckets() {
+        let buckets = 1024;
+        let mut filled = vec![0u32; buckets];
+        for port in 0..8192u16 {
+            let key = key("198.51.100.7", "192.0.2.10", Ports::new(1024 + port, 80));
+            filled[(key.hash(&RING_KEYS) >> 22) as usize] += 1;
+        }
+        // 8 on average; a Poisson tail beyond 28 has a chance below 1e-7.
+        assert!(
+            filled.iter().all(|&count| count <= 28),
+            "{:?}",
+            filled.iter().max()
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_slot_reads_back_what_went_in(hash: u32, seen in 0u32..1 << 24, state in 0u8..8, later in 0u32..1 << 20) {
+            let slot = FlowSlot::new(hash, seen, FlowState::from_bits(state));
+            prop_assert_eq!((slot.hash(), slot.seen(), slot.state() as u8), (hash, seen, state));
+            prop_assert_eq!(slot.age(seen.wrapping_add(later)), later);
+        }
+
+        #[test]
+        fn a_return_slot_is_never_free(hash: u32, entry in 0u32..1 << 24) {
+            let slot = ReturnSlot::new(hash, entry);
+            prop_assert_ne!(slot.0, 0);
+            prop_assert_eq!((slot.hash(), slot.entry()), (hash, entry));
+        }
+    }
+
+    #[test]
+    fn tcp_states_follow_both_sides() {
+        use FlowState::*;
+        let (syn, ack, fin, rst) = (
+            TcpFlags(0x02),
+            TcpFlags(0x10),
+            TcpFlags(0x11),
+            TcpFlags(0x04),
+        );
+        let client = [
+            (Syn, syn, Syn),
+            (Syn, ack, Established),
+            (Syn, fin, FinClient),
+            (Established, ack, Established),
+            (Established, fin, FinClient),
+            (FinBackend, ack, FinBackend),
+            (FinBackend, fin, Closing),
+            (FinClient, fin, FinClient),
+            (Established, rst, Closing),
+            (Closing, ack, Closing),
+        ];
+        for (state, flags, next) in client {
+            assert_eq!(
+                state.after_client(flags),
+                next,
+                "{state:?} {flags:?} from the client"
+            );
+        }
+        let backend = [
+            (Syn, TcpFlags(0x12), Syn),
+            (Established, ack, Established),
+            (Established, fin, FinBackend),
+            (FinClient, fin, Closing),
+            (FinClient, ack, FinClient),
+            (Syn, rst, Closing),
+        ];
+        for (state, flags, next) in backend {
+            assert_eq!(
+                state.after_backend(flags),
+                next,
+                "{state:?} {flags:?} from the backend"
+            );
+        }
+        assert!(syn.opens() && !TcpFlags(0x12).opens() && !TcpFlags(0x06).opens());
+    }
+}

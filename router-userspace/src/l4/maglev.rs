@@ -1,0 +1,183 @@
+//! The Maglev ring: which backend serves each slot. Pure.
+//!
+//! Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016, §3.4:
+//! every backend walks the slots in an order of its own and they take turns at claiming the next free
+//! one. Losing or gaining a backend leaves most slots as they were, and the ring depends on the
+//! members alone, so that gateways side by side send a flow to the same backend.
+
+use std::net::SocketAddr;
+
+use router_common::RING_SIZE;
+
+/// A backend with its share of the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub address: SocketAddr,
+    /// Relative to the other members; 0 is treated as 1.
+    pub weight: u16,
+    /// What the ring holds for it.
+    pub id: u32,
+}
+
+/// The ring of `members`, slot to id; `None` without members.
+///
+/// With equal weights shares differ by at most one slot (§3.4), otherwise by about one turn. Members
+/// beyond `RING_SIZE` get no slot. Costs about two claims a slot, well under a millisecond.
+pub fn ring(members: &[Member]) -> Option<Box<[u32]>> {
+    // The order of turns must not depend on the order of arrival.
+    let mut members: Vec<Member> = members.to_vec();
+    members.sort_by_key(|member| member.address);
+    let heaviest = members.iter().map(|member| member.weight.max(1)).max()?;
+    let mut walks: Vec<Walk> = members.iter().map(|member| Walk::new(member.address)).collect();
+    let mut ring: Vec<u32> = vec![0; RING_SIZE];
+    let mut taken = vec![false; RING_SIZE];
+    let mut free = RING_SIZE;
+    loop {
+        for (member, walk) in members.iter().zip(&mut walks) {
+            // §3.4: weights alter the relative frequency of turns. The heaviest has one each round.
+            walk.credit += u32::from(member.weight.max(1));
+            if walk.credit < u32::from(heaviest) {
+                continue;
+            }
+            walk.credit -= u32::from(heaviest);
+            let slot = walk.next_free(&taken);
+            taken[slot] = true;
+            ring[slot] = member.id;
+            free -= 1;
+            if free == 0 {
+                return Some(ring.into_boxed_slice());
+            }
+        }
+    }
+}
+
+/// One member's way through the slots: `offset`, `offset + skip`, ... modulo the ring's prime size.
+struct Walk {
+    at: usize,
+    skip: usize,
+    credit: u32,
+}
+
+impl Walk {
+    fn new(address: SocketAddr) -> Walk {
+        let hash = hash(address);
+        Walk {
+            at: (hash >> 32) as usize % RING_SIZE,
+            skip: (hash & 0xffff_ffff) as usize % (RING_SIZE - 1) + 1,
+            credit: 0,
+        }
+    }
+
+    fn next_free(&mut self, taken: &[bool]) -> usize {
+        loop {
+            let slot = self.at;
+            self.at += self.skip;
+            if self.at >= RING_SIZE {
+                self.at -= RING_SIZE;
+            }
+            if !taken[slot] {
+                return slot;
+            }
+        }
+    }
+}
+
+/// FNV-1a (RFC 9923) over the 16 octets of the address and 2 of the port, then the finaliser of
+/// MurmurHash3, since FNV's high bits depend little on the last octets.
+fn hash(address: SocketAddr) -> u64 {
+    let octets = match address.ip() {
+        std::net::IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        std::net::IpAddr::V6(v6) => v6.octets(),
+    };
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for octet in octets.into_iter().chain(address.port().to_be_bytes()) {
+        hash = (hash ^ u64::from(octet)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ hash >> 33
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn members(weights: &[u16]) -> Vec<Member> {
+        let member = |(i, &weight): (usize, &u16)| Member {
+            address: SocketAddr::from(([10, 0, (i >> 8) as u8, i as u8], 8080)),
+            weight,
+            id: i as u32 + 1,
+        };
+        weights.iter().enumerate().map(member).collect()
+    }
+
+    fn shares(ring: &[u32]) -> BTreeMap<u32, usize> {
+        let mut shares = BTreeMap::new();
+        for &id in ring {
+            *shares.entry(id).or_default() += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn no_members_no_ring() {
+        assert_eq!(ring(&[]), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn equal_members_differ_by_one_slot_at_most(count in 1usize..200) {
+            let shares = shares(&ring(&members(&vec![100; count])).unwrap());
+            let (least, most) = (shares.values().min().unwrap(), shares.values().max().unwrap());
+            prop_assert_eq!(shares.len(), count);
+            prop_assert!(most - least <= 1);
+        }
+
+        #[test]
+        fn the_ring_does_not_depend_on_the_order_of_arrival(
+            weights in prop::collection::vec(1u16..=1000, 1..40),
+            seed: u64,
+        ) {
+            let ordered = members(&weights);
+            let mut shuffled = ordered.clone();
+            let mut state = seed;
+            for i in (1..shuffled.len()).rev() {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                shuffled.swap(i, (state >> 33) as usize % (i + 1));
+            }
+            prop_assert_eq!(ring(&ordered), ring(&shuffled));
+        }
+
+        #[test]
+        fn shares_follow_weights(weights in prop::collection::vec(1u16..=1000, 2..20)) {
+            let total: f64 = weights.iter().map(|&weight| f64::from(weight)).sum();
+            let shares = shares(&ring(&members(&weights)).unwrap());
+            for (i, &weight) in weights.iter().enumerate() {
+                let wanted = RING_SIZE as f64 * f64::from(weight) / total;
+                let got = *shares.get(&(i as u32 + 1)).unwrap_or(&0) as f64;
+                prop_assert!((got - wanted).abs() <= 2.0 + wanted * 0.01, "{got} for {wanted}");
+            }
+        }
+
+        #[test]
+        fn a_member_that_leaves_disturbs_few_others(count in 3usize..100, gone in 0usize..100) {
+            let all = members(&vec![100; count]);
+            let mut rest = all.clone();
+            let gone = rest.remove(gone % count);
+            let (before, after) = (ring(&all).unwrap(), ring(&rest).unwrap());
+            let moved = before
+                .iter()
+                .zip(&after)
+                .filter(|(before, after)| **before != gone.id && before != after)
+                .count();
+            // §5.3, figure 12: a few percent of the slots beside those that had to move.
+            prop_assert!(moved < RING_SIZE / 10, "{moved} of {RING_SIZE} slots moved");
+        }
+    }
+}
