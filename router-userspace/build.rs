@@ -17,20 +17,35 @@ const BOOTSTRAP: &str = "aya_ebpf,viaduct_xdp";
 fn main() {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    for input in ["router-ebpf", "router-common/src", "router-common/Cargo.toml", "Cargo.lock"] {
+    for input in [
+        "router-ebpf",
+        "router-common/src",
+        "router-common/Cargo.toml",
+        "Cargo.lock",
+    ] {
         println!("cargo:rerun-if-changed={}", workspace.join(input).display());
     }
     println!("cargo:rerun-if-env-changed=VIADUCT_REQUIRE_EBPF");
     println!("cargo:rerun-if-env-changed=PATH");
 
     // target/<profile>/build/<package>/out: the tools and the BPF build are shared by all profiles.
-    let target_dir = out_dir.ancestors().nth(4).expect("OUT_DIR lies in the target directory");
+    let target_dir = out_dir
+        .ancestors()
+        .nth(4)
+        .expect("OUT_DIR lies in the target directory");
     let linker = find_linker(target_dir);
     let toolchain = Toolchain::find();
     let (Some(linker), Some(toolchain)) = (&linker, &toolchain) else {
-        let missing = if linker.is_none() { "bpf-linker" } else { "a Rust toolchain for BPF" };
+        let missing = if linker.is_none() {
+            "bpf-linker"
+        } else {
+            "a Rust toolchain for BPF"
+        };
         let remedy = "`cargo xtask setup` installs it";
-        assert!(env::var_os("VIADUCT_REQUIRE_EBPF").is_none(), "{missing} is not installed; {remedy}");
+        assert!(
+            env::var_os("VIADUCT_REQUIRE_EBPF").is_none(),
+            "{missing} is not installed; {remedy}"
+        );
         println!("cargo:warning={missing} is not installed: built without layer 4; {remedy}");
         for program in PROGRAMS {
             std::fs::write(out_dir.join(program), []).expect("write to OUT_DIR");
@@ -51,11 +66,13 @@ enum Toolchain {
 impl Toolchain {
     fn find() -> Option<Toolchain> {
         let debian = PathBuf::from("/usr/bin/rustc");
-        let libdir = output(Command::new(&debian).args(["--print", "target-libdir", "--target", TARGET]));
+        let libdir =
+            output(Command::new(&debian).args(["--print", "target-libdir", "--target", TARGET]));
         if libdir.is_some_and(|dir| Path::new(&dir).is_dir()) {
             return Some(Toolchain::Prebuilt(debian));
         }
-        let sysroot = output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]))?;
+        let sysroot =
+            output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]))?;
         Path::new(&sysroot)
             .join("lib/rustlib/src/rust/library/core")
             .is_dir()
@@ -64,8 +81,15 @@ impl Toolchain {
 }
 
 fn output(command: &mut Command) -> Option<String> {
-    let output = command.env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN").output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = command
+        .env_remove("RUSTC")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn find_linker(target_dir: &Path) -> Option<PathBuf> {
@@ -77,7 +101,13 @@ fn find_linker(target_dir: &Path) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-fn build(workspace: &Path, target_dir: &Path, linker: &Path, toolchain: &Toolchain, out_dir: &Path) {
+fn build(
+    workspace: &Path,
+    target_dir: &Path,
+    linker: &Path,
+    toolchain: &Toolchain,
+    out_dir: &Path,
+) {
     let bpf_dir = target_dir.join("bpf");
     let mut cargo = match toolchain {
         Toolchain::Prebuilt(rustc) => {
@@ -87,11 +117,22 @@ fn build(workspace: &Path, target_dir: &Path, linker: &Path, toolchain: &Toolcha
         }
         Toolchain::Nightly => {
             let mut cargo = Command::new("rustup");
-            cargo.args(["run", "nightly", "cargo"]).env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN");
+            cargo
+                .args(["run", "nightly", "cargo"])
+                .env_remove("RUSTC")
+                .env_remove("RUSTUP_TOOLCHAIN");
             cargo
         }
     };
-    cargo.args(["build", "--package", "router-ebpf", "--bins", "--release", "--target", TARGET]);
+    cargo.args([
+        "build",
+        "--package",
+        "router-ebpf",
+        "--bins",
+        "--release",
+        "--target",
+        TARGET,
+    ]);
     if matches!(toolchain, Toolchain::Nightly) {
         cargo.arg("-Zbuild-std=core");
     }
@@ -110,7 +151,9 @@ fn build(workspace: &Path, target_dir: &Path, linker: &Path, toolchain: &Toolcha
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .arg("--target-dir")
         .arg(&bpf_dir);
-    let output = cargo.output().unwrap_or_else(|error| panic!("run {cargo:?}: {error}"));
+    let output = cargo
+        .output()
+        .unwrap_or_else(|error| panic!("run {cargo:?}: {error}"));
     assert!(
         output.status.success(),
         "building the BPF programs failed\n{}",

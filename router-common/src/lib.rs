@@ -21,8 +21,8 @@ pub use flow::{
 };
 pub use tables::{
     BackendCounters, BackendEntry, BackendState, ClockSample, NO_BACKEND, PREFILTER_WORDS,
-    RING_SIZE, Ring, Settings, SweepRequest, SweepResult, VipInfo, VipKey, prefilter_bit,
-    ring_slot,
+    RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, VipInfo, VipKey,
+    prefilter_bit, ring_slot,
 };
 pub use verdict::Verdict;
 

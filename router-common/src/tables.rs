@@ -9,6 +9,10 @@ pub const RING_SIZE: usize = 16_381;
 /// Words of the destination prefilter: 2 bits for each of 65,536 hash values, 16 KiB.
 pub const PREFILTER_WORDS: u32 = 2048;
 
+/// Buckets of the flow table that one run of `sweep` covers: what the verifier follows, which keeps
+/// at most 8192 branches open (kernel: kernel/bpf/verifier.c, `BPF_COMPLEXITY_LIMIT_JMP_SEQ`).
+pub const SWEEP_BUCKETS: u32 = 256;
+
 /// The backend id that means "none".
 pub const NO_BACKEND: u32 = 0;
 
@@ -64,6 +68,8 @@ pub struct VipInfo {
 #[derive(Clone, Copy)]
 pub struct Ring {
     pub slots: [u32; RING_SIZE],
+    /// Rounds up to a power of two: the verifier's bound on an index is no tighter.
+    pub reserved: [u32; 16_384 - RING_SIZE],
 }
 
 /// The slot of a flow, from its hash under [`crate::RING_KEYS`].

@@ -20,15 +20,15 @@ use crate::packet::Packet;
 const PORT_TRIES: u32 = 8;
 
 /// A client's flow.
-pub(crate) struct ClientFlow {
-    pub(crate) backend_id: u32,
-    pub(crate) backend: &'static BackendEntry,
-    pub(crate) nat_port: u16,
+pub struct ClientFlow {
+    pub backend_id: u32,
+    pub backend: &'static BackendEntry,
+    pub nat_port: u16,
 }
 
 /// The flow of a client's packet and whether it is new; `None` if nobody registered the VIP.
 #[inline(always)]
-pub(crate) fn of_client(
+pub fn of_client(
     ctx: &XdpContext,
     packet: &Packet,
     settings: &Settings,
@@ -96,14 +96,14 @@ pub(crate) fn of_client(
 }
 
 /// A backend's flow.
-pub(crate) struct BackendFlow {
-    pub(crate) entry: &'static FlowEntry,
-    pub(crate) backend: &'static BackendEntry,
+pub struct BackendFlow {
+    pub entry: &'static FlowEntry,
+    pub backend: &'static BackendEntry,
 }
 
 /// The flow that a backend's packet answers; `None` if it is the gateway's own business.
 #[inline(always)]
-pub(crate) fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Option<BackendFlow> {
+pub fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Option<BackendFlow> {
     let hash = packet.key.hash(&settings.hash_keys);
     let bucket = maps::RETURNS.get(bucket_of(hash, settings))?;
     for way in 0..RETURN_WAYS {
@@ -142,14 +142,14 @@ pub(crate) fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Opti
 
 /// Whether a flow's timeout is over in both directions.
 #[inline(always)]
-pub(crate) fn expired(slot: FlowSlot, entry: &FlowEntry, settings: &Settings, now: u32) -> bool {
+pub fn expired(slot: FlowSlot, entry: &FlowEntry, settings: &Settings, now: u32) -> bool {
     let timeout = settings.timeouts[slot.state() as usize & 7];
     slot.age(now) > timeout && now.wrapping_sub(entry.reply_seen) & 0xff_ffff > timeout
 }
 
 /// Empties the return slot of `entry`, if it still is that entry's.
 #[inline(always)]
-pub(crate) fn clear_return(return_hash: u32, index: u32, settings: &Settings) {
+pub fn clear_return(return_hash: u32, index: u32, settings: &Settings) {
     let Some(bucket) = maps::RETURNS.get(bucket_of(return_hash, settings)) else {
         return;
     };
@@ -164,7 +164,7 @@ pub(crate) fn clear_return(return_hash: u32, index: u32, settings: &Settings) {
 }
 
 #[inline(always)]
-pub(crate) fn load(word: &u64) -> u64 {
+pub fn load(word: &u64) -> u64 {
     // SAFETY: a reference is readable; volatile, because other cores write behind it.
     unsafe { core::ptr::read_volatile(word) }
 }
@@ -175,7 +175,7 @@ pub(crate) fn load(word: &u64) -> u64 {
 /// `BPF_ATOMIC | BPF_CMPXCHG` (RFC 9669 §5.3), Linux 5.12 and later.
 #[inline(always)]
 #[cfg(target_arch = "bpf")]
-pub(crate) fn swap(word: &u64, old: u64, new: u64) -> bool {
+pub fn swap(word: &u64, old: u64, new: u64) -> bool {
     let found: u64;
     // SAFETY: the word is a map's, aligned to 8 and writable whatever the reference says.
     unsafe {
@@ -190,7 +190,7 @@ pub(crate) fn swap(word: &u64, old: u64, new: u64) -> bool {
 }
 
 #[cfg(not(target_arch = "bpf"))]
-pub(crate) fn swap(_word: &u64, _old: u64, _new: u64) -> bool {
+pub fn swap(_word: &u64, _old: u64, _new: u64) -> bool {
     false
 }
 

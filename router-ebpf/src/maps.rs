@@ -13,78 +13,77 @@ use router_common::{
 
 /// The one [`Settings`]. Written by the agent when it starts or reloads.
 #[map]
-pub(crate) static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
 /// Whether any VIP or any answer has a destination of this hash; see `prefilter_bit`.
 /// Written by the agent, read for every IPv4 packet.
 #[map]
-pub(crate) static PREFILTER: Array<u64> = Array::with_max_entries(PREFILTER_WORDS, 0);
+pub static PREFILTER: Array<u64> = Array::with_max_entries(PREFILTER_WORDS, 0);
 
 /// VIP to its ring. Written by the agent, read for the first packet of a flow.
 #[map]
-pub(crate) static VIPS: HashMap<VipKey, VipInfo> = HashMap::with_max_entries(1, 0);
+pub static VIPS: HashMap<VipKey, VipInfo> = HashMap::with_max_entries(1, 0);
 
 /// The addresses of all VIPs, to how many VIPs have it. Written by the agent, read for packets that
 /// cannot be parsed: those to other hosts are passed untouched.
 #[map]
-pub(crate) static VIP_ADDRESSES: HashMap<Addr, u32> = HashMap::with_max_entries(1, 0);
+pub static VIP_ADDRESSES: HashMap<Addr, u32> = HashMap::with_max_entries(1, 0);
 
 /// Ring index to Maglev ring, 64 KiB each. Written by the agent, read for the first packet of a flow.
 #[map]
-pub(crate) static RINGS: Array<Ring> = Array::with_max_entries(1, 0);
+pub static RINGS: Array<Ring> = Array::with_max_entries(1, 0);
 
 /// Backend id to backend; id 0 is none. Written by the agent, read for every packet of a flow.
 #[map]
-pub(crate) static BACKENDS: Array<BackendEntry> = Array::with_max_entries(2, 0);
+pub static BACKENDS: Array<BackendEntry> = Array::with_max_entries(2, 0);
 
 /// Backend id to counters. Written here, read and reset by the agent.
 #[map]
-pub(crate) static BACKEND_COUNTERS: PerCpuArray<BackendCounters> =
-    PerCpuArray::with_max_entries(2, 0);
+pub static BACKEND_COUNTERS: PerCpuArray<BackendCounters> = PerCpuArray::with_max_entries(2, 0);
 
 /// Backend id to its flows as of the last sweep. Written by `sweep`, read and reset by the agent.
 #[map]
-pub(crate) static BACKEND_FLOWS: Array<u32> = Array::with_max_entries(2, 0);
+pub static BACKEND_FLOWS: Array<u32> = Array::with_max_entries(2, 0);
 
 /// Hash of a client's packets to slots; 8 slots a bucket. Written here.
 #[map]
-pub(crate) static FLOW_SLOTS: Array<FlowBucket> = Array::with_max_entries(1, 0);
+pub static FLOW_SLOTS: Array<FlowBucket> = Array::with_max_entries(1, 0);
 
 /// Slot (bucket * 8 + way) to flow. Written here.
 #[map]
-pub(crate) static FLOWS: Array<FlowEntry> = Array::with_max_entries(8, 0);
+pub static FLOWS: Array<FlowEntry> = Array::with_max_entries(8, 0);
 
 /// Hash of a backend's packets to flows; 8 slots a bucket. Written here.
 #[map]
-pub(crate) static RETURNS: Array<ReturnBucket> = Array::with_max_entries(1, 0);
+pub static RETURNS: Array<ReturnBucket> = Array::with_max_entries(1, 0);
 
 /// [`Verdict`] to packets. Written here, read by the agent.
 #[map]
-pub(crate) static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
+pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
 
 /// The sweep's order and answer.
 #[map]
-pub(crate) static SWEEP: Array<SweepRequest> = Array::with_max_entries(1, 0);
+pub static SWEEP: Array<SweepRequest> = Array::with_max_entries(1, 0);
 
 /// Where `clock` leaves its sample.
 #[map]
-pub(crate) static CLOCK: Array<ClockSample> = Array::with_max_entries(1, 0);
+pub static CLOCK: Array<ClockSample> = Array::with_max_entries(1, 0);
 
 #[inline(always)]
-pub(crate) fn settings() -> Result<&'static Settings, Verdict> {
+pub fn settings() -> Result<&'static Settings, Verdict> {
     SETTINGS.get(0).ok_or(Verdict::Internal)
 }
 
 /// Ticks since boot.
 #[inline(always)]
-pub(crate) fn now(settings: &Settings) -> u32 {
+pub fn now(settings: &Settings) -> u32 {
     // SAFETY: reads a clock; the JIT inlines it to one load.
     let jiffies = unsafe { bpf_jiffies64() };
     (jiffies >> (settings.tick_shift & 31)) as u32 & 0xff_ffff
 }
 
 #[inline(always)]
-pub(crate) fn count_verdict(verdict: Verdict) {
+pub fn count_verdict(verdict: Verdict) {
     if let Some(count) = VERDICTS.get_ptr_mut(verdict as u32) {
         // SAFETY: this CPU's own value, and XDP programs do not interrupt each other.
         unsafe { *count += 1 };
@@ -93,7 +92,7 @@ pub(crate) fn count_verdict(verdict: Verdict) {
 
 /// Counts a client's packet for its backend.
 #[inline(always)]
-pub(crate) fn count_packet(backend: u32, len: u64, verdict: Verdict) {
+pub fn count_packet(backend: u32, len: u64, verdict: Verdict) {
     if let Some(counters) = BACKEND_COUNTERS.get_ptr_mut(backend) {
         // SAFETY: as in `count_verdict`.
         unsafe {
@@ -108,7 +107,7 @@ pub(crate) fn count_packet(backend: u32, len: u64, verdict: Verdict) {
 
 /// Counts a backend's answer.
 #[inline(always)]
-pub(crate) fn count_reply(backend: u32, len: u64) {
+pub fn count_reply(backend: u32, len: u64) {
     if let Some(counters) = BACKEND_COUNTERS.get_ptr_mut(backend) {
         // SAFETY: as in `count_verdict`.
         unsafe {

@@ -22,43 +22,43 @@ const FRAGMENT: u16 = 0x3fff_u16.to_be();
 
 /// RFC 791 §3.1. Fields as they lie in the frame.
 #[repr(C)]
-pub(crate) struct Ipv4Header {
-    pub(crate) version_ihl: u8,
-    pub(crate) tos: u8,
-    pub(crate) total_len: u16,
-    pub(crate) id: u16,
-    pub(crate) fragment: u16,
-    pub(crate) ttl: u8,
-    pub(crate) proto: u8,
-    pub(crate) checksum: u16,
-    pub(crate) source: u32,
-    pub(crate) destination: u32,
+pub struct Ipv4Header {
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub total_len: u16,
+    pub id: u16,
+    pub fragment: u16,
+    pub ttl: u8,
+    pub proto: u8,
+    pub checksum: u16,
+    pub source: u32,
+    pub destination: u32,
 }
 
 #[repr(C)]
-pub(crate) struct EthHeader {
-    pub(crate) destination: [u8; 6],
-    pub(crate) source: [u8; 6],
-    pub(crate) ethertype: u16,
+pub struct EthHeader {
+    pub destination: [u8; 6],
+    pub source: [u8; 6],
+    pub ethertype: u16,
 }
 
 /// An unfragmented IPv4 TCP or UDP packet whose headers are whole.
-pub(crate) struct Packet {
-    pub(crate) eth: *mut EthHeader,
-    pub(crate) ip: *mut Ipv4Header,
+pub struct Packet {
+    pub eth: *mut EthHeader,
+    pub ip: *mut Ipv4Header,
     /// Source and destination port.
-    pub(crate) ports: *mut u32,
+    pub ports: *mut u32,
     /// Of TCP or UDP.
-    pub(crate) checksum: *mut u16,
-    pub(crate) key: FlowKey,
+    pub checksum: *mut u16,
+    pub key: FlowKey,
     /// All clear for UDP.
-    pub(crate) tcp: TcpFlags,
+    pub tcp: TcpFlags,
     /// Octets of the frame, without padding.
-    pub(crate) len: u64,
+    pub len: u64,
     /// The prefilter says that a VIP may have this destination,
-    pub(crate) to_vip: bool,
+    pub to_vip: bool,
     /// or that backends may answer to it.
-    pub(crate) to_gateway: bool,
+    pub to_gateway: bool,
 }
 
 impl Packet {
@@ -67,7 +67,7 @@ impl Packet {
     /// Traffic for neither a VIP nor a gateway address of ours leaves after the destination is known,
     /// whatever else is wrong with it.
     #[inline(always)]
-    pub(crate) fn parse(ctx: &XdpContext) -> Result<Packet, Verdict> {
+    pub fn parse(ctx: &XdpContext) -> Result<Packet, Verdict> {
         let data = ctx.data();
         let end = ctx.data_end();
         if data + ETH_LEN + IPV4_MIN_LEN > end {

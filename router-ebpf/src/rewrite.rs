@@ -10,7 +10,7 @@ use crate::packet::Packet;
 
 /// Client to VIP becomes gateway to backend.
 #[inline(always)]
-pub(crate) fn to_backend(
+pub fn to_backend(
     packet: &mut Packet,
     backend: &BackendEntry,
     nat_port: u16,
@@ -29,7 +29,7 @@ pub(crate) fn to_backend(
 
 /// Backend to gateway becomes VIP to client.
 #[inline(always)]
-pub(crate) fn to_client(
+pub fn to_client(
     packet: &mut Packet,
     backend: &BackendEntry,
     flow: &FlowEntry,

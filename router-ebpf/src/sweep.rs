@@ -2,16 +2,13 @@
 //!
 //! The agent runs the program over the table in shares, from BPF_PROG_TEST_RUN, while packets flow.
 
-use router_common::{FLOW_WAYS, FlowSlot, FlowState, SweepResult};
+use router_common::{FLOW_WAYS, FlowSlot, FlowState, SWEEP_BUCKETS, SweepResult};
 
 use crate::{flows, maps};
 
-/// Buckets of one run: what the verifier follows within its million instructions.
-const BUCKETS: u32 = 1024;
-
 /// Sweeps the share that `SWEEP` asks for and leaves the result there.
 #[inline(always)]
-pub(crate) fn run() {
+pub fn run() {
     let Some(request) = maps::SWEEP.get_ptr_mut(0) else {
         return;
     };
@@ -22,7 +19,7 @@ pub(crate) fn run() {
     // SAFETY: the pointer is to the map's value; the agent runs one sweep at a time.
     let first = unsafe { (*request).first_bucket };
     let mut result = SweepResult::default();
-    for offset in 0..BUCKETS {
+    for offset in 0..SWEEP_BUCKETS {
         let bucket = first + offset;
         if bucket > settings.bucket_mask {
             break;

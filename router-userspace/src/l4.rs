@@ -1,25 +1,82 @@
 //! Layer 4: VIPs balanced in the kernel.
 //!
-//! [`L4`] is the projection of the snapshot into the XDP program's maps. The agent owns it and calls
-//! it after each batch of events; [`L4Reader`] is what everyone else may look at.
+//! [`L4`] is the projection of the snapshot into the XDP program's maps: [`plan`] says what to write,
+//! [`datapath`] writes it, [`next_hop`] knows the way. The agent owns it and calls it after each batch
+//! of events; [`L4Reader`] is what everyone else may look at.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+use anyhow::{Context, ensure};
+use arc_swap::ArcSwap;
+use router_common::{BackendCounters, BackendState};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use crate::config::L4Config;
+use crate::config::{L4Config, PortRange};
 use crate::event::Event;
-use crate::l4::next_hop::NextHop;
-use crate::route::{Registration, Vip};
+use crate::l4::datapath::{Attached, Counters, Datapath};
+use crate::l4::next_hop::{NextHop, Watcher};
+use crate::l4::plan::{MapOp, Planner, World};
+use crate::route::{Backend, HttpProtocol, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
+pub mod datapath;
+pub mod maglev;
 pub mod next_hop;
+pub mod plan;
+
+pub use datapath::{PASS_PROGRAM, detach};
+
+/// How often expired flows are cleared away and the others counted.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The layer 4 projection and the kernel objects it writes.
-pub struct L4 {}
+pub struct L4 {
+    config: L4Config,
+    datapath: Datapath,
+    planner: Planner,
+    watcher: Watcher,
+    /// The latest, for what time alone changes.
+    snapshot: Snapshot,
+    next_hops: HashMap<IpAddr, NextHop>,
+    /// The VIPs that a backend address serves or drains.
+    users: HashMap<IpAddr, BTreeSet<Vip>>,
+    /// VIPs some of whose writes failed, to be written again in full.
+    broken: BTreeSet<Vip>,
+    last_sweep: Option<Instant>,
+    shared: Arc<Shared>,
+}
+
+/// What [`L4Reader`]s see of an [`L4`].
+struct Shared {
+    counters: Counters,
+    vips: ArcSwap<imbl::OrdMap<Vip, Arc<VipView>>>,
+    /// Flows by backend id, and all of them, as of the last sweep.
+    flows: ArcSwap<HashMap<u32, u32>>,
+    active_flows: AtomicU64,
+    failed_writes: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Clone, Default)]
+struct VipView {
+    members: Vec<MemberView>,
+    /// What backends that are gone moved while they were here.
+    retired: BackendCounters,
+}
+
+#[derive(Clone)]
+struct MemberView {
+    address: SocketAddr,
+    /// `None` while the backend has no next hop or no room.
+    id: Option<u32>,
+    draining: bool,
+    weight: u16,
+}
 
 impl L4 {
     /// Loads or adopts the pinned programs and maps, attaches to every interface and starts
@@ -28,48 +85,392 @@ impl L4 {
     /// # Errors
     /// Names the interface, map or kernel feature that is missing.
     pub fn start(config: &L4Config, inbox: mpsc::Sender<Event>) -> anyhow::Result<L4> {
-        let _ = (config, inbox);
-        anyhow::bail!("layer 4 is not here yet")
+        check_port_ranges(config.nat_ports)?;
+        let mut datapath = Datapath::open(&datapath::Options {
+            limits: config.limits.clone(),
+            timeouts: config.timeouts.clone(),
+            nat_ports: config.nat_ports,
+            pin_path: Some(config.pin_path.clone()),
+        })?;
+        let mut planner = Planner::new(config.limits.vips, config.limits.backends);
+        let (vips, backends) = datapath.installed()?;
+        for op in planner.adopt(vips, backends, Instant::now(), config.drain) {
+            datapath
+                .apply(&op)
+                .with_context(|| format!("write {op:?}"))?;
+        }
+        let counters = datapath.counters();
+        let mut l4 = L4 {
+            config: config.clone(),
+            watcher: Watcher::start(inbox)?,
+            datapath,
+            planner,
+            snapshot: Snapshot::default(),
+            next_hops: HashMap::new(),
+            users: HashMap::new(),
+            broken: BTreeSet::new(),
+            last_sweep: None,
+            shared: Arc::new(Shared {
+                counters,
+                vips: ArcSwap::default(),
+                flows: ArcSwap::default(),
+                active_flows: AtomicU64::new(0),
+                failed_writes: AtomicU64::new(0),
+                refused: AtomicU64::new(0),
+            }),
+        };
+        l4.adopt_next_hops();
+        for interface in &config.interfaces {
+            match l4.datapath.attach(interface, config.attach)? {
+                Attached::Native => tracing::info!(interface, "attached in native mode"),
+                Attached::Generic => {
+                    tracing::warn!(
+                        interface,
+                        "attached in generic mode, which costs several times as much"
+                    )
+                }
+                Attached::Adopted => tracing::info!(interface, "took over the attached program"),
+            }
+        }
+        Ok(l4)
     }
 
-    /// What the adopted maps already serve, as registrations of [`crate::route::Origin::Adopted`].
+    /// What the adopted maps already serve, as registrations of [`Origin::Adopted`].
     pub fn adopted(&self) -> Vec<Registration> {
-        Vec::new()
+        let mut registrations = Vec::new();
+        for (vip, planned) in self.planner.vips() {
+            for (address, member) in &planned.members {
+                if member.drain_until.is_none() {
+                    registrations.push(adopted(*vip, *address, member.entry.weight));
+                }
+            }
+        }
+        registrations
     }
 
     /// Brings the kernel in line with `snapshot` for the VIPs in `changed`.
     pub fn apply(&mut self, snapshot: &Snapshot, changed: &BTreeSet<Vip>, now: Instant) {
-        let _ = (snapshot, changed, now);
+        self.snapshot = snapshot.clone();
+        for vip in changed {
+            self.apply_vip(*vip, now);
+        }
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.
-    pub fn next_hop(
-        &mut self,
-        backend: IpAddr,
-        next_hop: Option<NextHop>,
-        snapshot: &Snapshot,
-        now: Instant,
-    ) {
-        let _ = (backend, next_hop, snapshot, now);
+    pub fn next_hop(&mut self, backend: IpAddr, next_hop: Option<NextHop>, now: Instant) {
+        match next_hop {
+            Some(next_hop) => {
+                tracing::debug!(%backend, ?next_hop, "next hop");
+                self.next_hops.insert(backend, next_hop);
+            }
+            None => {
+                tracing::warn!(%backend, "no next hop: it gets no new flows until there is one");
+                self.next_hops.remove(&backend);
+            }
+        }
+        for vip in self.users.get(&backend).cloned().unwrap_or_default() {
+            self.apply_vip(vip, now);
+        }
     }
 
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
     pub fn tick(&mut self, now: Instant) {
-        let _ = now;
+        self.datapath.forward_logs();
+        if self
+            .last_sweep
+            .is_none_or(|last| now.duration_since(last) >= SWEEP_INTERVAL)
+        {
+            self.last_sweep = Some(now);
+            if let Err(error) = self.sweep(now) {
+                tracing::error!("sweep the flow table: {error:#}");
+            }
+        }
+        for vip in std::mem::take(&mut self.broken) {
+            let ops = self.planner.rewrite(vip);
+            self.write(vip, &ops);
+        }
+        for vip in self.planner.drained(now) {
+            self.apply_vip(vip, now);
+        }
     }
 
     pub fn reader(&self) -> L4Reader {
-        L4Reader {}
+        L4Reader {
+            shared: self.shared.clone(),
+        }
     }
+
+    fn apply_vip(&mut self, vip: Vip, now: Instant) {
+        let pool = self.snapshot.vips.get(&vip).cloned();
+        let world = World {
+            now,
+            drain: self.config.drain,
+            next_hops: &self.next_hops,
+            unhealthy: &self.snapshot.unhealthy,
+        };
+        let plan = self.planner.plan(vip, pool.as_deref(), &world);
+        for (backend, refusal) in &plan.refused {
+            self.shared.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%vip, %backend, "not forwarded: {refusal}");
+        }
+        self.write(vip, &plan.ops);
+        let mut members: Vec<MemberView> = Vec::new();
+        if let Some(planned) = self.planner.vips().get(&vip) {
+            members.extend(planned.members.iter().map(|(address, member)| MemberView {
+                address: *address,
+                id: Some(member.id),
+                draining: member.drain_until.is_some() || member.state() == BackendState::Draining,
+                weight: member.entry.weight,
+            }));
+        }
+        for backend in pool.iter().flat_map(|pool| &pool.backends) {
+            if !members
+                .iter()
+                .any(|member| member.address == backend.address)
+            {
+                let (address, weight) = (backend.address, backend.weight);
+                members.push(MemberView {
+                    address,
+                    id: None,
+                    draining: false,
+                    weight,
+                });
+            }
+        }
+        self.watch_next_hops(
+            vip,
+            members.iter().map(|member| member.address.ip()).collect(),
+        );
+        self.publish(vip, members);
+    }
+
+    fn write(&mut self, vip: Vip, ops: &[MapOp]) {
+        for op in ops {
+            if let MapOp::ClearBackend { id } = op {
+                self.retire(vip, *id);
+            }
+            if let Err(error) = self.datapath.apply(op) {
+                self.shared.failed_writes.fetch_add(1, Ordering::Relaxed);
+                self.broken.insert(vip);
+                tracing::error!(%vip, "write {op:?}: {error:#}; all of this VIP is written again");
+            }
+        }
+    }
+
+    /// Keeps what a backend moved before its counters pass to another.
+    fn retire(&mut self, vip: Vip, id: u32) {
+        let Ok(counters) = self.shared.counters.backend(id) else {
+            return;
+        };
+        let vips = self.shared.vips.load();
+        let mut view = vips
+            .get(&vip)
+            .map(|view| VipView::clone(view))
+            .unwrap_or_default();
+        view.retired += counters;
+        self.shared
+            .vips
+            .store(Arc::new(vips.update(vip, Arc::new(view))));
+    }
+
+    fn publish(&mut self, vip: Vip, members: Vec<MemberView>) {
+        let vips = self.shared.vips.load();
+        let next = if members.is_empty() && !self.planner.vips().contains_key(&vip) {
+            vips.without(&vip)
+        } else {
+            let retired = vips.get(&vip).map(|view| view.retired).unwrap_or_default();
+            vips.update(vip, Arc::new(VipView { members, retired }))
+        };
+        self.shared.vips.store(Arc::new(next));
+    }
+
+    /// Watches the addresses that `vip` uses and no others on its account.
+    fn watch_next_hops(&mut self, vip: Vip, addresses: BTreeSet<IpAddr>) {
+        let before = self
+            .shared
+            .vips
+            .load()
+            .get(&vip)
+            .cloned()
+            .unwrap_or_default();
+        for address in &addresses {
+            let users = self.users.entry(*address).or_default();
+            if users.is_empty() {
+                self.watcher.watch(*address);
+            }
+            users.insert(vip);
+        }
+        for address in before.members.iter().map(|member| member.address.ip()) {
+            if addresses.contains(&address) {
+                continue;
+            }
+            let Some(users) = self.users.get_mut(&address) else {
+                continue;
+            };
+            users.remove(&vip);
+            if users.is_empty() {
+                self.users.remove(&address);
+                self.next_hops.remove(&address);
+                self.watcher.unwatch(address);
+            }
+        }
+    }
+
+    /// Until the routing table is read, backends are where the earlier agent found them.
+    fn adopt_next_hops(&mut self) {
+        let mut adopted: Vec<(Vip, Vec<MemberView>)> = Vec::new();
+        for (vip, planned) in self.planner.vips() {
+            for member in planned.members.values() {
+                let entry = &member.entry;
+                let hop = NextHop {
+                    ifindex: entry.ifindex,
+                    source_mac: entry.source_mac,
+                    destination_mac: entry.destination_mac,
+                    source: entry.source.ip(),
+                };
+                self.next_hops.insert(entry.address.ip(), hop);
+            }
+            let members = planned.members.iter().map(|(address, member)| MemberView {
+                address: *address,
+                id: Some(member.id),
+                draining: member.drain_until.is_some(),
+                weight: member.entry.weight,
+            });
+            adopted.push((*vip, members.collect()));
+        }
+        for (vip, members) in adopted {
+            self.watch_next_hops(
+                vip,
+                members.iter().map(|member| member.address.ip()).collect(),
+            );
+            self.publish(vip, members);
+        }
+    }
+
+    fn sweep(&mut self, now: Instant) -> anyhow::Result<()> {
+        let members = self
+            .planner
+            .vips()
+            .values()
+            .flat_map(|planned| planned.members.values());
+        let ids: Vec<u32> = members.map(|member| member.id).collect();
+        let (result, flows) = self.datapath.sweep(&ids)?;
+        self.shared
+            .active_flows
+            .store(u64::from(result.live), Ordering::Relaxed);
+        let flows: HashMap<u32, u32> = flows.into_iter().collect();
+        self.planner
+            .end_drains(now, |id| flows.get(&id) == Some(&0));
+        self.shared.flows.store(Arc::new(flows));
+        Ok(())
+    }
+}
+
+fn adopted(vip: Vip, address: SocketAddr, weight: u16) -> Registration {
+    let backend = Backend {
+        address,
+        weight,
+        tls: None,
+        protocol: HttpProtocol::Http1,
+        app: None,
+        instance_id: None,
+        instance_index: None,
+        availability_zone: None,
+        isolation_segment: None,
+        tags: Default::default(),
+        origin: Origin::Adopted,
+    };
+    Registration {
+        routes: vec![RouteKey::Vip(vip)],
+        backend: Arc::new(backend),
+        stale_after: None,
+        balance: None,
+        route_service_url: None,
+    }
+}
+
+/// The kernel picks local ports of its own connections from this range; a backend's answer to one of
+/// them must not look like the answer to a flow.
+fn check_port_ranges(nat_ports: PortRange) -> anyhow::Result<()> {
+    const PATH: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let text = std::fs::read_to_string(PATH).with_context(|| format!("read {PATH}"))?;
+    let ports: Vec<u16> = text
+        .split_whitespace()
+        .filter_map(|port| port.parse().ok())
+        .collect();
+    if let [first, last] = ports[..] {
+        ensure!(
+            nat_ports.last < first || nat_ports.first > last,
+            "l4.nat_ports {nat_ports} overlaps net.ipv4.ip_local_port_range {first}-{last}"
+        );
+    }
+    Ok(())
 }
 
 /// Reads the program's counters from any thread.
 #[derive(Clone)]
-pub struct L4Reader {}
+pub struct L4Reader {
+    shared: Arc<Shared>,
+}
 
 impl L4Reader {
+    /// # Errors
+    /// A counter map cannot be read.
     pub fn stats(&self) -> anyhow::Result<L4Stats> {
-        Ok(L4Stats::default())
+        let shared = &self.shared;
+        let flows = shared.flows.load();
+        let verdicts = shared.counters.verdicts()?;
+        let mut stats = L4Stats {
+            verdicts: verdicts
+                .into_iter()
+                .map(|(verdict, count)| (verdict.name(), count))
+                .collect(),
+            active_flows: shared.active_flows.load(Ordering::Relaxed),
+            failed_writes: shared.failed_writes.load(Ordering::Relaxed),
+            refused: shared.refused.load(Ordering::Relaxed),
+            vips: Vec::new(),
+        };
+        for (vip, view) in shared.vips.load().iter() {
+            stats.vips.push(self.vip_stats(vip, view, &flows)?);
+        }
+        Ok(stats)
+    }
+
+    fn vip_stats(
+        &self,
+        vip: &Vip,
+        view: &VipView,
+        flows: &HashMap<u32, u32>,
+    ) -> anyhow::Result<VipStats> {
+        let mut total = view.retired;
+        let mut backends = Vec::with_capacity(view.members.len());
+        let mut active_flows = 0;
+        for member in &view.members {
+            let counters = match member.id {
+                Some(id) => self.shared.counters.backend(id)?,
+                None => BackendCounters::default(),
+            };
+            total += counters;
+            let member_flows = member
+                .id
+                .and_then(|id| flows.get(&id).copied())
+                .unwrap_or(0);
+            active_flows += u64::from(member_flows);
+            backends.push(BackendStats {
+                address: member.address,
+                weight: member.weight,
+                draining: member.draining,
+                reachable: member.id.is_some(),
+                active_flows: u64::from(member_flows),
+                moved: Moved::from(counters),
+            });
+        }
+        Ok(VipStats {
+            vip: vip.to_string(),
+            active_flows,
+            moved: Moved::from(total),
+            backends,
+        })
     }
 }
 
@@ -78,32 +479,55 @@ impl L4Reader {
 pub struct L4Stats {
     /// Packets by verdict name.
     pub verdicts: Vec<(&'static str, u64)>,
+    /// As of the last sweep, at most five seconds ago.
     pub active_flows: u64,
+    /// Writes to a map that the kernel refused and that were or will be repeated.
+    pub failed_writes: u64,
+    /// Backends that a plan left out for want of room or for their address family.
+    pub refused: u64,
     pub vips: Vec<VipStats>,
 }
 
 #[derive(Clone, Debug, Serialize)]
 pub struct VipStats {
     pub vip: String,
-    /// From clients to the VIP.
-    pub packets: u64,
-    pub bytes: u64,
-    /// From backends to clients.
-    pub reply_packets: u64,
-    pub reply_bytes: u64,
-    pub new_flows: u64,
+    pub active_flows: u64,
+    #[serde(flatten)]
+    pub moved: Moved,
     pub backends: Vec<BackendStats>,
 }
 
 #[derive(Clone, Debug, Serialize)]
 pub struct BackendStats {
     pub address: SocketAddr,
+    pub weight: u16,
+    /// Gets no new flows: it left its pool, or is unhealthy.
     pub draining: bool,
     /// False while no next hop is known; such a backend gets no flows.
     pub reachable: bool,
+    pub active_flows: u64,
+    #[serde(flatten)]
+    pub moved: Moved,
+}
+
+/// Packets and octets of Ethernet frames, from clients and back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Moved {
     pub packets: u64,
     pub bytes: u64,
     pub reply_packets: u64,
     pub reply_bytes: u64,
     pub new_flows: u64,
+}
+
+impl From<BackendCounters> for Moved {
+    fn from(counters: BackendCounters) -> Moved {
+        Moved {
+            packets: counters.packets,
+            bytes: counters.bytes,
+            reply_packets: counters.reply_packets,
+            reply_bytes: counters.reply_bytes,
+            new_flows: counters.new_flows,
+        }
+    }
 }

@@ -28,7 +28,10 @@ pub fn ring(members: &[Member]) -> Option<Box<[u32]>> {
     let mut members: Vec<Member> = members.to_vec();
     members.sort_by_key(|member| member.address);
     let heaviest = members.iter().map(|member| member.weight.max(1)).max()?;
-    let mut walks: Vec<Walk> = members.iter().map(|member| Walk::new(member.address)).collect();
+    let mut walks: Vec<Walk> = members
+        .iter()
+        .map(|member| Walk::new(member.address))
+        .collect();
     let mut ring: Vec<u32> = vec![0; RING_SIZE];
     let mut taken = vec![false; RING_SIZE];
     let mut free = RING_SIZE;
@@ -82,7 +85,7 @@ impl Walk {
     }
 }
 
-/// FNV-1a (RFC 9923) over the 16 octets of the address and 2 of the port, then the finaliser of
+/// FNV-1a (Fowler, Noll and Vo) over the 16 octets of the address and 2 of the port, then the finaliser of
 /// MurmurHash3, since FNV's high bits depend little on the last octets.
 fn hash(address: SocketAddr) -> u64 {
     let octets = match address.ip() {

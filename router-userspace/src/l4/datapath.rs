@@ -1,0 +1,594 @@
+//! The kernel's side of layer 4: loads the programs, owns the maps, attaches. The only file that names aya.
+//!
+//! Maps and links are pinned, so the programs go on forwarding without the agent, and the next agent
+//! finds flows, rings and counters where this one left them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail, ensure};
+use aya::maps::{Array, HashMap, MapData, MapInfo, PerCpuArray};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::xdp::{XdpLink, XdpMode};
+use aya::programs::{TestRun, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader, Pod};
+use aya_log::EbpfLogger;
+use router_common::{
+    Addr, BackendCounters, BackendEntry, BackendState, ClockSample, FLOW_WAYS, FlowState,
+    RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
+};
+
+use crate::config::{Attach, FlowTimeouts, L4Limits, PortRange};
+use crate::l4::plan::MapOp;
+
+/// The compiled programs; empty when built without a BPF toolchain.
+static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));
+/// A program that passes every packet, for the other end of a veth.
+pub static PASS_PROGRAM: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-pass"));
+
+/// Maps that outlive the agent, each under its name in the pin directory.
+const PINNED_MAPS: [&str; 11] = [
+    "SETTINGS",
+    "PREFILTER",
+    "VIPS",
+    "VIP_ADDRESSES",
+    "RINGS",
+    "BACKENDS",
+    "BACKEND_COUNTERS",
+    "FLOW_SLOTS",
+    "FLOWS",
+    "RETURNS",
+    "VERDICTS",
+];
+/// The smallest frame that BPF_PROG_TEST_RUN takes is an Ethernet header.
+const EMPTY_FRAME: [u8; 64] = [0; 64];
+/// Kernel: include/uapi/linux/magic.h, `BPF_FS_MAGIC`.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// What the maps are made for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub limits: L4Limits,
+    pub timeouts: FlowTimeouts,
+    pub nat_ports: PortRange,
+    /// Where to pin; `None` lets everything go with the process.
+    pub pin_path: Option<PathBuf>,
+}
+
+/// The loaded programs and the maps they share with the agent.
+pub struct Datapath {
+    ebpf: Ebpf,
+    pin_path: Option<PathBuf>,
+    buckets: u32,
+    settings: Array<MapData, Settings>,
+    prefilter: Array<MapData, u64>,
+    vips: HashMap<MapData, VipKey, VipInfo>,
+    vip_addresses: HashMap<MapData, Addr, u32>,
+    rings: Array<MapData, Ring>,
+    backends: Array<MapData, BackendEntry>,
+    backend_counters: PerCpuArray<MapData, BackendCounters>,
+    backend_flows: Array<MapData, u32>,
+    sweep: Array<MapData, SweepRequest>,
+    counters: Counters,
+    logger: EbpfLogger<&'static dyn log::Log>,
+    /// Held while nothing is pinned: dropping a link detaches it.
+    links: Vec<XdpLink>,
+}
+
+/// How a program came to sit on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    Native,
+    Generic,
+    /// A pinned link of an earlier agent, with this agent's program in it.
+    Adopted,
+}
+
+/// What one run of the packet program on a given frame did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// An XDP action: kernel, include/uapi/linux/bpf.h, `enum xdp_action`.
+    pub action: u32,
+    pub frame: Vec<u8>,
+    /// Mean time of one of the repeats.
+    pub nanoseconds: u64,
+}
+
+impl Datapath {
+    /// Loads the programs and creates the maps, or opens those that are pinned.
+    ///
+    /// # Errors
+    /// Names what the kernel refused; a pinned map of another shape is named with the remedy.
+    pub fn open(options: &Options) -> anyhow::Result<Datapath> {
+        ensure!(
+            !PROGRAM.is_empty(),
+            "this viaduct was built without its BPF programs: run `cargo xtask setup` and build again"
+        );
+        let buckets = (options.limits.flows.next_power_of_two() / FLOW_WAYS as u32).max(1);
+        let backends = options.limits.backends + 1;
+        let sizes = [
+            ("VIPS", options.limits.vips),
+            ("VIP_ADDRESSES", options.limits.vips),
+            ("RINGS", options.limits.vips),
+            ("BACKENDS", backends),
+            ("BACKEND_COUNTERS", backends),
+            ("BACKEND_FLOWS", backends),
+            ("FLOW_SLOTS", buckets),
+            ("FLOWS", buckets * FLOW_WAYS as u32),
+            ("RETURNS", buckets),
+        ];
+        let mut loader = EbpfLoader::new();
+        for (name, size) in sizes {
+            loader.map_max_entries(name, size);
+        }
+        if let Some(path) = &options.pin_path {
+            prepare_pin_path(path)?;
+            for name in PINNED_MAPS {
+                let pin = path.join(name);
+                let size = sizes
+                    .iter()
+                    .find(|(sized, _)| *sized == name)
+                    .map(|(_, size)| *size);
+                check_pinned(&pin, name, size)?;
+                loader.map_pin_path(name, pin);
+            }
+        }
+        let mut ebpf = loader.load(PROGRAM).context("load the XDP program")?;
+        for name in ["viaduct", "sweep", "clock"] {
+            program(&mut ebpf, name)?
+                .load()
+                .with_context(|| format!("load program {name}"))?;
+        }
+        let counters = Counters(Arc::new(CounterMaps {
+            verdicts: PerCpuArray::try_from(reopen(&ebpf, "VERDICTS")?)?,
+            backends: PerCpuArray::try_from(reopen(&ebpf, "BACKEND_COUNTERS")?)?,
+        }));
+        let logger = EbpfLogger::init(&mut ebpf).context("open the programs' log")?;
+        let mut datapath = Datapath {
+            counters,
+            logger,
+            pin_path: options.pin_path.clone(),
+            buckets,
+            settings: array(&mut ebpf, "SETTINGS")?,
+            prefilter: array(&mut ebpf, "PREFILTER")?,
+            vips: HashMap::try_from(take(&mut ebpf, "VIPS")?)?,
+            vip_addresses: HashMap::try_from(take(&mut ebpf, "VIP_ADDRESSES")?)?,
+            rings: array(&mut ebpf, "RINGS")?,
+            backends: array(&mut ebpf, "BACKENDS")?,
+            backend_counters: PerCpuArray::try_from(take(&mut ebpf, "BACKEND_COUNTERS")?)?,
+            backend_flows: array(&mut ebpf, "BACKEND_FLOWS")?,
+            sweep: array(&mut ebpf, "SWEEP")?,
+            links: Vec::new(),
+            ebpf,
+        };
+        datapath.write_settings(options)?;
+        Ok(datapath)
+    }
+
+    /// Attaches to an interface, or takes over the link an earlier agent pinned.
+    pub fn attach(&mut self, interface: &str, mode: Attach) -> anyhow::Result<Attached> {
+        let pin = self.pin_path.as_ref().map(|path| link_pin(path, interface));
+        if let Some(pin) = &pin
+            && pin.exists()
+        {
+            match self.adopt_link(pin) {
+                Ok(()) => return Ok(Attached::Adopted),
+                // The interface went away under it, or it is of another kind: begin anew.
+                Err(error) => {
+                    tracing::info!(interface, "the pinned link is of no use: {error:#}");
+                    fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
+                }
+            }
+        }
+        let (link, attached) = self.attach_new(interface, mode)?;
+        match pin {
+            Some(pin) => {
+                let link: FdLink = link
+                    .try_into()
+                    .context("an XDP link without a descriptor")?;
+                link.pin(&pin)
+                    .with_context(|| format!("pin {}", pin.display()))?;
+            }
+            None => self.links.push(link),
+        }
+        Ok(attached)
+    }
+
+    /// Writes one change to the kernel.
+    pub fn apply(&mut self, op: &MapOp) -> anyhow::Result<()> {
+        match op {
+            MapOp::SetBackend { id, entry } => self.backends.set(*id, entry, 0)?,
+            MapOp::ClearBackend { id } => {
+                self.backends.set(*id, BackendEntry::default(), 0)?;
+                let cpus = aya::util::nr_cpus()
+                    .map_err(|(_, error)| error)
+                    .context("count CPUs")?;
+                let zero =
+                    aya::maps::PerCpuValues::try_from(vec![BackendCounters::default(); cpus])?;
+                self.backend_counters.set(*id, zero, 0)?;
+            }
+            MapOp::SetRing { ring, slots } => {
+                let slots: Box<[u32; RING_SIZE]> = slots
+                    .clone()
+                    .try_into()
+                    .map_err(|_| anyhow::anyhow!("a ring of another size"))?;
+                self.rings.set(
+                    *ring,
+                    Ring {
+                        slots: *slots,
+                        reserved: Default::default(),
+                    },
+                    0,
+                )?;
+            }
+            MapOp::SetVip { key, info } => self.vips.insert(key, info, 0)?,
+            MapOp::RemoveVip { key } => self.vips.remove(key)?,
+            MapOp::SetVipAddress { addr, vips: 0 } => self.vip_addresses.remove(addr)?,
+            MapOp::SetVipAddress { addr, vips } => self.vip_addresses.insert(addr, vips, 0)?,
+            MapOp::SetPrefilter { word, bits } => self.prefilter.set(*word, bits, 0)?,
+        }
+        Ok(())
+    }
+
+    /// What the maps hold: the VIPs, and every backend id in use.
+    #[expect(
+        clippy::type_complexity,
+        reason = "two lists of pairs, taken apart by the one caller"
+    )]
+    pub fn installed(&self) -> anyhow::Result<(Vec<(VipKey, VipInfo)>, Vec<(u32, BackendEntry)>)> {
+        let vips = self
+            .vips
+            .iter()
+            .collect::<Result<Vec<_>, _>>()
+            .context("read VIPS")?;
+        let mut backends = Vec::new();
+        for id in 1..self.backends.len() {
+            let entry = self.backends.get(&id, 0).context("read BACKENDS")?;
+            if entry.state != BackendState::Free as u8 {
+                backends.push((id, entry));
+            }
+        }
+        Ok((vips, backends))
+    }
+
+    /// Forgets expired flows and counts the others: in all, and by the backend ids given.
+    pub fn sweep(&mut self, ids: &[u32]) -> anyhow::Result<(SweepResult, Vec<(u32, u32)>)> {
+        for id in ids {
+            self.backend_flows
+                .set(*id, 0, 0)
+                .context("reset BACKEND_FLOWS")?;
+        }
+        let mut total = SweepResult::default();
+        for first_bucket in (0..self.buckets).step_by(SWEEP_BUCKETS as usize) {
+            let request = SweepRequest {
+                first_bucket,
+                ..SweepRequest::default()
+            };
+            self.sweep.set(0, request, 0).context("write SWEEP")?;
+            self.run_program("sweep", &EMPTY_FRAME, 1)?;
+            let result = self.sweep.get(&0, 0).context("read SWEEP")?.result;
+            total.live += result.live;
+            total.freed += result.freed;
+        }
+        let mut flows = Vec::with_capacity(ids.len());
+        for id in ids {
+            flows.push((
+                *id,
+                self.backend_flows
+                    .get(id, 0)
+                    .context("read BACKEND_FLOWS")?,
+            ));
+        }
+        Ok((total, flows))
+    }
+
+    /// Runs the packet program on a frame as if it had just come in, without sending anything.
+    ///
+    /// `repeat` times on the same buffer: only the first of them sees `frame` as it is.
+    pub fn run(&mut self, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
+        self.run_program("viaduct", frame, repeat)
+    }
+
+    /// A reader of the counters, for other threads.
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
+    }
+
+    /// Hands what the programs logged since the last call to this process's log.
+    pub fn forward_logs(&mut self) {
+        self.logger.flush();
+    }
+
+    fn run_program(&mut self, name: &str, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
+        // What a veth's headroom could grow a frame by.
+        let mut out = vec![0; frame.len() + 256];
+        let result = program(&mut self.ebpf, name)?
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                repeat,
+                ..TestRunOptions::default()
+            })
+            .with_context(|| format!("run program {name}"))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Run {
+            action: result.return_value,
+            frame: out,
+            nanoseconds: result.duration.as_nanos() as u64,
+        })
+    }
+
+    fn attach_new(&mut self, interface: &str, mode: Attach) -> anyhow::Result<(XdpLink, Attached)> {
+        ensure!(
+            Path::new("/sys/class/net").join(interface).exists(),
+            "l4.interfaces: there is no interface {interface:?}"
+        );
+        let program = program(&mut self.ebpf, "viaduct")?;
+        let native = |program: &mut Xdp| -> anyhow::Result<XdpLink> {
+            let id = program.attach(interface, XdpMode::Driver)?;
+            Ok(program.take_link(id)?)
+        };
+        let generic = |program: &mut Xdp| -> anyhow::Result<XdpLink> {
+            let id = program.attach(interface, XdpMode::Skb)?;
+            Ok(program.take_link(id)?)
+        };
+        match mode {
+            Attach::Native => {
+                let link = native(program)
+                    .with_context(|| format!("attach XDP to {interface} in native mode"))?;
+                Ok((link, Attached::Native))
+            }
+            Attach::Generic => {
+                let link = generic(program)
+                    .with_context(|| format!("attach XDP to {interface} in generic mode"))?;
+                Ok((link, Attached::Generic))
+            }
+            Attach::Auto => match native(program) {
+                Ok(link) => Ok((link, Attached::Native)),
+                Err(error) => {
+                    tracing::warn!(
+                        interface,
+                        "no native XDP, falling back to generic: {error:#}"
+                    );
+                    let link = generic(program).with_context(|| {
+                        format!("attach XDP to {interface} in native or generic mode")
+                    })?;
+                    Ok((link, Attached::Generic))
+                }
+            },
+        }
+    }
+
+    /// Puts this agent's program into a pinned link; the kernel swaps it between two packets.
+    fn adopt_link(&mut self, pin: &Path) -> anyhow::Result<()> {
+        let link: FdLink = PinnedLink::from_pin(pin).context("open")?.into();
+        let link = XdpLink::try_from(link).context("not an XDP link")?;
+        let program = program(&mut self.ebpf, "viaduct")?;
+        let id = program
+            .attach_to_link(link)
+            .context("replace its program")?;
+        // The pin keeps it; this handle may go.
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    fn write_settings(&mut self, options: &Options) -> anyhow::Result<()> {
+        let ports = options.nat_ports;
+        let hz = self.jiffies_per_second()?;
+        // About two ticks a second: fine enough for timeouts, coarse enough to write rarely.
+        let tick_shift = (hz / 2).max(1).ilog2();
+        let ticks = |timeout: std::time::Duration| {
+            let jiffies = timeout.as_millis() as u64 * u64::from(hz) / 1000;
+            // Ages wrap at 2^24 ticks, so half of that is the longest that can be told apart.
+            (jiffies >> tick_shift).clamp(1, 1 << 23) as u32
+        };
+        let mut timeouts = [0; FlowState::COUNT];
+        for (state, timeout) in [
+            (FlowState::Syn, options.timeouts.tcp_syn),
+            (FlowState::Established, options.timeouts.tcp_established),
+            (FlowState::FinClient, options.timeouts.tcp_established),
+            (FlowState::FinBackend, options.timeouts.tcp_established),
+            (FlowState::Closing, options.timeouts.tcp_closing),
+            (FlowState::Udp, options.timeouts.udp),
+            // Only left behind by a sweep that was cut short.
+            (FlowState::Sweeping, options.timeouts.tcp_closing),
+        ] {
+            timeouts[state as usize] = ticks(timeout);
+        }
+        let before = self.settings.get(&0, 0).context("read SETTINGS")?;
+        let fresh = before.hash_keys == [0; router_common::HASH_WORDS];
+        let settings = Settings {
+            // An adopted flow table stays where its keys put it.
+            hash_keys: if fresh {
+                rand::random()
+            } else {
+                before.hash_keys
+            },
+            bucket_mask: self.buckets - 1,
+            tick_shift,
+            timeouts,
+            nat_port_first: ports.first,
+            nat_port_count: ports.last - ports.first + 1,
+            reserved: 0,
+        };
+        self.settings.set(0, settings, 0).context("write SETTINGS")
+    }
+
+    /// CONFIG_HZ, which the kernel tells nobody: from its two clocks, some milliseconds apart.
+    fn jiffies_per_second(&mut self) -> anyhow::Result<u32> {
+        let clock: Array<MapData, ClockSample> = array(&mut self.ebpf, "CLOCK")?;
+        let mut sample = || -> anyhow::Result<ClockSample> {
+            self.run_program("clock", &EMPTY_FRAME, 1)?;
+            clock.get(&0, 0).context("read CLOCK")
+        };
+        let first = sample()?;
+        let mut last = first;
+        while last.jiffies < first.jiffies + 10 {
+            std::thread::yield_now();
+            last = sample()?;
+        }
+        let per_second = (last.jiffies - first.jiffies) as f64 * 1e9
+            / (last.monotonic_ns - first.monotonic_ns) as f64;
+        // Kernel: kernel/Kconfig.hz.
+        let nearest = [100u32, 250, 300, 1000]
+            .into_iter()
+            .min_by_key(|hz| (f64::from(*hz) - per_second).abs() as u32);
+        nearest.context("no jiffies")
+    }
+}
+
+/// The kernel's counters, readable from any thread.
+#[derive(Clone)]
+pub struct Counters(Arc<CounterMaps>);
+
+struct CounterMaps {
+    verdicts: PerCpuArray<MapData, u64>,
+    backends: PerCpuArray<MapData, BackendCounters>,
+}
+
+impl Counters {
+    /// Packets by verdict, of all CPUs.
+    pub fn verdicts(&self) -> anyhow::Result<Vec<(Verdict, u64)>> {
+        let mut verdicts = Vec::with_capacity(Verdict::ALL.len());
+        for &verdict in Verdict::ALL {
+            let values = self
+                .0
+                .verdicts
+                .get(&(verdict as u32), 0)
+                .context("read VERDICTS")?;
+            verdicts.push((verdict, values.iter().sum()));
+        }
+        Ok(verdicts)
+    }
+
+    /// What one backend's flows moved, on all CPUs.
+    pub fn backend(&self, id: u32) -> anyhow::Result<BackendCounters> {
+        let mut total = BackendCounters::default();
+        for value in self
+            .0
+            .backends
+            .get(&id, 0)
+            .context("read BACKEND_COUNTERS")?
+            .iter()
+        {
+            total += *value;
+        }
+        Ok(total)
+    }
+}
+
+/// Removes every pinned link and map below `pin_path`, which detaches the programs. Says how many.
+pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
+    if !pin_path.exists() {
+        return Ok(0);
+    }
+    let mut removed = 0;
+    let links = pin_path.join(LINKS);
+    for dir in [links.as_path(), pin_path] {
+        let Ok(entries) = fs::read_dir(dir) else {
+            continue;
+        };
+        for entry in entries {
+            let path = entry
+                .with_context(|| format!("list {}", dir.display()))?
+                .path();
+            if path.is_dir() {
+                continue;
+            }
+            fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+            removed += 1;
+        }
+        fs::remove_dir(dir).with_context(|| format!("remove {}", dir.display()))?;
+    }
+    Ok(removed)
+}
+
+/// Where links are pinned, below the pin path, by interface name.
+const LINKS: &str = "links";
+
+fn link_pin(pin_path: &Path, interface: &str) -> PathBuf {
+    // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`); VLAN devices have them.
+    pin_path.join(LINKS).join(interface.replace('.', "_"))
+}
+
+fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
+    let bpffs = Path::new("/sys/fs/bpf");
+    if path.starts_with(bpffs) && !is_bpffs(bpffs) {
+        nix::mount::mount(
+            Some("bpf"),
+            bpffs,
+            Some("bpf"),
+            nix::mount::MsFlags::empty(),
+            None::<&str>,
+        )
+        .context("mount a bpffs on /sys/fs/bpf")?;
+    }
+    fs::create_dir_all(path.join(LINKS))
+        .with_context(|| format!("create l4.pin_path {}", path.display()))?;
+    if !is_bpffs(path) {
+        bail!("l4.pin_path {} is not on a bpffs", path.display());
+    }
+    Ok(())
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+}
+
+/// A pinned map that another version or another configuration made would be misread.
+fn check_pinned(pin: &Path, name: &str, size: Option<u32>) -> anyhow::Result<()> {
+    if !pin.exists() {
+        return Ok(());
+    }
+    let info = MapInfo::from_pin(pin).with_context(|| format!("open {}", pin.display()))?;
+    let value_len = match name {
+        "SETTINGS" => size_of::<Settings>(),
+        "VIPS" => size_of::<VipInfo>(),
+        "RINGS" => size_of::<Ring>(),
+        "BACKENDS" => size_of::<BackendEntry>(),
+        "BACKEND_COUNTERS" => size_of::<BackendCounters>(),
+        "FLOW_SLOTS" | "FLOWS" | "RETURNS" => 64,
+        "VIP_ADDRESSES" => size_of::<u32>(),
+        _ => size_of::<u64>(),
+    };
+    let entries = info.max_entries();
+    if info.value_size() as usize != value_len || size.is_some_and(|size| size != entries) {
+        bail!(
+            "the pinned map {} has {entries} entries of {} octets, not {} of {value_len}: \
+             undo the change of l4.limits, or run `viaduct detach` (which ends its flows) and start again",
+            pin.display(),
+            info.value_size(),
+            size.unwrap_or(entries),
+        );
+    }
+    Ok(())
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+    let program = ebpf
+        .program_mut(name)
+        .with_context(|| format!("no program {name}"))?;
+    program
+        .try_into()
+        .with_context(|| format!("{name} is no XDP program"))
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
+    ebpf.take_map(name)
+        .with_context(|| format!("no map {name}"))
+}
+
+/// A second descriptor of a map, for another thread.
+fn reopen(ebpf: &Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
+    let Some(aya::maps::Map::PerCpuArray(map)) = ebpf.map(name) else {
+        bail!("no per-CPU array {name}");
+    };
+    let map = MapData::from_id(map.info()?.id()).with_context(|| format!("open {name} again"))?;
+    Ok(aya::maps::Map::PerCpuArray(map))
+}
+
+fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Array<MapData, V>> {
+    Array::try_from(take(ebpf, name)?).with_context(|| format!("map {name}"))
+}
