@@ -147,7 +147,7 @@ impl core::ops::AddAssign for BackendCounters {
 pub struct Settings {
     /// Random, made when the maps are; the flow table's places depend on it.
     pub hash_keys: [u64; HASH_WORDS],
-    /// Buckets of `FLOW_SLOTS` and `RETURNS`, a power of two, less one.
+    /// Buckets of `FLOW_SLOTS`, a power of two, less one; `RETURNS` has twice as many.
     pub bucket_mask: u32,
     /// A tick is 2^`tick_shift` jiffies, about half a second.
     pub tick_shift: u32,

@@ -15,8 +15,9 @@ use router_common::{
 use crate::maps;
 use crate::packet::Packet;
 
-/// Gateway ports tried for a new flow. Each try fails only if eight flows share its bucket or one
-/// its hash; at half load that is one in fifty, so all eight fail once in 10^13 flows.
+/// Gateway ports tried for a new flow. A try fails if eight others share its bucket or one its hash.
+/// `RETURNS` is never more than half full, where that is one in fifty: all fail once in 10^13 flows,
+/// or when the ports towards the backend are nearly used up.
 const PORT_TRIES: u32 = 8;
 
 /// A client's flow.
@@ -105,7 +106,7 @@ pub struct BackendFlow {
 #[inline(always)]
 pub fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Option<BackendFlow> {
     let hash = packet.key.hash(&settings.hash_keys);
-    let bucket = maps::RETURNS.get(bucket_of(hash, settings))?;
+    let bucket = maps::RETURNS.get(return_bucket_of(hash, settings))?;
     for way in 0..RETURN_WAYS {
         let slot = ReturnSlot(load(&bucket.slots[way].0));
         if slot.hash() != hash || slot.0 == 0 {
@@ -150,7 +151,7 @@ pub fn expired(slot: FlowSlot, entry: &FlowEntry, settings: &Settings, now: u32)
 /// Empties the return slot of `entry`, if it still is that entry's.
 #[inline(always)]
 pub fn clear_return(return_hash: u32, index: u32, settings: &Settings) {
-    let Some(bucket) = maps::RETURNS.get(bucket_of(return_hash, settings)) else {
+    let Some(bucket) = maps::RETURNS.get(return_bucket_of(return_hash, settings)) else {
         return;
     };
     let ours = ReturnSlot::new(return_hash, index).0;
@@ -196,8 +197,12 @@ pub fn swap(_word: &u64, _old: u64, _new: u64) -> bool {
 
 #[inline(always)]
 fn bucket_of(hash: u32, settings: &Settings) -> u32 {
-    // The high bits: those of the low half would repeat in every bucket as the slot's own hash.
     (hash >> 8) & settings.bucket_mask
+}
+
+#[inline(always)]
+fn return_bucket_of(hash: u32, settings: &Settings) -> u32 {
+    (hash >> 8) & (settings.bucket_mask * 2 + 1)
 }
 
 /// Whether the backend that made the flow still has that id and may keep its flows.
@@ -422,7 +427,7 @@ fn claim_port(
 /// Takes a return slot, unless another flow's answers have the same hash and so perhaps the same port.
 #[inline(always)]
 fn claim_return(return_hash: u32, index: u32, settings: &Settings) -> bool {
-    let Some(bucket) = maps::RETURNS.get(bucket_of(return_hash, settings)) else {
+    let Some(bucket) = maps::RETURNS.get(return_bucket_of(return_hash, settings)) else {
         return false;
     };
     let mut free = RETURN_WAYS;

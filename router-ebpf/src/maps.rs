@@ -53,9 +53,9 @@ pub static FLOW_SLOTS: Array<FlowBucket> = Array::with_max_entries(1, 0);
 #[map]
 pub static FLOWS: Array<FlowEntry> = Array::with_max_entries(8, 0);
 
-/// Hash of a backend's packets to flows; 8 slots a bucket. Written here.
+/// Hash of a backend's packets to flows; 8 slots a bucket, twice as many as flows. Written here.
 #[map]
-pub static RETURNS: Array<ReturnBucket> = Array::with_max_entries(1, 0);
+pub static RETURNS: Array<ReturnBucket> = Array::with_max_entries(2, 0);
 
 /// [`Verdict`] to packets. Written here, read by the agent.
 #[map]

@@ -212,9 +212,9 @@ pub struct FlowTimeouts {
 pub struct L4Limits {
     /// 64 KiB of kernel memory each.
     pub vips: u32,
-    /// Memberships of a backend in a VIP, draining ones included; 128 bytes each.
+    /// Memberships of a backend in a VIP, draining ones included; 80 bytes each, and 40 more a CPU.
     pub backends: u32,
-    /// Rounded up to a power of two; 80 bytes each.
+    /// Rounded up to a power of two; 88 bytes each. Twice as many as expected leaves room in every bucket.
     pub flows: u32,
 }
 

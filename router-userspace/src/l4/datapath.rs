@@ -117,7 +117,7 @@ impl Datapath {
             ("BACKEND_FLOWS", backends),
             ("FLOW_SLOTS", buckets),
             ("FLOWS", buckets * FLOW_WAYS as u32),
-            ("RETURNS", buckets),
+            ("RETURNS", buckets * 2),
         ];
         let mut loader = EbpfLoader::new();
         for (name, size) in sizes {
