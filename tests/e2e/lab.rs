@@ -16,14 +16,20 @@ fn client_and_backends_reach_each_other_through_the_gateway() {
     for index in 0..3 {
         let app = site.start_app(index).unwrap();
         let (name, address) = (app.name.clone(), app.address);
-        let (echo, http) = (SocketAddr::from((address, ECHO_PORT)), (address, HTTP_PORT).into());
+        let (echo, http) = (
+            SocketAddr::from((address, ECHO_PORT)),
+            (address, HTTP_PORT).into(),
+        );
         site.lab.client.run(|| {
             let mut connection = client::tcp(echo).unwrap();
             let data = vec![7; 1 << 20];
             assert_eq!(connection.backend, name);
             assert_eq!(connection.echo(&data[..1 << 16]).unwrap(), &data[..1 << 16]);
             assert_eq!(client::udp(echo).unwrap(), name);
-            assert_eq!(client::get(http, "any", "/").unwrap().body, format!("{name}\n"));
+            assert_eq!(
+                client::get(http, "any", "/").unwrap().body,
+                format!("{name}\n")
+            );
         });
     }
 }
@@ -31,9 +37,18 @@ fn client_and_backends_reach_each_other_through_the_gateway() {
 #[test]
 fn the_client_has_a_way_to_the_vips_only_by_the_gateway() {
     let lab = Lab::new(1).unwrap();
-    let route = lab.client.command("ip").args(["route", "get", "192.0.2.10"]).output().unwrap();
+    let route = lab
+        .client
+        .command("ip")
+        .args(["route", "get", "192.0.2.10"])
+        .output()
+        .unwrap();
     assert!(String::from_utf8_lossy(&route.stdout).contains(&format!("via {FRONT}")));
-    let route = lab.backends[0].command("ip").args(["route", "get", "192.0.2.10"]).output().unwrap();
+    let route = lab.backends[0]
+        .command("ip")
+        .args(["route", "get", "192.0.2.10"])
+        .output()
+        .unwrap();
     assert!(String::from_utf8_lossy(&route.stdout).contains(&format!("via {BACK}")));
 }
 
@@ -51,7 +66,10 @@ fn a_dropped_lab_leaves_nothing() {
 fn a_killed_lab_is_removed_by_the_next() {
     // No process has an id above 4194304.
     let name = "viaduct-4194399-client";
-    Command::new("ip").args(["netns", "add", name]).status().unwrap();
+    Command::new("ip")
+        .args(["netns", "add", name])
+        .status()
+        .unwrap();
     let mut inside = Command::new("nsenter")
         .args([&format!("--net=/run/netns/{name}"), "sleep", "1000"])
         .spawn()
@@ -66,7 +84,10 @@ fn two_labs_run_side_by_side() {
     let mut sites = [Site::new(1).unwrap(), Site::new(1).unwrap()];
     for site in &mut sites {
         site.start_nats().unwrap();
-        Publisher::connect(&site.lab).unwrap().publish("any.subject", "{}").unwrap();
+        Publisher::connect(&site.lab)
+            .unwrap()
+            .publish("any.subject", "{}")
+            .unwrap();
     }
 }
 

@@ -3,7 +3,7 @@
 //! Applications announce themselves through a full client ([`crate::app`]); this one writes the
 //! protocol's text by hand, so that a test decides each byte and knows when the server has it.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
 use anyhow::{Context, ensure};
@@ -27,7 +27,7 @@ pub fn start_server(lab: &Lab) -> anyhow::Result<Process> {
     Ok(process)
 }
 
-/// A connection that publishes.
+/// A connection that publishes, and listens to at most one subject.
 pub struct Publisher {
     reader: BufReader<TcpStream>,
 }
@@ -64,8 +64,48 @@ impl Publisher {
 
     /// Publishes messages made by [`encode`], and waits until the server has taken all.
     pub fn publish_encoded(&mut self, batch: &[u8]) -> anyhow::Result<()> {
-        self.write(batch)?;
+        self.send_encoded(batch)?;
         self.flush()
+    }
+
+    /// The same without waiting.
+    pub fn send_encoded(&mut self, batch: &[u8]) -> anyhow::Result<()> {
+        self.write(batch)
+    }
+
+    /// Listens to a subject from here on; [`Publisher::next_message`] returns what comes.
+    ///
+    /// Publishing has to wait until what was asked for has come.
+    pub fn subscribe(&mut self, subject: &str) -> anyhow::Result<()> {
+        self.write(format!("SUB {subject} 1\r\n").as_bytes())?;
+        self.flush()
+    }
+
+    /// Asks a question, and leaves the answer to [`Publisher::next_message`] of a subscription to `inbox`.
+    pub fn request(&mut self, subject: &str, inbox: &str) -> anyhow::Result<()> {
+        self.write(format!("PUB {subject} {inbox} 0\r\n\r\n").as_bytes())
+    }
+
+    /// The next message of the subscription, as JSON.
+    pub fn next_message(&mut self) -> anyhow::Result<serde_json::Value> {
+        loop {
+            let line = client::read_line(&mut self.reader)?;
+            if line == "PING" {
+                self.write(b"PONG\r\n")?;
+            }
+            let Some(header) = line.strip_prefix("MSG ") else {
+                continue;
+            };
+            let length = header
+                .rsplit(' ')
+                .next()
+                .context("MSG ends with a length")?;
+            let mut payload = vec![0; length.parse().context("MSG ends with a length")?];
+            self.reader
+                .read_exact(&mut payload)
+                .context("read a message")?;
+            return serde_json::from_slice(&payload).context("a message is JSON");
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {

@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, ensure};
 use viaduct::config::{Attach, Config};
 
-use crate::app::{App, Presence, VIP, VIP_ECHO_PORT};
+use crate::app::{App, HOST, Presence, VIP, VIP_ECHO_PORT};
 use crate::client::{self, Response};
 use crate::lab::{FRONT, INTERFACES, Lab, VIP_RANGE, VIP_RANGE_V6};
 use crate::nats;
@@ -51,9 +52,14 @@ impl Site {
 
     /// Everything running, every instance registered and served by both layers.
     pub fn running(backends: usize) -> anyhow::Result<Site> {
+        Site::running_with(backends, |_| ())
+    }
+
+    /// The same with a changed configuration.
+    pub fn running_with(backends: usize, change: impl FnOnce(&mut Config)) -> anyhow::Result<Site> {
         let mut site = Site::new(backends)?;
         site.start_nats()?;
-        site.start_gateway(|_| ())?;
+        site.start_gateway(change)?;
         for index in 0..backends {
             site.start_app(index)?.set_presence(Presence::Registered);
         }
@@ -77,13 +83,31 @@ impl Site {
     pub fn spawn_gateway(&mut self, change: impl FnOnce(&mut Config)) -> anyhow::Result<()> {
         let mut config = self.config();
         change(&mut config);
-        let path = self.lab.folder().join("viaduct.toml");
+        let path = self.config_path();
         let text = toml::to_string(&config).context("write a configuration")?;
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
-        let mut command = self.lab.gateway.command(agent()?);
+        let mut command = self.viaduct()?;
         command.args(["run", "--config"]).arg(&path);
         self.gateway = Some(Process::start("viaduct", command, self.lab.folder())?);
         Ok(())
+    }
+
+    /// Where [`Site::spawn_gateway`] puts the configuration.
+    pub fn config_path(&self) -> PathBuf {
+        self.lab.folder().join("viaduct.toml")
+    }
+
+    /// The agent's binary as a command inside the gateway's namespace, without arguments.
+    pub fn viaduct(&self) -> anyhow::Result<Command> {
+        Ok(self.lab.gateway.command(agent()?))
+    }
+
+    /// The running agent.
+    ///
+    /// # Panics
+    /// It was not started.
+    pub fn gateway(&mut self) -> &mut Process {
+        self.gateway.as_mut().expect("the gateway was started")
     }
 
     /// What the agent is configured with unless a test says otherwise.
@@ -144,11 +168,6 @@ impl Site {
     /// One request through the proxy.
     pub fn get(&self, host: &str, path: &str) -> anyhow::Result<Response> {
         self.lab.client.run(|| client::get(PROXY, host, path))
-    }
-
-    /// The name of the instance that answered one request through the proxy.
-    pub fn who(&self, host: &str) -> anyhow::Result<String> {
-        self.lab.client.run(|| who(host))
     }
 
     /// Waits until `backends` different instances answer by TCP, by UDP and by HTTP.
@@ -213,11 +232,7 @@ pub fn echo_udp() -> anyhow::Result<String> {
 
 /// One request for the host that every instance serves: who answered.
 pub fn hello() -> anyhow::Result<String> {
-    who(crate::app::HOST)
-}
-
-fn who(host: &str) -> anyhow::Result<String> {
-    let response = client::get(PROXY, host, "/")?;
+    let response = client::get(PROXY, HOST, "/")?;
     ensure!(
         response.status == 200,
         "{} {}",

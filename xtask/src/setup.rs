@@ -202,7 +202,7 @@ fn nightly_with_source() -> Option<String> {
 
 fn packaged_compiler() -> Option<String> {
     let libraries = fs::read_dir("/usr/lib/rustlib/bpfel-unknown-none/lib").ok()?;
-    let mut names = libraries.filter_map(|entry| Some(entry.ok()?.file_name().into_string().ok()?));
+    let mut names = libraries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let has_core = names.any(|name| name.starts_with("libcore-"));
     (has_core && Path::new("/usr/bin/rustc").exists())
         .then(|| "/usr/bin/rustc with core for bpfel-unknown-none".to_owned())
