@@ -3,20 +3,21 @@
 //!
 //! CPU time per request is the figure to compare: client, proxy and backend share the machine's
 //! cores, so requests per second say as much of the others as of the proxy. `direct` is the client
-//! at the backend without a proxy, the floor of the latencies.
+//! at the backend without a proxy, the floor of the latencies. All of them share one namespace and
+//! talk by its loopback, so that the cost of a network is not measured.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use router_tests::client;
-use router_tests::lab::{FRONT, Lab};
+use router_tests::lab::Lab;
 use router_tests::nats::Publisher;
 use router_tests::process::{Process, wait_for};
-use router_tests::site::{PROXY, Site};
+use router_tests::site::Site;
 use serde_json::json;
 
 use crate::report::Report;
@@ -28,6 +29,7 @@ const CONNECTIONS: usize = 32;
 
 const HOST: &str = "bench.example.com";
 const BACKEND_PORT: u16 = 8080;
+const VIADUCT_PORT: u16 = 80;
 const NGINX_PORT: u16 = 8081;
 const HAPROXY_PORT: u16 = 8082;
 
@@ -36,7 +38,8 @@ const ROWS: [(&str, &str); 2] = [("get-keepalive", "/small"), ("get-64k", "/larg
 
 pub(crate) fn measure() -> anyhow::Result<Report> {
     let mut site = Site::new(1)?;
-    let backend = SocketAddr::from((site.lab.backend_address(0), BACKEND_PORT));
+    let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let backend = local(BACKEND_PORT);
     let _backend = start_backend(&site.lab)?;
     let nginx = start_nginx(&site.lab, backend)?;
     let haproxy = start_haproxy(&site.lab, backend)?;
@@ -49,13 +52,9 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
     let mut publisher = Publisher::connect(&site.lab)?;
 
     let contenders = [
-        ("viaduct", PROXY, Some(viaduct)),
-        ("nginx", SocketAddr::from((FRONT, NGINX_PORT)), Some(&nginx)),
-        (
-            "haproxy",
-            SocketAddr::from((FRONT, HAPROXY_PORT)),
-            Some(&haproxy),
-        ),
+        ("viaduct", local(VIADUCT_PORT), Some(viaduct)),
+        ("nginx", local(NGINX_PORT), Some(&nginx)),
+        ("haproxy", local(HAPROXY_PORT), Some(&haproxy)),
         ("direct", backend, None),
     ];
     let mut report = Report::new("l7");
@@ -88,7 +87,7 @@ fn register(publisher: &mut Publisher, backend: SocketAddr) -> anyhow::Result<()
 
 fn wait_until_served(lab: &Lab, address: SocketAddr, path: &str) -> anyhow::Result<()> {
     wait_for(&format!("http://{address}{path}"), || {
-        let response = lab.client.run(|| client::get(address, HOST, path)).ok()?;
+        let response = lab.gateway.run(|| client::get(address, HOST, path)).ok()?;
         (response.status == 200).then_some(())
     })
 }
@@ -101,7 +100,7 @@ fn start_backend(lab: &Lab) -> anyhow::Result<Process> {
     let server = format!("listen {BACKEND_PORT}; root {};", root.display());
     let config = nginx_config(lab.folder(), "backend", "", &server);
     start(
-        lab.backends[0].command("nginx"),
+        lab.gateway.command("nginx"),
         lab,
         "nginx-backend",
         &config,
@@ -116,6 +115,7 @@ fn start_nginx(lab: &Lab, backend: SocketAddr) -> anyhow::Result<Process> {
          location / {{
              proxy_pass http://backend;
              proxy_http_version 1.1;
+             proxy_buffers 16 16k;
              proxy_set_header Connection '';
              proxy_set_header Host $host;
              proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
@@ -206,7 +206,7 @@ struct Load {
 }
 
 fn wrk(lab: &Lab, address: SocketAddr, path: &str) -> anyhow::Result<Load> {
-    let mut wrk = lab.client.command("wrk");
+    let mut wrk = lab.gateway.command("wrk");
     wrk.args(["--latency", "-t1"])
         .arg(format!("-c{CONNECTIONS}"))
         .arg(format!("-d{SECONDS}s"));
@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_output_of_wrk_is_read() {
-        let text = "Running 2s test @ http://198.51.100.1/small
+        let text = "Running 2s test @ http://127.0.0.1/small
   1 threads and 32 connections
   Latency Distribution
      50%  713.00us

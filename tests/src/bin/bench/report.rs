@@ -2,12 +2,25 @@
 
 use std::fmt::Write;
 
-use serde_json::json;
+use serde::Serialize;
 
 /// The figures of one benchmark, in the order of their first sample.
 pub(crate) struct Report {
     bench: &'static str,
     figures: Vec<Figure>,
+}
+
+/// What is printed of a figure, in this order.
+#[derive(Serialize)]
+struct Line<'a> {
+    bench: &'a str,
+    row: &'a str,
+    who: &'a str,
+    metric: &'a str,
+    median: f64,
+    min: f64,
+    max: f64,
+    rounds: usize,
 }
 
 struct Figure {
@@ -45,17 +58,18 @@ impl Report {
         let mut text = String::new();
         for figure in &self.figures {
             let sorted = figure.sorted();
-            let line = json!({
-                "bench": self.bench,
-                "row": figure.row,
-                "who": figure.who,
-                "metric": figure.metric,
-                "median": round(median(&sorted)),
-                "min": round(sorted[0]),
-                "max": round(sorted[sorted.len() - 1]),
-                "rounds": sorted.len(),
-            });
-            let _ = writeln!(text, "{line}");
+            let line = Line {
+                bench: self.bench,
+                row: &figure.row,
+                who: figure.who,
+                metric: figure.metric,
+                median: round(median(&sorted)),
+                min: round(sorted[0]),
+                max: round(sorted[sorted.len() - 1]),
+                rounds: sorted.len(),
+            };
+            text += &serde_json::to_string(&line).expect("names and numbers are JSON");
+            text.push('\n');
         }
         text
     }
@@ -133,10 +147,12 @@ mod tests {
         for sample in [3.0, 1.0, 2.0] {
             report.add("get", "viaduct", "cpu_us_per_request", sample);
         }
-        let line: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
-        let wanted = json!({"bench": "l7", "row": "get", "who": "viaduct",
-            "metric": "cpu_us_per_request", "median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3});
-        assert_eq!(line, wanted);
+        let wanted = concat!(
+            r#"{"bench":"l7","row":"get","who":"viaduct","metric":"cpu_us_per_request","#,
+            r#""median":2.0,"min":1.0,"max":3.0,"rounds":3}"#,
+            "\n"
+        );
+        assert_eq!(report.json(), wanted);
     }
 
     #[test]
