@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
+use std::sync::atomic::Ordering;
 
 use router_tests::app::{HOST, Presence};
 use router_tests::client::{self, HttpClient};
 use router_tests::lab::CLIENT;
+use router_tests::process::wait_for;
 use router_tests::site::{self, PROXY, Site, Tally};
 
 #[test]
@@ -60,7 +62,7 @@ fn an_upgraded_connection_carries_bytes_and_outlives_the_registration() {
     });
     assert_eq!(client::read_line(&mut stream).unwrap(), "b1");
     site.app(0).set_presence(Presence::Unregistered);
-    router_tests::process::wait_for("404", || {
+    wait_for("404", || {
         (site.get(HOST, "/").ok()?.status == 404).then_some(())
     })
     .unwrap();
@@ -85,6 +87,12 @@ fn only_requests_under_way_fail_when_a_backend_is_killed() {
     let clients: Vec<_> = (0..CLIENTS)
         .map(|n| site.lab.client.spawn(&format!("client-{n}"), requests))
         .collect();
+    let served = &site.app(1).served.http_requests;
+    let before = served.load(Ordering::Relaxed);
+    wait_for("b2 to be busy", || {
+        (served.load(Ordering::Relaxed) > before + 50).then_some(())
+    })
+    .unwrap();
     site.kill_app(1);
     let failed: usize = clients
         .into_iter()

@@ -1,10 +1,12 @@
 //! Proves a site by traffic. Each fact is a line: `ok   tcp reaches every backend: b1=34 b2=33 b3=33`.
 
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use anyhow::{Context, bail, ensure};
 use router_tests::app::Presence;
 use router_tests::netns::Netns;
+use router_tests::process::wait_for;
 use router_tests::site::{self, Exchange, Site, Tally};
 
 /// Exchanges of one kind for one fact. A backend of three is missed by chance once in 10^17.
@@ -133,6 +135,11 @@ fn killed(site: &mut Site) -> anyhow::Result<String> {
     let clients: Vec<_> = (0..CLIENTS)
         .map(|n| site.lab.client.spawn(&format!("client-{n}"), requests))
         .collect();
+    let served = &site.app(2).served.http_requests;
+    let before = served.load(Ordering::Relaxed);
+    wait_for("b3 to be busy", || {
+        (served.load(Ordering::Relaxed) > before + 50).then_some(())
+    })?;
     site.kill_app(2);
     let mut total = Tally::new();
     for client in clients.into_iter().map(thread::JoinHandle::join) {
