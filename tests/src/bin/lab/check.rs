@@ -1,6 +1,7 @@
 //! Proves a site by traffic. Each fact is a line: `ok   tcp reaches every backend: b1=34 b2=33 b3=33`.
 
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
 use std::thread;
 
 use anyhow::{Context, bail, ensure};
@@ -15,7 +16,7 @@ const EXCHANGES: usize = 100;
 type Fact = fn(&mut Site) -> anyhow::Result<String>;
 
 /// Checks every fact, also after one failed; true if all held.
-pub(crate) fn all(site: &mut Site) -> anyhow::Result<bool> {
+pub(crate) fn all(site: &mut Site, interrupted: &Receiver<()>) -> anyhow::Result<bool> {
     let facts: [(&str, Fact); 8] = [
         ("the program is attached in native mode", native_mode),
         ("tcp reaches every backend", |site| {
@@ -37,6 +38,7 @@ pub(crate) fn all(site: &mut Site) -> anyhow::Result<bool> {
     ];
     let mut all_held = true;
     for (name, fact) in facts {
+        ensure!(interrupted.try_recv().is_err(), "interrupted");
         match fact(site) {
             Ok(evidence) => println!("ok   {name}: {evidence}"),
             Err(error) => {

@@ -2,8 +2,8 @@
 //!
 //! Redraws on a terminal; elsewhere it prints a line a second.
 
-use std::fmt::Write;
-use std::io::IsTerminal;
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -83,7 +83,9 @@ pub(crate) fn show(site: &mut Site, interrupted: &Receiver<()>) -> anyhow::Resul
     let clients = Clients::start(site);
     let started = Instant::now();
     let terminal = std::io::stdout().is_terminal();
-    if !terminal {
+    if terminal {
+        print!("\x1b[2J");
+    } else {
         println!("{}", try_by_hand(site));
     }
     let mut before = rows(site);
@@ -104,7 +106,6 @@ pub(crate) fn show(site: &mut Site, interrupted: &Receiver<()>) -> anyhow::Resul
             .ensure_alive()?;
         let rows = rows(site);
         if terminal {
-            // Home, then each line to its end, then what is left below.
             let view = table(
                 site,
                 &rows,
@@ -113,7 +114,9 @@ pub(crate) fn show(site: &mut Site, interrupted: &Receiver<()>) -> anyhow::Resul
                 started,
                 &clients.failed,
             );
-            print!("\x1b[H\x1b[2J{view}");
+            // Over the view before: home, each line to its end, then whatever is left below.
+            print!("\x1b[H{}\x1b[J", view.replace('\n', "\x1b[K\n"));
+            std::io::stdout().flush().context("write to the terminal")?;
         } else {
             println!("{}", line(&rows, &before, SCRIPT[step].0));
         }

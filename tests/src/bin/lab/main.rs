@@ -9,12 +9,17 @@ mod check;
 mod live;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
+use router_tests::app::HEARTBEAT;
 use router_tests::site::Site;
 
 /// Enough that the choice among them shows.
 const BACKENDS: usize = 3;
+
+/// An instance that missed this many seconds of heartbeats is gone.
+const STALE: Duration = Duration::from_secs(4);
 
 #[derive(Parser)]
 #[command(name = "lab", about = "A gateway in a lab of network namespaces")]
@@ -38,9 +43,13 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<bool> {
     eprintln!("lab: client, gateway and {BACKENDS} backends, each in a network namespace");
     let interrupted = live::interrupts()?;
-    let mut site = Site::running(BACKENDS)?;
+    let mut site = Site::running_with(BACKENDS, |config| {
+        // A killed instance shows as killed, and not two minutes later.
+        config.nats.stale_threshold = STALE;
+        config.nats.prune_interval = HEARTBEAT;
+    })?;
     if cli.check {
-        return check::all(&mut site);
+        return check::all(&mut site, &interrupted);
     }
     live::show(&mut site, &interrupted)?;
     Ok(true)
