@@ -181,9 +181,19 @@ pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
-/// A compiler that has `core` for the eBPF target, prebuilt or as source.
+/// A compiler that has `core` for the eBPF target, prebuilt or as source; in the order in which the
+/// build looks for them.
 fn ebpf_compiler() -> Option<String> {
-    nightly_with_source().or_else(packaged_compiler)
+    packaged_compiler().or_else(nightly_with_source)
+}
+
+fn packaged_compiler() -> Option<String> {
+    let rustc = "/usr/bin/rustc";
+    let target = ["--print", "target-libdir", "--target", "bpfel-unknown-none"];
+    let libraries = output(Command::new(rustc).args(target))?;
+    Path::new(&libraries)
+        .is_dir()
+        .then(|| format!("{rustc} with core for bpfel-unknown-none"))
 }
 
 /// rustup's nightly, of the LLVM of our linker and with the component rust-src.
@@ -198,14 +208,6 @@ fn nightly_with_source() -> Option<String> {
     let about = output(Command::new("rustup").args(rustc).arg("-vV"))?;
     let same_llvm = about.contains(&format!("LLVM version: {LLVM}."));
     (core.is_dir() && same_llvm).then(|| format!("{sysroot} with rust-src"))
-}
-
-fn packaged_compiler() -> Option<String> {
-    let libraries = fs::read_dir("/usr/lib/rustlib/bpfel-unknown-none/lib").ok()?;
-    let mut names = libraries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let has_core = names.any(|name| name.starts_with("libcore-"));
-    (has_core && Path::new("/usr/bin/rustc").exists())
-        .then(|| "/usr/bin/rustc with core for bpfel-unknown-none".to_owned())
 }
 
 fn install_packages(packages: &[&str]) -> anyhow::Result<()> {
