@@ -1,1 +1,176 @@
-fn main() {}
+//! `cargo xtask`: one place for everything done around the code.
+//!
+//! Each command first sets up what it needs, so the two that matter, `cargo xtask run` and
+//! `cargo xtask test`, are all a fresh machine takes. The lab, the tests and the benchmarks live in
+//! the package `router-tests`; this crate only installs, builds and starts, and so stays quick to
+//! compile.
+
+mod cargo;
+mod dist;
+mod setup;
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Set up, build, run, test and measure Viaduct"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing: the eBPF toolchain, the test runner, the lab's tools
+    Setup {
+        /// Also what the gateway is measured beside: nginx, HAProxy, wrk
+        #[arg(long)]
+        bench: bool,
+    },
+    /// Build the release binary with the eBPF program inside
+    Build,
+    /// Run the gateway in a lab of network namespaces, or run the built agent itself
+    Run {
+        /// Prove by real traffic that the lab works, then exit
+        #[arg(long)]
+        check: bool,
+        /// Arguments of the viaduct binary; no lab is made
+        #[arg(last = true, conflicts_with = "check")]
+        agent_args: Vec<OsString>,
+    },
+    /// Run every test; arguments go to `cargo nextest run`
+    Test {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        filter: Vec<OsString>,
+    },
+    /// Measure l4, l7 or routes; without a name, everything
+    Bench {
+        which: Option<String>,
+        /// One JSON object a line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// What has to pass before a change lands
+    Ci,
+    /// Pack the stripped binary, the systemd unit and an example configuration under target/dist
+    Dist,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Setup { bench: false } => setup::report(setup::BASE),
+        Command::Setup { bench: true } => setup::report(&[setup::BASE, setup::BENCH].concat()),
+        Command::Build => build(),
+        Command::Run { check, agent_args } if agent_args.is_empty() => lab(check),
+        Command::Run { agent_args, .. } => {
+            build()?;
+            let error = std::process::Command::new(cargo::release("viaduct"))
+                .args(agent_args)
+                .exec();
+            Err(error).context("start viaduct")
+        }
+        Command::Test { filter } => test(&filter),
+        Command::Bench { which, json } => bench(which.as_deref(), json),
+        Command::Ci => ci(),
+        Command::Dist => {
+            build()?;
+            dist::pack()
+        }
+    }
+}
+
+fn build() -> anyhow::Result<()> {
+    setup::ensure(setup::BASE)?;
+    cargo::run(["build", "--release", "--package", "router-userspace"])
+}
+
+fn build_lab() -> anyhow::Result<()> {
+    cargo::run([
+        "build",
+        "--release",
+        "-p",
+        "router-userspace",
+        "-p",
+        "router-tests",
+        "--bins",
+    ])
+}
+
+fn lab(check: bool) -> anyhow::Result<()> {
+    require_root("the lab makes network namespaces and attaches XDP programs")?;
+    setup::ensure(setup::BASE)?;
+    build_lab()?;
+    let mut lab = std::process::Command::new(cargo::release("lab"));
+    if check {
+        lab.arg("--check");
+    }
+    Err(lab.exec()).context("start the lab")
+}
+
+fn test(filter: &[OsString]) -> anyhow::Result<()> {
+    require_root("packet and end-to-end tests load XDP programs and make network namespaces")?;
+    setup::ensure(setup::BASE)?;
+    // The end-to-end tests start the binary of the same profile; nextest alone would not build it.
+    cargo::run([
+        "build",
+        "-p",
+        "router-userspace",
+        "-p",
+        "router-tests",
+        "--bins",
+    ])?;
+    let mut arguments: Vec<OsString> = ["nextest", "run", "--workspace"].map(OsString::from).into();
+    arguments.extend_from_slice(filter);
+    cargo::run(arguments)
+}
+
+fn bench(which: Option<&str>, json: bool) -> anyhow::Result<()> {
+    require_root("the benchmarks load XDP programs and make network namespaces")?;
+    setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
+    build_lab()?;
+    let mut bench = std::process::Command::new(cargo::release("bench"));
+    bench.args(which);
+    if json {
+        bench.arg("--json");
+    }
+    Err(bench.exec()).context("start the benchmarks")
+}
+
+fn ci() -> anyhow::Result<()> {
+    setup::ensure(setup::BASE)?;
+    cargo::run(["fmt", "--all", "--check"])?;
+    cargo::run([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ])?;
+    test(&[])?;
+    lab(true)
+}
+
+fn require_root(why: &str) -> anyhow::Result<()> {
+    if !setup::is_root() {
+        bail!("root is needed: {why}; try `sudo -E env PATH=\"$PATH\" cargo xtask ...`");
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! The agent ends, by accident or by order, and comes back.
+
+use nix::sys::signal::Signal;
+use router_tests::client;
+use router_tests::lab::INTERFACES;
+use router_tests::site::{self, ECHO_VIP, Site};
+
+#[test]
+fn packets_flow_on_while_the_agent_is_dead_and_when_it_is_back() {
+    let mut site = Site::running(3).unwrap();
+    let mut flows: Vec<_> = site
+        .lab
+        .client
+        .run(|| (0..20).map(|_| client::tcp(ECHO_VIP).unwrap()).collect());
+    let mut echo_all = |when: &str| {
+        for flow in &mut flows {
+            assert_eq!(
+                flow.echo(when.as_bytes()).unwrap(),
+                when.as_bytes(),
+                "{when}"
+            );
+        }
+    };
+
+    site.gateway().kill();
+    echo_all("without an agent");
+    assert_eq!(site.tally(60, site::echo_tcp).unwrap().len(), 3);
+    assert_eq!(site.tally(60, site::echo_udp).unwrap().len(), 3);
+
+    site.start_gateway(|_| ()).unwrap();
+    echo_all("as the agent is ready");
+    assert_eq!(site.tally(60, site::echo_tcp).unwrap().len(), 3);
+    site.wait_until_served(3).unwrap();
+    echo_all("once routes are back");
+}
+
+#[test]
+fn no_packet_is_lost_between_two_agents() {
+    let mut site = Site::running(2).unwrap();
+    let socket = site.lab.client.run(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(ECHO_VIP).unwrap();
+        socket.set_read_timeout(Some(client::TIMEOUT)).unwrap();
+        socket
+    });
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let exchanges = std::thread::spawn(move || {
+        let mut count = 0;
+        while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+            client::udp_on(&socket).unwrap();
+            count += 1;
+        }
+        count
+    });
+    for _ in 0..3 {
+        site.gateway().signal(Signal::SIGTERM);
+        site.gateway().wait().unwrap();
+        site.start_gateway(|_| ()).unwrap();
+    }
+    drop(stop);
+    assert!(exchanges.join().unwrap() > 0);
+}
+
+#[test]
+fn sigterm_ends_the_agent_well_and_detach_takes_its_programs_away() {
+    let mut site = Site::running(1).unwrap();
+    site.gateway().signal(Signal::SIGTERM);
+    assert!(site.gateway().wait().unwrap().success());
+    assert_eq!(attached(&site), INTERFACES.len());
+
+    let mut detach = site.viaduct().unwrap();
+    let status = detach
+        .args(["detach", "--config"])
+        .arg(site.config_path())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(attached(&site), 0);
+    let pins: Vec<_> = std::fs::read_dir(site.lab.bpffs()).unwrap().collect();
+    assert!(pins.is_empty(), "{pins:?}");
+}
+
+/// How many of the gateway's interfaces have an XDP program.
+fn attached(site: &Site) -> usize {
+    let links = site
+        .lab
+        .gateway
+        .command("ip")
+        .args(["-oneline", "link"])
+        .output()
+        .unwrap();
+    String::from_utf8(links.stdout)
+        .unwrap()
+        .lines()
+        .filter(|link| link.contains(" xdp"))
+        .count()
+}

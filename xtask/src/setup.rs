@@ -1,0 +1,338 @@
+//! Finds or installs what the build, the lab and the benchmarks need.
+//!
+//! Packages come from the distribution (Debian's names), tools written in Rust from the crate
+//! registry into `target/tools`. A second run finds everything and changes nothing. No system
+//! service is left running or enabled: the lab starts its own.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+
+use crate::cargo;
+
+/// The LLVM that the eBPF compilers below are built with; the linker must be built with the same.
+const LLVM: &str = "22";
+
+/// What every command needs.
+pub(crate) const BASE: &[Item] = &[
+    Item {
+        name: "eBPF compiler",
+        purpose: "compiles the XDP program",
+        find: ebpf_compiler,
+        packages: &["rustc-web", "libstd-rust-web-dev-bpf"],
+        install: None,
+    },
+    Item {
+        name: "bpf-linker",
+        purpose: "links the XDP program",
+        find: || version("bpf-linker"),
+        packages: &["llvm-22-dev", "g++"],
+        install: Some(CargoInstall {
+            package: "bpf-linker",
+            version: "0.13.0",
+            options: &["--no-default-features", "--features", "llvm-22"],
+        }),
+    },
+    Item {
+        name: "cargo-nextest",
+        purpose: "runs each test in a process, and so in network namespaces, of its own",
+        find: || version("cargo-nextest"),
+        packages: &[],
+        install: Some(CargoInstall {
+            package: "cargo-nextest",
+            version: "0.9.143",
+            options: &["--no-default-features", "--features", "default-no-update"],
+        }),
+    },
+    Item {
+        name: "nats-server",
+        purpose: "carries the registrations of lab and tests",
+        find: || on_path("nats-server"),
+        packages: &["nats-server"],
+        install: None,
+    },
+    Item {
+        name: "ip",
+        purpose: "makes the lab's network namespaces",
+        find: || on_path("ip"),
+        packages: &["iproute2"],
+        install: None,
+    },
+    Item {
+        name: "ethtool",
+        purpose: "switches checksum offload off in the lab",
+        find: || on_path("ethtool"),
+        packages: &["ethtool"],
+        install: None,
+    },
+    Item {
+        name: "curl",
+        purpose: "tries the lab by hand",
+        find: || on_path("curl"),
+        packages: &["curl"],
+        install: None,
+    },
+];
+
+/// What the benchmarks need besides.
+pub(crate) const BENCH: &[Item] = &[
+    Item {
+        name: "nginx",
+        purpose: "is measured beside the gateway, and serves as its backend",
+        find: || on_path("nginx"),
+        packages: &["nginx-light"],
+        install: None,
+    },
+    Item {
+        name: "haproxy",
+        purpose: "is measured beside the gateway",
+        find: || on_path("haproxy"),
+        packages: &["haproxy"],
+        install: None,
+    },
+    Item {
+        name: "wrk",
+        purpose: "makes the requests",
+        find: || on_path("wrk"),
+        packages: &["wrk"],
+        install: None,
+    },
+];
+
+/// Packages that bring a system service of this name, started and enabled by default.
+const SERVICES: &[(&str, &str)] = &[
+    ("nats-server", "nats-server"),
+    ("nginx-light", "nginx"),
+    ("haproxy", "haproxy"),
+];
+
+/// One thing to find or install.
+#[derive(Clone, Copy)]
+pub(crate) struct Item {
+    name: &'static str,
+    purpose: &'static str,
+    /// Says what was found.
+    find: fn() -> Option<String>,
+    packages: &'static [&'static str],
+    install: Option<CargoInstall>,
+}
+
+#[derive(Clone, Copy)]
+struct CargoInstall {
+    package: &'static str,
+    version: &'static str,
+    options: &'static [&'static str],
+}
+
+/// Installs what is missing of `items`, and says nothing when nothing is.
+///
+/// # Errors
+/// An installation failed, or needs root; then the message is the commands to type.
+pub(crate) fn ensure(items: &[Item]) -> anyhow::Result<()> {
+    let missing: Vec<Item> = items
+        .iter()
+        .filter(|item| (item.find)().is_none())
+        .copied()
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for item in &missing {
+        eprintln!("setup: {} is missing: it {}", item.name, item.purpose);
+    }
+    let mut packages: Vec<&str> = missing
+        .iter()
+        .flat_map(|item| item.packages)
+        .copied()
+        .collect();
+    packages.retain(|package| !is_installed(package));
+    packages.dedup();
+    if !packages.is_empty() {
+        install_packages(&packages)?;
+    }
+    for install in missing.iter().filter_map(|item| item.install) {
+        let mut command = cargo_install(install);
+        eprintln!("setup: {}", cargo::display(&command));
+        cargo::status(&mut command)?;
+    }
+    for item in &missing {
+        if (item.find)().is_none() {
+            bail!("{} was installed and still cannot be used", item.name);
+        }
+    }
+    Ok(())
+}
+
+/// [`ensure`], then a line for each item with where it was found.
+pub(crate) fn report(items: &[Item]) -> anyhow::Result<()> {
+    ensure(items)?;
+    for item in items {
+        let found = (item.find)().unwrap_or_default();
+        println!("{:<14} {found} ({})", item.name, item.purpose);
+    }
+    Ok(())
+}
+
+pub(crate) fn is_root() -> bool {
+    // The owner of /proc/self is the effective user.
+    fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
+}
+
+/// A compiler that has `core` for the eBPF target, prebuilt or as source; in the order in which the
+/// build looks for them.
+fn ebpf_compiler() -> Option<String> {
+    packaged_compiler().or_else(nightly_with_source)
+}
+
+fn packaged_compiler() -> Option<String> {
+    let rustc = "/usr/bin/rustc";
+    let target = ["--print", "target-libdir", "--target", "bpfel-unknown-none"];
+    let libraries = output(Command::new(rustc).args(target))?;
+    Path::new(&libraries)
+        .is_dir()
+        .then(|| format!("{rustc} with core for bpfel-unknown-none"))
+}
+
+/// rustup's nightly, of the LLVM of our linker and with the component rust-src.
+fn nightly_with_source() -> Option<String> {
+    let rustc = ["run", "nightly", "rustc"];
+    let sysroot = output(
+        Command::new("rustup")
+            .args(rustc)
+            .args(["--print", "sysroot"]),
+    )?;
+    let core = Path::new(&sysroot).join("lib/rustlib/src/rust/library/core");
+    let about = output(Command::new("rustup").args(rustc).arg("-vV"))?;
+    let same_llvm = about.contains(&format!("LLVM version: {LLVM}."));
+    (core.is_dir() && same_llvm).then(|| format!("{sysroot} with rust-src"))
+}
+
+fn install_packages(packages: &[&str]) -> anyhow::Result<()> {
+    if on_path("apt-get").is_none() {
+        bail!(
+            "this system has no apt-get; install what Debian calls: {}",
+            packages.join(" ")
+        );
+    }
+    let mut install = Command::new("apt-get");
+    install
+        .args(["install", "--yes", "--no-install-recommends"])
+        .args(packages);
+    if !is_root() {
+        bail!(
+            "root is needed to install packages; type:\n  sudo apt-get update && sudo {}",
+            cargo::display(&install)
+        );
+    }
+    eprintln!("setup: {}", cargo::display(&install));
+    cargo::status(Command::new("apt-get").args(["--quiet", "update"]))?;
+    let _guard = ServiceGuard::set()?;
+    cargo::status(
+        install
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null()),
+    )?;
+    for (_, service) in SERVICES
+        .iter()
+        .filter(|(package, _)| packages.contains(package))
+    {
+        if on_path("systemctl").is_some() {
+            cargo::status(Command::new("systemctl").args(["--quiet", "disable", service]))?;
+        }
+    }
+    Ok(())
+}
+
+/// Keeps package scripts from starting services while it lives.
+///
+/// Debian asks `policy-rc.d` before any service action; exit code 101 forbids it. A policy that the
+/// administrator wrote is left as it is.
+struct ServiceGuard {
+    ours: bool,
+}
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+impl ServiceGuard {
+    fn set() -> anyhow::Result<ServiceGuard> {
+        if Path::new(POLICY).exists() {
+            return Ok(ServiceGuard { ours: false });
+        }
+        fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
+        fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("make {POLICY} executable"))?;
+        Ok(ServiceGuard { ours: true })
+    }
+}
+
+impl Drop for ServiceGuard {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!("setup: remove {POLICY}: {error}");
+        }
+    }
+}
+
+fn cargo_install(install: CargoInstall) -> Command {
+    let llvm = format!("/usr/lib/llvm-{LLVM}");
+    let mut command = cargo::cargo();
+    command.args([
+        "install",
+        install.package,
+        "--version",
+        install.version,
+        "--locked",
+    ]);
+    command
+        .args(install.options)
+        .arg("--root")
+        .arg(cargo::tools());
+    // llvm-sys looks for llvm-config here before anywhere else.
+    command.env("LLVM_PREFIX", &llvm);
+    let mut path = std::ffi::OsString::from(format!("{llvm}/bin:"));
+    path.push(cargo::path());
+    command.env("PATH", path);
+    command
+}
+
+fn is_installed(package: &str) -> bool {
+    let mut query = Command::new("dpkg-query");
+    output(query.args(["--show", "--showformat=${db:Status-Status}", package]))
+        .is_some_and(|status| status == "installed")
+}
+
+/// The first line of `program --version`; `None` where it is missing or does not start.
+fn version(program: &str) -> Option<String> {
+    let found = on_path(program)?;
+    let text = output(Command::new(&found).arg("--version"))?;
+    Some(format!(
+        "{found}, {}",
+        text.lines().next().unwrap_or_default()
+    ))
+}
+
+fn on_path(program: &str) -> Option<String> {
+    let folders = cargo::path();
+    // Tools of the system are often missing from the PATH of other users than root.
+    let system = ["/usr/sbin", "/sbin"].map(Into::into);
+    std::env::split_paths(&folders)
+        .chain(system)
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+        .map(|file| file.display().to_string())
+}
+
+fn output(command: &mut Command) -> Option<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned())
+}
