@@ -29,7 +29,7 @@ pub mod maglev;
 pub mod next_hop;
 pub mod plan;
 
-pub use datapath::{PASS_PROGRAM, detach};
+pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM, detach};
 
 /// How often expired flows are cleared away and the others counted.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);

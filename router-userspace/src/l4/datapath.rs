@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use aya::maps::{Array, HashMap, MapData, MapInfo, PerCpuArray};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{TestRun, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{
@@ -27,6 +27,9 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/v
 /// A program that passes every packet, for the other end of a veth.
 pub static PASS_PROGRAM: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-pass"));
+/// The harness of the packet benchmark: see router-ebpf/src/bench.rs.
+pub static BENCH_PROGRAM: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-bench"));
 
 /// Maps that outlive the agent, each under its name in the pin directory.
 const PINNED_MAPS: [&str; 11] = [
@@ -289,6 +292,11 @@ impl Datapath {
     /// `repeat` times on the same buffer: only the first of them sees `frame` as it is.
     pub fn run(&mut self, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
         self.run_program("viaduct", frame, repeat)
+    }
+
+    /// The packet program, for a program array.
+    pub fn packet_program(&mut self) -> anyhow::Result<ProgramFd> {
+        Ok(program(&mut self.ebpf, "viaduct")?.fd()?.try_clone()?)
     }
 
     /// A reader of the counters, for other threads.

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod l4;
 mod l7;
 mod report;
 mod routes;
@@ -28,6 +29,8 @@ struct Cli {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
+    /// The XDP program, in nanoseconds a packet
+    L4,
     /// The proxy beside nginx and HAProxy
     L7,
     /// Registrations over NATS, and how soon they are served
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         .map_or(Bench::value_variants().to_vec(), |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
+            Bench::L4 => l4::measure(),
             Bench::L7 => l7::measure(),
             Bench::Routes => routes::measure(),
         };
