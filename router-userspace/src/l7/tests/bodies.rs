@@ -82,6 +82,7 @@ async fn a_client_that_does_not_read_stops_the_backend() {
         .await
         .unwrap();
     let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "\r\n\r\n").await;
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         .await

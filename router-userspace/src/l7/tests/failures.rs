@@ -76,6 +76,7 @@ async fn a_response_body_that_stalls_ends_the_connection() {
     );
     let stalls = async {
         let (mut stream, _) = listener.accept().await.unwrap();
+        read_until(&mut stream, "\r\n\r\n").await;
         stream
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
             .await
