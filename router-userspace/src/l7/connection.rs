@@ -18,7 +18,7 @@ use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -31,6 +31,9 @@ use crate::l7::worker::Worker;
 /// How long, and for how many bytes, a closed connection is read for the client's sake.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 * 1024;
+
+/// Head and body of a response up to this size are copied together to be written.
+const SMALL_WRITE_BYTES: usize = 4096;
 
 /// hyper's default; asking for it by name would take its slower path.
 const DEFAULT_HEADER_COUNT: usize = 100;
@@ -102,6 +105,8 @@ fn server_builder(limits: &HttpLimits) -> hyper::server::conn::http1::Builder {
 }
 
 async fn linger(mut io: ClientIo) {
+    // hyper has done so, except where it was prepared for another protocol.
+    let _ = io.shutdown().await;
     let mut buffer = vec![0; 4096];
     let mut left = LINGER_BYTES;
     let discard = async {
@@ -384,7 +389,20 @@ impl AsyncWrite for ClientIo {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let len = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, slices))?;
+        let stream = Pin::new(&mut this.stream);
+        // send(2) with a copy is cheaper than writev(2) while the copy is small.
+        let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        let written = if total <= SMALL_WRITE_BYTES {
+            this.client.worker.with_scratch(|scratch| {
+                for slice in slices {
+                    scratch.extend_from_slice(slice);
+                }
+                stream.poll_write(cx, scratch)
+            })
+        } else {
+            stream.poll_write_vectored(cx, slices)
+        };
+        let len = ready!(written)?;
         this.client.on_write(len);
         Poll::Ready(Ok(len))
     }

@@ -10,7 +10,7 @@ use http::header::{
 };
 
 use crate::l7::balance::InstanceHeaders;
-use crate::l7::validate::Findings;
+use crate::l7::validate::{Findings, is_plain_connection};
 
 const APPLICATION_ID: HeaderName = HeaderName::from_static("x-cf-applicationid");
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
@@ -94,10 +94,14 @@ pub(super) fn set_instance(headers: &mut HeaderMap, instance: &InstanceHeaders) 
 /// `upgraded`: the response is a 101, whose `Upgrade` stays.
 pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue, upgraded: bool) {
     let mut connection = false;
+    let mut connection_tokens = false;
     let mut hop_by_hop = false;
-    for name in headers.keys() {
+    for (name, value) in &*headers {
         match name.as_str() {
-            "connection" => connection = true,
+            "connection" => {
+                connection = true;
+                connection_tokens |= !is_plain_connection(value);
+            }
             "transfer-encoding" | "keep-alive" | "proxy-connection" | "te" | "trailer"
             | "upgrade" => hop_by_hop = true,
             _ => {}
@@ -108,8 +112,10 @@ pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue,
     } else {
         None
     };
-    if connection {
+    if connection_tokens {
         remove_named_by_connection(headers);
+    } else if connection {
+        headers.remove(CONNECTION);
     }
     if hop_by_hop {
         for name in [

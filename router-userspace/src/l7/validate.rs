@@ -68,10 +68,7 @@ fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
             }
             "connection" => {
                 findings.connection = true;
-                let value = value.as_bytes();
-                let plain = value.eq_ignore_ascii_case(b"keep-alive")
-                    || value.eq_ignore_ascii_case(b"close");
-                findings.connection_tokens |= !plain;
+                findings.connection_tokens |= !is_plain_connection(value);
             }
             "upgrade" => {
                 findings.hop_by_hop = true;
@@ -288,6 +285,12 @@ fn may_upgrade<B>(request: &Request<B>) -> bool {
         && asked
         && one
         && protocols.next().is_none()
+}
+
+/// Whether a `Connection` value names no header.
+pub(super) fn is_plain_connection(value: &HeaderValue) -> bool {
+    let value = value.as_bytes();
+    value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
 }
 
 /// Whether a comma-separated header value has the token, in any case.

@@ -63,6 +63,7 @@ pub(super) struct Worker {
     rng: RefCell<SmallRng>,
     clock: Cell<Option<Instant>>,
     request_start: RefCell<RequestStart>,
+    scratch: RefCell<Vec<u8>>,
     draining: Cell<bool>,
     drain_notice: Notify,
     open_connections: Cell<usize>,
@@ -198,6 +199,7 @@ impl Worker {
             rng: RefCell::new(SmallRng::from_os_rng()),
             clock: Cell::new(None),
             request_start: RefCell::new(RequestStart::new(Instant::now())),
+            scratch: RefCell::default(),
             draining: Cell::new(false),
             drain_notice: Notify::new(),
             open_connections: Cell::new(0),
@@ -264,6 +266,13 @@ impl Worker {
     /// Milliseconds since the Unix epoch.
     pub(super) fn request_start(&self) -> HeaderValue {
         self.request_start.borrow_mut().value(self.now())
+    }
+
+    /// Lends an empty buffer.
+    pub(super) fn with_scratch<R>(&self, use_it: impl FnOnce(&mut Vec<u8>) -> R) -> R {
+        let mut scratch = self.scratch.borrow_mut();
+        scratch.clear();
+        use_it(&mut scratch)
     }
 
     pub(super) fn is_draining(&self) -> bool {
