@@ -77,6 +77,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, peer: SocketAdd
     match ended {
         None => {
             worker.metrics.connections_timed_out.add(1);
+            client.switch.take();
             return;
         }
         Some(Ok(())) => {}

@@ -43,6 +43,7 @@ pub(super) async fn answer(
             lease,
         }) => {
             record.status = response.status();
+            client.response_begins();
             client.switch.set(Some(Switch {
                 backend,
                 lease,
