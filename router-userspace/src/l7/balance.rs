@@ -1,0 +1,181 @@
+//! Which backend of a pool gets a request.
+//!
+//! A [`PoolState`] is one worker's view of one published pool; it is built when the worker first
+//! meets the pool and dropped after the pool has left the snapshot. Choosing reads and writes this
+//! worker's counters only, so each worker balances its own share of the requests.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::HeaderValue;
+use rand::Rng;
+use tokio::time::Instant;
+
+use crate::l7::backend::BackendState;
+use crate::route::{Backend, Balance, Pool};
+
+pub(super) struct PoolState {
+    pub pool: Arc<Pool>,
+    /// In the order of the pool's backends.
+    pub targets: Box<[Target]>,
+    /// Running sums of the weights; empty if all weights are equal.
+    cumulative_weights: Box<[u32]>,
+    cursor: Cell<u64>,
+}
+
+/// A backend as a member of a pool.
+pub(super) struct Target {
+    pub backend: Rc<BackendState>,
+    pub instance: InstanceHeaders,
+    weight: u16,
+}
+
+/// What the backend is told of itself, made once a pool instead of once a request.
+pub(super) struct InstanceHeaders {
+    pub app: Option<HeaderValue>,
+    pub id: Option<HeaderValue>,
+    pub index: Option<HeaderValue>,
+}
+
+/// What a choice depends on beside the pool.
+pub(super) struct Circumstances<'a> {
+    pub balance: Balance,
+    pub now: Instant,
+    pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+    /// Indexes of targets that failed this request.
+    pub tried: &'a [usize],
+}
+
+impl PoolState {
+    pub(super) fn new(
+        pool: Arc<Pool>,
+        mut state_of: impl FnMut(&Backend) -> Rc<BackendState>,
+        rng: &mut impl Rng,
+    ) -> PoolState {
+        let targets: Box<[Target]> = pool
+            .backends
+            .iter()
+            .map(|backend| Target {
+                backend: state_of(backend),
+                instance: InstanceHeaders::new(backend),
+                weight: backend.weight,
+            })
+            .collect();
+        let cumulative_weights = if targets
+            .windows(2)
+            .all(|pair| pair[0].weight == pair[1].weight)
+        {
+            Box::default()
+        } else {
+            let sum = |sum: &mut u32, target: &Target| {
+                *sum += u32::from(target.weight);
+                Some(*sum)
+            };
+            targets.iter().scan(0, sum).collect()
+        };
+        PoolState {
+            pool,
+            targets,
+            cumulative_weights,
+            cursor: Cell::new(rng.random()),
+        }
+    }
+
+    /// The index of the target to try, `None` if there is none that was not tried.
+    ///
+    /// Backends that are unhealthy or ejected are avoided while there is another; when all are out,
+    /// the judgement is more likely wrong than all of them dead, and all are used.
+    pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Option<usize> {
+        let healthy = |index: usize| {
+            let backend = &self.targets[index].backend;
+            !at.tried.contains(&index)
+                && !backend.is_ejected(at.now)
+                && (at.unhealthy.is_empty() || !at.unhealthy.contains(&backend.address()))
+        };
+        let untried = |index: usize| !at.tried.contains(&index);
+        match at.balance {
+            Balance::RoundRobin => {
+                let start = self.next_in_turn()?;
+                if healthy(start) {
+                    return Some(start);
+                }
+                // From a random place, so that the neighbour of a dead backend does not get all of
+                // its share.
+                let start = rng.random_range(0..self.targets.len());
+                self.scan(start, healthy)
+                    .or_else(|| self.scan(start, untried))
+            }
+            Balance::LeastConnections => self
+                .less_loaded_of_two(healthy, rng)
+                .or_else(|| self.less_loaded_of_two(untried, rng)),
+        }
+    }
+
+    /// Weighted round robin without state but a counter: multiples of the golden ratio modulo 1
+    /// fall evenly into the backends' shares, so that turns of a heavy backend are spread out.
+    fn next_in_turn(&self) -> Option<usize> {
+        const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15;
+        let turn = self.cursor.get();
+        self.cursor.set(turn.wrapping_add(1));
+        match self.cumulative_weights.last() {
+            None => turn
+                .checked_rem(self.targets.len() as u64)
+                .map(|index| index as usize),
+            Some(&total) => {
+                let fraction = turn.wrapping_mul(GOLDEN_RATIO) >> 32;
+                let point = ((fraction * u64::from(total)) >> 32) as u32;
+                Some(self.cumulative_weights.partition_point(|&sum| sum <= point))
+            }
+        }
+    }
+
+    fn scan(&self, start: usize, usable: impl Fn(usize) -> bool) -> Option<usize> {
+        let count = self.targets.len();
+        (0..count)
+            .map(|step| (start + step) % count)
+            .find(|&index| usable(index))
+    }
+
+    /// Mitzenmacher, "The power of two choices in randomized load balancing", TPDS 2001.
+    fn less_loaded_of_two(
+        &self,
+        usable: impl Fn(usize) -> bool,
+        rng: &mut impl Rng,
+    ) -> Option<usize> {
+        let count = self.targets.len();
+        if count == 0 {
+            return None;
+        }
+        let first = self.scan(rng.random_range(0..count), &usable)?;
+        let other = |index: usize| index != first && usable(index);
+        let Some(second) = self.scan(rng.random_range(0..count), other) else {
+            return Some(first);
+        };
+        let load_of = |index: usize, other: usize| {
+            u64::from(self.targets[index].backend.in_flight())
+                * u64::from(self.targets[other].weight)
+        };
+        let second_is_less = load_of(second, first) < load_of(first, second);
+        Some(if second_is_less { second } else { first })
+    }
+}
+
+impl InstanceHeaders {
+    fn new(backend: &Backend) -> InstanceHeaders {
+        let value = |text: &Option<Arc<str>>| {
+            text.as_deref()
+                .filter(|text| !text.is_empty())
+                .and_then(|text| text.parse().ok())
+        };
+        InstanceHeaders {
+            app: value(&backend.app),
+            id: value(&backend.instance_id).or_else(|| backend.address.to_string().parse().ok()),
+            index: value(&backend.instance_index),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

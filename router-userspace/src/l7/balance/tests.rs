@@ -1,0 +1,133 @@
+use std::time::Duration;
+
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+
+use super::*;
+use crate::l7::backend::Backends;
+use crate::l7::tests::backend;
+
+/// The state of a pool with these weights; backend `i` is 10.0.0.1:(i + 1).
+fn pool(weights: &[u16]) -> (Rc<PoolState>, SmallRng) {
+    let mut rng = SmallRng::seed_from_u64(7);
+    let backends = weights
+        .iter()
+        .enumerate()
+        .map(|(i, &weight)| {
+            Arc::new(Backend {
+                weight,
+                ..backend(address(i))
+            })
+        })
+        .collect();
+    let pool = Arc::new(Pool {
+        backends,
+        balance: None,
+        route_service_url: None,
+    });
+    (Backends::default().pool(&pool, &mut rng), rng)
+}
+
+fn address(i: usize) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, 1], u16::try_from(i).unwrap() + 1))
+}
+
+fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize]) -> Option<usize> {
+    let unhealthy = imbl::HashSet::new();
+    pool.pick(
+        &Circumstances {
+            balance,
+            now: Instant::now(),
+            unhealthy: &unhealthy,
+            tried,
+        },
+        rng,
+    )
+}
+
+#[test]
+fn equal_weights_take_turns() {
+    let (pool, mut rng) = pool(&[100, 100, 100]);
+    let mut next = || pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap();
+    let first: Vec<_> = (0..3).map(|_| next()).collect();
+    let second: Vec<_> = (0..3).map(|_| next()).collect();
+    assert_eq!(first, second);
+    let mut sorted = first;
+    sorted.sort_unstable();
+    assert_eq!(sorted, [0, 1, 2]);
+}
+
+#[test]
+fn an_empty_pool_has_no_backend() {
+    let (pool, mut rng) = pool(&[]);
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        assert_eq!(pick(&pool, &mut rng, balance, &[]), None);
+    }
+}
+
+#[test]
+fn tried_backends_are_not_picked_again() {
+    let (pool, mut rng) = pool(&[100, 100]);
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        for _ in 0..8 {
+            assert_eq!(pick(&pool, &mut rng, balance, &[0]), Some(1));
+        }
+        assert_eq!(pick(&pool, &mut rng, balance, &[0, 1]), None);
+    }
+}
+
+#[test]
+fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
+    let (pool, mut rng) = pool(&[100, 100, 100]);
+    let now = Instant::now();
+    let unhealthy = imbl::HashSet::unit(address(0));
+    pool.targets[1].backend.eject(now + Duration::from_secs(30));
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        let mut at = Circumstances {
+            balance,
+            now,
+            unhealthy: &unhealthy,
+            tried: &[],
+        };
+        for _ in 0..8 {
+            assert_eq!(pool.pick(&at, &mut rng), Some(2));
+        }
+        at.tried = &[2];
+        assert!(pool.pick(&at, &mut rng).is_some());
+    }
+}
+
+#[test]
+fn an_ejection_ends() {
+    let (pool, _) = pool(&[100]);
+    let now = Instant::now();
+    pool.targets[0].backend.eject(now + Duration::from_secs(30));
+    assert!(
+        pool.targets[0]
+            .backend
+            .is_ejected(now + Duration::from_secs(29))
+    );
+    assert!(
+        !pool.targets[0]
+            .backend
+            .is_ejected(now + Duration::from_secs(30))
+    );
+}
+
+proptest! {
+    #[test]
+    fn turns_follow_the_weights(weights in proptest::collection::vec(1_u16..=1000, 1..8)) {
+        const TURNS: u32 = 4096;
+        let (pool, mut rng) = pool(&weights);
+        let mut turns = vec![0_u32; weights.len()];
+        for _ in 0..TURNS {
+            turns[pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap()] += 1;
+        }
+        let total: u32 = weights.iter().map(|&weight| u32::from(weight)).sum();
+        for (turns, weight) in turns.iter().zip(&weights) {
+            let share = f64::from(TURNS) * f64::from(*weight) / f64::from(total);
+            prop_assert!((f64::from(*turns) - share).abs() < 16.0, "{turns} turns, {share} due");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Bodies on their way through: chunks are handed on as they come, so a request holds no more than
+//! hyper's buffers of both connections.
+//!
+//! A body also tells its connection of progress, and the end of a response body is where the
+//! backend connection goes back to the pool and the request is counted.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use crate::l7::backend::Lease;
+use crate::l7::connection::ClientState;
+use crate::l7::forward::RequestRecord;
+
+/// A client's request body on its way to a backend.
+pub(super) struct RequestBody(Option<(Incoming, Rc<ClientState>)>);
+
+impl RequestBody {
+    pub(super) fn new(incoming: Incoming, client: &Rc<ClientState>) -> RequestBody {
+        RequestBody((!incoming.is_end_stream()).then(|| (incoming, Rc::clone(client))))
+    }
+
+    pub(super) fn empty() -> RequestBody {
+        RequestBody(None)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some((incoming, client)) = &mut self.0 else {
+            return Poll::Ready(None);
+        };
+        let polled = Pin::new(&mut *incoming).poll_frame(cx);
+        client.set_waits_for_client(polled.is_pending());
+        let frame = ready!(polled);
+        if frame.is_none() || incoming.is_end_stream() {
+            client.request_body_ended();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0
+            .as_ref()
+            .is_none_or(|(incoming, _)| incoming.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0
+            .as_ref()
+            .map_or(SizeHint::with_exact(0), |(incoming, _)| {
+                incoming.size_hint()
+            })
+    }
+}
+
+/// What the client is answered with.
+pub(super) struct ResponseBody {
+    source: Source,
+    /// Counts the request when the body has been handed over or dropped.
+    record: Option<RequestRecord>,
+}
+
+enum Source {
+    /// The gateway's own words; none left when taken.
+    Text(Option<Bytes>),
+    Backend {
+        incoming: Incoming,
+        lease: Option<Lease>,
+    },
+}
+
+impl ResponseBody {
+    pub(super) fn empty() -> ResponseBody {
+        ResponseBody {
+            source: Source::Text(None),
+            record: None,
+        }
+    }
+
+    pub(super) fn text(text: String) -> ResponseBody {
+        ResponseBody {
+            source: Source::Text(Some(Bytes::from(text))),
+            record: None,
+        }
+    }
+
+    pub(super) fn backend(incoming: Incoming, lease: Lease) -> ResponseBody {
+        let lease = if incoming.is_end_stream() {
+            lease.finish();
+            None
+        } else {
+            Some(lease)
+        };
+        ResponseBody {
+            source: Source::Backend { incoming, lease },
+            record: None,
+        }
+    }
+
+    pub(super) fn set_record(&mut self, mut record: RequestRecord) {
+        if self.is_end_stream() {
+            record.complete();
+        } else {
+            self.record = Some(record);
+        }
+    }
+
+    fn complete(&mut self) {
+        if let Some(mut record) = self.record.take() {
+            record.complete();
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let (frame, ended) = match &mut self.source {
+            Source::Text(text) => (text.take().map(|text| Ok(Frame::data(text))), true),
+            Source::Backend { incoming, lease } => {
+                let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+                let failed = matches!(frame, Some(Err(_)));
+                let ended = !failed && (frame.is_none() || incoming.is_end_stream());
+                if ended && let Some(lease) = lease.take() {
+                    lease.finish();
+                }
+                (frame, ended)
+            }
+        };
+        if ended {
+            self.complete();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Text(text) => text.is_none(),
+            Source::Backend { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            Source::Backend { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
+
+/// The service never fails: every failure is a response.
+pub(super) type Answer = Result<http::Response<ResponseBody>, Infallible>;

@@ -1,0 +1,266 @@
+//! The one mapping from what went wrong to what the client is told.
+//!
+//! Status, `X-Cf-RouterError`, message and caching are gorouter's where it has the case. No answer
+//! carries an internal address: a backend's failure is told by a fixed word for its class.
+
+use std::fmt;
+
+use http::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use http::{HeaderName, HeaderValue, Response, StatusCode};
+
+use crate::l7::body::ResponseBody;
+
+/// Methods a 405 offers (RFC 9110 §15.5.6 requires the list).
+pub(super) const ALLOWED_METHODS: HeaderValue =
+    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
+
+const ROUTER_ERROR: HeaderName = HeaderName::from_static("x-cf-routererror");
+
+/// Why the gateway answers a request itself, or cannot answer at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// No `Host`, or an empty one.
+    EmptyHost,
+    Bad(BadRequest),
+    MethodNotAllowed,
+    /// A transfer coding other than `chunked`.
+    TransferCoding,
+    /// An `Expect` other than `100-continue`.
+    Expectation,
+    UriTooLong,
+    /// The client stopped sending its body.
+    ClientTimeout,
+    UnknownRoute {
+        host: String,
+    },
+    NoEndpoints {
+        host: String,
+    },
+    /// The route asks for a route service, which must not be passed by.
+    RouteService,
+    Backend(BackendFailure),
+    BackendTimeout(BackendTimeout),
+}
+
+/// What is wrong with a request that is refused with 400 and a closed connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadRequest {
+    Host,
+    ManyHosts,
+    Target,
+    AuthorityMismatch,
+    TransferEncoding,
+    PathAboveRoot,
+}
+
+/// How the last backend that was tried failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendFailure {
+    Refused,
+    Unreachable,
+    /// Closed or reset before a whole response head.
+    Closed,
+    /// What it sent is not HTTP/1, or its head is too large.
+    Malformed,
+    /// Switched protocols without being asked to.
+    UnexpectedUpgrade,
+    /// The TLS handshake failed.
+    TlsHandshake,
+    /// Its certificate does not verify, or the gateway has no roots to verify it with.
+    TlsCertificate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendTimeout {
+    Connect,
+    RequestBody,
+    ResponseHeaders,
+}
+
+/// A label of the metric that counts answers of the gateway itself.
+pub const REASONS: [&str; 17] = [
+    "empty_host",
+    "bad_request",
+    "method_not_allowed",
+    "transfer_coding",
+    "expectation",
+    "uri_too_long",
+    "client_timeout",
+    "unknown_route",
+    "no_endpoints",
+    "route_service_unsupported",
+    "endpoint_refused",
+    "endpoint_unreachable",
+    "endpoint_closed",
+    "endpoint_malformed",
+    "endpoint_tls",
+    "endpoint_timeout",
+    "unparsable",
+];
+
+/// Index in [`REASONS`] of requests that hyper could not parse and answered itself.
+pub(super) const UNPARSABLE: usize = 16;
+
+impl Failure {
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Failure::EmptyHost | Failure::Bad(_) => StatusCode::BAD_REQUEST,
+            Failure::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Failure::TransferCoding => StatusCode::NOT_IMPLEMENTED,
+            Failure::Expectation => StatusCode::EXPECTATION_FAILED,
+            Failure::UriTooLong => StatusCode::URI_TOO_LONG,
+            Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
+            Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
+            Failure::NoEndpoints { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            // gorouter's own codes, outside the registry.
+            Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
+            Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
+            Failure::RouteService | Failure::Backend(_) => StatusCode::BAD_GATEWAY,
+            Failure::BackendTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+
+    /// Index in [`REASONS`].
+    pub(super) fn reason(&self) -> usize {
+        match self {
+            Failure::EmptyHost => 0,
+            Failure::Bad(_) => 1,
+            Failure::MethodNotAllowed => 2,
+            Failure::TransferCoding => 3,
+            Failure::Expectation => 4,
+            Failure::UriTooLong => 5,
+            Failure::ClientTimeout => 6,
+            Failure::UnknownRoute { .. } => 7,
+            Failure::NoEndpoints { .. } => 8,
+            Failure::RouteService => 9,
+            Failure::Backend(BackendFailure::Refused) => 10,
+            Failure::Backend(BackendFailure::Unreachable) => 11,
+            Failure::Backend(BackendFailure::Closed) => 12,
+            Failure::Backend(BackendFailure::Malformed | BackendFailure::UnexpectedUpgrade) => 13,
+            Failure::Backend(BackendFailure::TlsHandshake | BackendFailure::TlsCertificate) => 14,
+            Failure::BackendTimeout(_) => 15,
+        }
+    }
+
+    /// The value of `X-Cf-RouterError`.
+    fn router_error(&self) -> &'static str {
+        match self {
+            Failure::EmptyHost => "empty_host",
+            Failure::Bad(BadRequest::TransferEncoding) => "invalid_transfer_encoding",
+            Failure::Bad(BadRequest::Host | BadRequest::ManyHosts) => "invalid_host",
+            Failure::Bad(BadRequest::AuthorityMismatch) => "host_mismatch",
+            Failure::Bad(BadRequest::Target | BadRequest::PathAboveRoot) => "invalid_target",
+            Failure::MethodNotAllowed => "method_not_allowed",
+            Failure::TransferCoding => "unsupported_transfer_coding",
+            Failure::Expectation => "unsupported_expectation",
+            Failure::UriTooLong => "uri_too_long",
+            Failure::ClientTimeout => "client_timeout",
+            Failure::UnknownRoute { .. } => "unknown_route",
+            Failure::NoEndpoints { .. } => "no_endpoints",
+            Failure::RouteService => "route_service_unsupported",
+            Failure::Backend(failure) => match failure {
+                BackendFailure::Refused => "endpoint_failure (connection refused)",
+                BackendFailure::Unreachable => "endpoint_failure (unreachable)",
+                BackendFailure::Closed => "endpoint_failure (connection closed)",
+                BackendFailure::Malformed => "endpoint_failure (malformed response)",
+                BackendFailure::UnexpectedUpgrade => "endpoint_failure (unexpected upgrade)",
+                BackendFailure::TlsHandshake => "endpoint_failure (tls handshake)",
+                BackendFailure::TlsCertificate => "endpoint_failure (invalid certificate)",
+            },
+            Failure::BackendTimeout(timeout) => match timeout {
+                BackendTimeout::Connect => "endpoint_timeout (connect)",
+                BackendTimeout::RequestBody => "endpoint_timeout (request body)",
+                BackendTimeout::ResponseHeaders => "endpoint_timeout (response headers)",
+            },
+        }
+    }
+
+    fn cache_control(&self) -> Option<&'static str> {
+        match self {
+            Failure::EmptyHost | Failure::NoEndpoints { .. } => Some("public,max-age=2"),
+            Failure::UnknownRoute { .. } => Some("no-cache, no-store"),
+            _ => None,
+        }
+    }
+
+    /// Whether the framing of what follows on the connection is in doubt, or the client is at
+    /// fault in a way that more of its requests are not wanted.
+    fn closes(&self) -> bool {
+        matches!(
+            self,
+            Failure::EmptyHost
+                | Failure::Bad(_)
+                | Failure::MethodNotAllowed
+                | Failure::TransferCoding
+                | Failure::Expectation
+                | Failure::UriTooLong
+                | Failure::ClientTimeout
+        )
+    }
+
+    /// The answer to the client.
+    pub(super) fn response(&self) -> Response<ResponseBody> {
+        let status = self.status();
+        let reason = match status.as_u16() {
+            525 => "SSL Handshake Failed",
+            526 => "Invalid SSL Certificate",
+            _ => status.canonical_reason().unwrap_or(""),
+        };
+        let body = format!("{} {reason}: {self}\n", status.as_u16());
+        let mut response = Response::new(ResponseBody::text(body));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("text/plain; charset=utf-8"),
+        );
+        headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        headers.insert(ROUTER_ERROR, HeaderValue::from_static(self.router_error()));
+        if let Some(value) = self.cache_control() {
+            headers.insert(CACHE_CONTROL, HeaderValue::from_static(value));
+        }
+        if *self == Failure::MethodNotAllowed {
+            headers.insert(ALLOW, ALLOWED_METHODS);
+        }
+        if self.closes() {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
+
+/// The message to the client.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self {
+            Failure::EmptyHost => "Request had empty Host header",
+            Failure::Bad(bad) => match bad {
+                BadRequest::Host => "Host header is not a host name or address",
+                BadRequest::ManyHosts => "Request had more than one Host header",
+                BadRequest::Target => "Invalid request target",
+                BadRequest::AuthorityMismatch => "Request target and Host header disagree",
+                BadRequest::TransferEncoding => "Invalid Transfer-Encoding header",
+                BadRequest::PathAboveRoot => "Path leaves the root",
+            },
+            Failure::MethodNotAllowed => "Method is not supported.",
+            Failure::TransferCoding => "Transfer coding is not supported.",
+            Failure::Expectation => "Expectation is not supported.",
+            Failure::UriTooLong => "Request target is too long.",
+            Failure::ClientTimeout => "Request body did not arrive in time.",
+            Failure::UnknownRoute { host } => {
+                return write!(f, "Requested route ('{host}') does not exist.");
+            }
+            Failure::NoEndpoints { host } => {
+                return write!(f, "Requested route ('{host}') has no available endpoints.");
+            }
+            Failure::RouteService => "Support for route services is disabled.",
+            Failure::Backend(_) => "Registered endpoint failed to handle the request.",
+            Failure::BackendTimeout(_) => "Registered endpoint did not answer in time.",
+        };
+        f.write_str(text)
+    }
+}
+
+fn gorouter_code(code: u16) -> StatusCode {
+    StatusCode::from_u16(code).expect("525 and 526 are three digits")
+}

@@ -1,0 +1,264 @@
+//! What changes in the headers on the way through: RFC 9110 §7.6.1 for hop-by-hop fields, and what
+//! applications on Cloud Foundry expect to be told.
+//!
+//! [`rewrite_request`] runs once a request, [`set_instance`] once an attempt. Names and constant
+//! values are static; a request costs one allocation here, for its id.
+
+use http::header::{
+    CONNECTION, EXPECT, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+
+use crate::l7::balance::InstanceHeaders;
+use crate::l7::validate::{Findings, is_plain_connection};
+
+const APPLICATION_ID: HeaderName = HeaderName::from_static("x-cf-applicationid");
+const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+const INSTANCE_ID: HeaderName = HeaderName::from_static("x-cf-instanceid");
+const INSTANCE_INDEX: HeaderName = HeaderName::from_static("x-cf-instanceindex");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_START: HeaderName = HeaderName::from_static("x-request-start");
+const VCAP_REQUEST_ID: HeaderName = HeaderName::from_static("x-vcap-request-id");
+
+/// Most that [`rewrite_request`] and [`set_instance`] add.
+const ADDED_COUNT: usize = 9;
+
+/// Longest `X-Request-Id` taken over from a client.
+const MAX_REQUEST_ID_LEN: usize = 128;
+
+/// Where a request comes from, and when.
+pub(super) struct Origin<'a> {
+    /// The peer's address as a header value.
+    pub address: &'a HeaderValue,
+    /// It is in `http.trusted_proxies`.
+    pub trusted: bool,
+    /// Milliseconds since the Unix epoch.
+    pub request_start: HeaderValue,
+    /// The gateway's id for this request.
+    pub request_id: HeaderValue,
+}
+
+pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, origin: Origin<'_>) {
+    headers.reserve(ADDED_COUNT);
+    let upgrade = if findings.upgrade {
+        headers.remove(UPGRADE)
+    } else {
+        None
+    };
+    remove_hop_by_hop(headers, findings);
+    if findings.expect {
+        // hyper sends the 100 when the backend's connection first asks for the body.
+        headers.remove(EXPECT);
+    }
+    if findings.underscores {
+        remove_where(headers, |name| name.as_str().contains('_'));
+    }
+    if let Some(upgrade) = upgrade {
+        headers.insert(UPGRADE, upgrade);
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    set_forwarded(headers, findings, &origin);
+    let keep_id = findings.request_id
+        && headers
+            .get(REQUEST_ID)
+            .is_some_and(|id| origin.trusted || is_sane_id(id));
+    if !keep_id {
+        headers.insert(REQUEST_ID, origin.request_id.clone());
+    }
+    if !findings.request_start {
+        headers.insert(REQUEST_START, origin.request_start);
+    }
+    headers.insert(VCAP_REQUEST_ID, origin.request_id);
+}
+
+/// Tells the backend which instance it is; what a client says of that is overwritten or removed.
+pub(super) fn set_instance(headers: &mut HeaderMap, instance: &InstanceHeaders) {
+    let mut set = |name: HeaderName, value: &Option<HeaderValue>| match value {
+        Some(value) => drop(headers.insert(name, value.clone())),
+        None => drop(headers.remove(name)),
+    };
+    set(APPLICATION_ID, &instance.app);
+    set(INSTANCE_ID, &instance.id);
+    set(INSTANCE_INDEX, &instance.index);
+}
+
+/// `upgraded`: the response is a 101, whose `Upgrade` stays.
+pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue, upgraded: bool) {
+    let mut connection = false;
+    let mut connection_tokens = false;
+    let mut hop_by_hop = false;
+    for (name, value) in &*headers {
+        match name.as_str() {
+            "connection" => {
+                connection = true;
+                connection_tokens |= !is_plain_connection(value);
+            }
+            "transfer-encoding" | "keep-alive" | "proxy-connection" | "te" | "trailer"
+            | "upgrade" => hop_by_hop = true,
+            _ => {}
+        }
+    }
+    let upgrade = if upgraded {
+        headers.remove(UPGRADE)
+    } else {
+        None
+    };
+    if connection_tokens {
+        remove_named_by_connection(headers);
+    } else if connection {
+        headers.remove(CONNECTION);
+    }
+    if hop_by_hop {
+        for name in [
+            TRANSFER_ENCODING,
+            KEEP_ALIVE,
+            PROXY_CONNECTION,
+            TE,
+            TRAILER,
+            UPGRADE,
+        ] {
+            headers.remove(name);
+        }
+    }
+    if let Some(upgrade) = upgrade {
+        headers.insert(UPGRADE, upgrade);
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    headers.entry(VCAP_REQUEST_ID).or_insert(request_id);
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap, findings: &Findings) {
+    if findings.connection_tokens {
+        remove_named_by_connection(headers);
+    } else if findings.connection {
+        headers.remove(CONNECTION);
+    }
+    if findings.hop_by_hop {
+        for name in [
+            TRANSFER_ENCODING,
+            UPGRADE,
+            HTTP2_SETTINGS,
+            TE,
+            TRAILER,
+            KEEP_ALIVE,
+            PROXY_CONNECTION,
+            PROXY_AUTHENTICATE,
+            PROXY_AUTHORIZATION,
+        ] {
+            headers.remove(name);
+        }
+    }
+    if findings.te_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+/// Removes `Connection` and the headers it names, except those that are never of one hop: naming
+/// `X-Forwarded-For` or `Authorization` is how a client gets a proxy to drop them.
+fn remove_named_by_connection(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .filter(|name| !is_end_to_end(name.as_str()))
+        .collect();
+    headers.remove(CONNECTION);
+    for name in named {
+        headers.remove(name);
+    }
+}
+
+fn is_end_to_end(name: &str) -> bool {
+    const PREFIXES: [&str; 7] = [
+        "content-",
+        "x-forwarded-",
+        "x-cf-",
+        "x-b3-",
+        "x-request-",
+        "x-vcap-",
+        "access-control-",
+    ];
+    matches!(
+        name,
+        "host"
+            | "cookie"
+            | "set-cookie"
+            | "authorization"
+            | "forwarded"
+            | "x-real-ip"
+            | "b3"
+            | "origin"
+            | "range"
+            | "date"
+            | "location"
+            | "cache-control"
+            | "etag"
+            | "vary"
+            | "traceparent"
+            | "tracestate"
+            | "expect"
+    ) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+fn set_forwarded(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'_>) {
+    if findings.forwarded && !origin.trusted {
+        for name in [FORWARDED, FORWARDED_CLIENT_CERT, FORWARDED_PORT, REAL_IP] {
+            headers.remove(name);
+        }
+    }
+    let keep = findings.forwarded && origin.trusted;
+    let forwarded_for = if keep && headers.contains_key(FORWARDED_FOR) {
+        extended(headers, origin.address)
+    } else {
+        origin.address.clone()
+    };
+    headers.insert(FORWARDED_FOR, forwarded_for);
+    if !(keep && headers.contains_key(FORWARDED_PROTO)) {
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+    }
+    if !(keep && headers.contains_key(FORWARDED_HOST))
+        && let Some(host) = &findings.host
+    {
+        headers.insert(FORWARDED_HOST, host.clone());
+    }
+}
+
+/// All `X-Forwarded-For` lines in one, and the peer behind them.
+fn extended(headers: &HeaderMap, peer: &HeaderValue) -> HeaderValue {
+    let mut list = Vec::new();
+    for value in headers.get_all(FORWARDED_FOR) {
+        list.extend_from_slice(value.as_bytes());
+        list.extend_from_slice(b", ");
+    }
+    list.extend_from_slice(peer.as_bytes());
+    HeaderValue::from_maybe_shared(list).unwrap_or_else(|_| peer.clone())
+}
+
+fn is_sane_id(id: &HeaderValue) -> bool {
+    let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&byte);
+    (1..=MAX_REQUEST_ID_LEN).contains(&id.len()) && id.as_bytes().iter().all(|&byte| sane(byte))
+}
+
+fn remove_where(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
+    let names: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| unwanted(name))
+        .cloned()
+        .collect();
+    for name in names {
+        headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests;

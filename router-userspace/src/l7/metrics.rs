@@ -1,0 +1,223 @@
+//! What layer 7 counts, one shard a worker.
+//!
+//! Each counter has one writer, its worker, so counting is a plain load and store and no cache line
+//! travels between cores. The admin API sums the shards with [`L7Metrics::totals`] and
+//! [`L7Metrics::backends`]; the only locks are taken by it and, about once a second, by a worker
+//! that gained or lost backends. No request waits for either.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::l7::error::REASONS;
+
+/// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
+pub const LATENCY_BOUNDS_US: [u64; 14] = [
+    500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
+    2_500_000, 10_000_000, 60_000_000,
+];
+
+const BUCKET_COUNT: usize = LATENCY_BOUNDS_US.len() + 1;
+
+/// All that layer 7 counted since the process started.
+#[derive(Debug, Default)]
+pub struct L7Metrics {
+    workers: Mutex<Vec<Arc<WorkerMetrics>>>,
+}
+
+/// Sums over all workers.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct L7Totals {
+    /// Finished or aborted requests by first digit of their status: 1 to 5.
+    pub responses: [u64; 5],
+    /// The client left before its response had ended.
+    pub aborted: u64,
+    /// Answers of the gateway itself by reason, in the order of [`REASONS`].
+    pub errors: Vec<(&'static str, u64)>,
+    pub requests_in_flight: u64,
+    pub connections_open: u64,
+    pub connections_accepted: u64,
+    /// How often a worker stopped accepting because of `http.limits.connections`.
+    pub connections_full: u64,
+    /// Connections the kernel could not hand over, for want of file descriptors for example.
+    pub accept_errors: u64,
+    /// Client connections closed for sending a request's head too slowly or being idle.
+    pub connections_timed_out: u64,
+    pub retries: u64,
+    pub ejections: u64,
+    pub upgrades: u64,
+    pub upgrades_open: u64,
+    pub backend_connections_opened: u64,
+    pub backend_connections_reused: u64,
+    /// From and to clients, heads included.
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    /// Not cumulative; bounds in [`LATENCY_BOUNDS_US`].
+    pub latency_buckets: [u64; BUCKET_COUNT],
+    pub latency_sum: Duration,
+}
+
+/// Sums of one backend over all workers, since it was last without requests for a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct L7BackendTotals {
+    pub requests: u64,
+    /// Attempts that did not yield a response head.
+    pub failures: u64,
+    pub in_flight: u64,
+    pub idle_connections: u64,
+    /// Workers that avoid it after a failed connection.
+    pub ejected_by: u64,
+}
+
+impl L7Metrics {
+    pub fn totals(&self) -> L7Totals {
+        let mut totals = L7Totals {
+            errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),
+            ..L7Totals::default()
+        };
+        for worker in self.workers().iter() {
+            worker.add_to(&mut totals);
+        }
+        totals
+    }
+
+    /// Backends that had a request lately, at most a second behind in which they are.
+    pub fn backends(&self) -> BTreeMap<SocketAddr, L7BackendTotals> {
+        let mut totals: BTreeMap<SocketAddr, L7BackendTotals> = BTreeMap::new();
+        for worker in self.workers().iter() {
+            for (address, counters) in worker.backends().iter() {
+                let total = totals.entry(*address).or_default();
+                total.requests += counters.requests.read();
+                total.failures += counters.failures.read();
+                total.in_flight += counters.in_flight.read();
+                total.idle_connections += counters.idle_connections.read();
+                total.ejected_by += counters.ejected.read();
+            }
+        }
+        totals
+    }
+
+    pub(super) fn add_worker(&self) -> Arc<WorkerMetrics> {
+        let worker = Arc::new(WorkerMetrics::default());
+        self.workers().push(Arc::clone(&worker));
+        worker
+    }
+
+    fn workers(&self) -> std::sync::MutexGuard<'_, Vec<Arc<WorkerMetrics>>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One worker's shard; alignment keeps two shards off one cache line and its prefetched neighbour.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct WorkerMetrics {
+    pub responses: [Counter; 5],
+    pub aborted: Counter,
+    pub errors: [Counter; REASONS.len()],
+    pub requests_in_flight: Counter,
+    pub connections_open: Counter,
+    pub connections_accepted: Counter,
+    pub connections_full: Counter,
+    pub accept_errors: Counter,
+    pub connections_timed_out: Counter,
+    pub retries: Counter,
+    pub ejections: Counter,
+    pub upgrades: Counter,
+    pub upgrades_open: Counter,
+    pub backend_connections_opened: Counter,
+    pub backend_connections_reused: Counter,
+    pub bytes_in: Counter,
+    pub bytes_out: Counter,
+    latency_buckets: [Counter; BUCKET_COUNT],
+    latency_sum_us: Counter,
+    backends: Mutex<Vec<(SocketAddr, Arc<BackendCounters>)>>,
+}
+
+/// What one worker counts of one backend.
+#[derive(Debug, Default)]
+pub(super) struct BackendCounters {
+    pub requests: Counter,
+    pub failures: Counter,
+    pub in_flight: Counter,
+    pub idle_connections: Counter,
+    /// 1 while avoided.
+    pub ejected: Counter,
+}
+
+impl WorkerMetrics {
+    pub(super) fn record_latency(&self, latency: Duration) {
+        let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        let bucket = LATENCY_BOUNDS_US.iter().position(|&bound| us <= bound);
+        self.latency_buckets[bucket.unwrap_or(BUCKET_COUNT - 1)].add(1);
+        self.latency_sum_us.add(us);
+    }
+
+    /// Replaces the list of backends that readers see.
+    pub(super) fn publish_backends(&self, backends: Vec<(SocketAddr, Arc<BackendCounters>)>) {
+        *self.backends() = backends;
+    }
+
+    fn backends(&self) -> std::sync::MutexGuard<'_, Vec<(SocketAddr, Arc<BackendCounters>)>> {
+        self.backends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_to(&self, totals: &mut L7Totals) {
+        for (total, counter) in totals.responses.iter_mut().zip(&self.responses) {
+            *total += counter.read();
+        }
+        for ((_, total), counter) in totals.errors.iter_mut().zip(&self.errors) {
+            *total += counter.read();
+        }
+        for (total, counter) in totals.latency_buckets.iter_mut().zip(&self.latency_buckets) {
+            *total += counter.read();
+        }
+        totals.aborted += self.aborted.read();
+        totals.requests_in_flight += self.requests_in_flight.read();
+        totals.connections_open += self.connections_open.read();
+        totals.connections_accepted += self.connections_accepted.read();
+        totals.connections_full += self.connections_full.read();
+        totals.accept_errors += self.accept_errors.read();
+        totals.connections_timed_out += self.connections_timed_out.read();
+        totals.retries += self.retries.read();
+        totals.ejections += self.ejections.read();
+        totals.upgrades += self.upgrades.read();
+        totals.upgrades_open += self.upgrades_open.read();
+        totals.backend_connections_opened += self.backend_connections_opened.read();
+        totals.backend_connections_reused += self.backend_connections_reused.read();
+        totals.bytes_in += self.bytes_in.read();
+        totals.bytes_out += self.bytes_out.read();
+        totals.latency_sum += Duration::from_micros(self.latency_sum_us.read());
+    }
+}
+
+/// A number with one writing thread and any readers.
+///
+/// With one writer, load and store lose nothing and cost no locked instruction.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, count: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(count),
+            Ordering::Relaxed,
+        );
+    }
+
+    pub(super) fn subtract(&self, count: u64) {
+        self.add(count.wrapping_neg());
+    }
+
+    pub(super) fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,133 @@
+//! Start, limits, reload and drain.
+
+use super::*;
+
+#[tokio::test]
+async fn a_busy_port_is_an_error_that_names_it() {
+    let gateway = Gateway::start(Snapshot::default());
+    let busy = gateway.proxy.local_addresses()[0];
+    let config = HttpConfig {
+        listen: vec![busy],
+        ..config()
+    };
+    let error = start(&config, Arc::clone(&gateway.published), Arc::default())
+        .err()
+        .unwrap();
+    assert!(
+        format!("{error:#}").starts_with(&format!("listen on {busy}: ")),
+        "{error:#}"
+    );
+}
+
+#[tokio::test]
+async fn every_worker_answers() {
+    let a = TestBackend::named("a").await;
+    let config = HttpConfig {
+        workers: 3,
+        ..config()
+    };
+    let gateway = Gateway::with_config(snapshot([("a.com", pool([backend(a.address)]))]), config);
+    for _ in 0..30 {
+        assert_status(&gateway.get("a.com").await, 200);
+    }
+    let totals = gateway.totals(|totals| totals.connections_open == 0).await;
+    assert_eq!((totals.connections_accepted, totals.responses[1]), (30, 30));
+}
+
+#[tokio::test]
+async fn draining_ends_idle_connections_and_lets_requests_finish() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let address = gateway.proxy.local_addresses()[0];
+    let mut idle = gateway.connect().await;
+    let mut busy = gateway.connect().await;
+    busy.write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n")
+        .await
+        .unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "\r\n\r\n").await;
+
+    let drained = tokio::spawn(gateway.proxy.drain(PATIENCE));
+    assert_eq!(read_to_end(&mut idle).await, "");
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        .await
+        .unwrap();
+    let response = read_to_end(&mut busy).await;
+    assert!(response.contains("connection: close\r\n"), "{response}");
+    assert!(response.ends_with("ok"));
+    drop((idle, busy));
+    tokio::time::timeout(PATIENCE, drained)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(TcpStream::connect(address).await.is_err());
+}
+
+#[tokio::test]
+async fn draining_cuts_what_is_left_at_the_deadline() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut busy = gateway.connect().await;
+    busy.write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n")
+        .await
+        .unwrap();
+    let (_held, _) = listener.accept().await.unwrap();
+    gateway.proxy.drain(Duration::from_millis(20)).await;
+    assert_eq!(read_to_end(&mut busy).await, "");
+}
+
+#[tokio::test]
+async fn connections_over_the_limit_wait_and_are_counted() {
+    let a = TestBackend::named("a").await;
+    let mut config = config();
+    config.limits.connections = 1;
+    let gateway = Gateway::with_config(snapshot([("a.com", pool([backend(a.address)]))]), config);
+    let first = gateway.connect().await;
+    gateway.totals(|totals| totals.connections_full == 1).await;
+    let second = async {
+        let response = gateway.get("a.com").await;
+        assert_status(&response, 200);
+    };
+    let makes_room = async { drop(first) };
+    tokio::join!(second, makes_room);
+}
+
+#[tokio::test]
+async fn a_reload_changes_settings_or_nothing() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let mut changed = config();
+    changed.limits.uri_bytes = 4;
+    gateway.proxy.reload(&changed).unwrap();
+    let request = "GET /long HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    assert_status(&gateway.exchange(request).await, 414);
+
+    let refused = HttpConfig {
+        workers: 2,
+        ..config()
+    };
+    let error = gateway.proxy.reload(&refused).unwrap_err();
+    assert_eq!(error.to_string(), "http.workers needs a restart to change");
+    assert_status(&gateway.exchange(request).await, 414);
+}
+
+#[tokio::test]
+async fn a_trusted_proxy_is_believed_after_a_reload() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let trusting = HttpConfig {
+        trusted_proxies: vec!["127.0.0.0/8".parse().unwrap()],
+        ..config()
+    };
+    gateway.proxy.reload(&trusting).unwrap();
+    let mut client = gateway.connect().await;
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n";
+    client.write_all(request).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let head = read_until(&mut stream, "\r\n\r\n").await;
+    assert!(
+        head.contains("x-forwarded-for: 192.0.2.7, 127.0.0.1\r\n"),
+        "{head}"
+    );
+}

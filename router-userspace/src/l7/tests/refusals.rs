@@ -1,0 +1,209 @@
+//! Hostile and broken requests as bytes: what the client gets, and that no backend sees more than
+//! the one request it should.
+
+use super::*;
+
+/// Sends `bytes`, which end with a request for `/smuggled` wherever a confused reader would see
+/// one, and checks the first status and that the backend saw only `seen`.
+async fn check(bytes: &str, status: u16, seen: &[&str]) {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let mut stream = gateway.connect().await;
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+    let response = read_to_end(&mut stream).await;
+    assert!(
+        response.starts_with(&format!("HTTP/1.1 {status} "))
+            || (response.starts_with(&format!("HTTP/1.0 {status} ")) && bytes.contains("HTTP/1.0")),
+        "{status} expected for {bytes:?}: {response:?}"
+    );
+    assert_eq!(a.seen(), seen, "{bytes:?}");
+    let totals = gateway.metrics.totals();
+    assert_eq!(totals.responses[1], u64::from(status == 200), "{bytes:?}");
+}
+
+/// A POST with these header lines, a chunked body and a second request behind it.
+fn post(lines: &str) -> String {
+    format!(
+        "POST / HTTP/1.1\r\nHost: a.com\r\n{lines}\r\n0\r\n\r\n\
+         GET /smuggled HTTP/1.1\r\nHost: a.com\r\n\r\n"
+    )
+}
+
+#[tokio::test]
+async fn ambiguous_framing_is_refused_and_the_connection_closed() {
+    for lines in [
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        "Transfer-Encoding: ,chunked\r\n",
+        "Transfer-Encoding: chunked,\r\n",
+        "Transfer-Encoding: xchunked\r\n",
+        "Transfer-Encoding: chunked, gzip\r\n",
+        "Transfer-Encoding : chunked\r\n",
+        "Transfer-Encoding:\u{b}chunked\r\n",
+        "Content-Length: 5\r\nContent-Length: 6\r\n",
+        "Content-Length: +5\r\n",
+        "Content-Length: -1\r\n",
+        "Content-Length: 1, 1\r\n",
+        "Content-Length: 99999999999999999999\r\n",
+    ] {
+        check(&post(lines), 400, &[]).await;
+    }
+    check(&post("Transfer-Encoding: gzip, chunked\r\n"), 501, &[]).await;
+}
+
+#[tokio::test]
+async fn chunked_wins_over_a_length_and_nothing_after_it_is_read() {
+    for lines in [
+        "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+    ] {
+        let (listener, address) = scripted().await;
+        let gateway = Gateway::to([address]);
+        let mut client = gateway.connect().await;
+        client.write_all(post(lines).as_bytes()).await.unwrap();
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let head = read_until(&mut stream, "\r\n\r\n").await;
+        assert!(!head.contains("content-length"), "{head}");
+        assert!(head.contains("transfer-encoding: chunked\r\n"), "{head}");
+        read_until(&mut stream, "0\r\n\r\n").await;
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            .await
+            .unwrap();
+        let response = read_to_end(&mut client).await;
+        assert_status(&response, 200);
+        assert_eq!(response.matches("HTTP/1.1").count(), 1, "{response}");
+    }
+}
+
+#[tokio::test]
+async fn a_host_that_is_missing_double_or_malformed_is_refused() {
+    let get = |lines: &str| format!("GET / HTTP/1.1\r\n{lines}\r\n");
+    for lines in [
+        "",
+        "Host:\r\n",
+        "Host: a.com\r\nHost: a.com\r\n",
+        "Host: a.com\r\nHost: b.com\r\n",
+        "Host: user@a.com\r\n",
+        "Host: a.com/b\r\n",
+        "Host: a b\r\n",
+        "Host: a.com, b.com\r\n",
+    ] {
+        check(&get(lines), 400, &[]).await;
+    }
+    check("GET / HTTP/1.0\r\n\r\n", 400, &[]).await;
+}
+
+#[tokio::test]
+async fn a_target_that_is_not_a_path_of_the_host_is_refused() {
+    let get = |target: &str| format!("GET {target} HTTP/1.1\r\nHost: a.com\r\n\r\n");
+    for target in [
+        "x",
+        "*",
+        "http://b.com/",
+        "http://u@a.com/",
+        "https://a.com/",
+        "ftp://a.com/",
+        "/a%00",
+        "/..",
+        "/a/../../b",
+    ] {
+        check(&get(target), 400, &[]).await;
+    }
+    let long = get(&format!("/{}", "x".repeat(16 * 1024)));
+    check(&long, 414, &[]).await;
+}
+
+#[tokio::test]
+async fn an_oversized_head_is_refused() {
+    let huge = format!(
+        "GET / HTTP/1.1\r\nHost: a.com\r\nX: {}\r\n\r\n",
+        "x".repeat(40_000)
+    );
+    check(&huge, 431, &[]).await;
+    let many = format!(
+        "GET / HTTP/1.1\r\nHost: a.com\r\n{}\r\n",
+        "X: 1\r\n".repeat(200)
+    );
+    check(&many, 431, &[]).await;
+}
+
+#[tokio::test]
+async fn methods_that_reach_past_a_route_are_refused() {
+    check("CONNECT a.com:80 HTTP/1.1\r\nHost: a.com\r\n\r\n", 405, &[]).await;
+    check("TRACE / HTTP/1.1\r\nHost: a.com\r\n\r\n", 405, &[]).await;
+}
+
+#[tokio::test]
+async fn options_asterisk_is_answered_by_the_gateway() {
+    check(
+        "OPTIONS * HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n",
+        200,
+        &[],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_expectation_nobody_knows_is_refused() {
+    check(
+        "GET / HTTP/1.1\r\nHost: a.com\r\nExpect: 200-ok\r\n\r\n",
+        417,
+        &[],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn broken_syntax_is_refused() {
+    for bytes in [
+        "GET / HTTP/1.1\r\nHost: a.com\r\nX: a\r\n folded\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.com\r\nX: a\0b\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.com\r\nno colon\r\n\r\n",
+        "GET / HTTP/2.0\r\nHost: a.com\r\n\r\n",
+        "GET / HTTP/1.2\r\nHost: a.com\r\n\r\n",
+        "G@T / HTTP/1.1\r\nHost: a.com\r\n\r\n",
+        "\u{16}\u{3}\u{1}\u{2}\0",
+    ] {
+        check(bytes, 400, &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn h2c_is_not_tunnelled() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut client = gateway.connect().await;
+    client
+        .write_all(
+            b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: Upgrade, HTTP2-Settings\r\n\
+              Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
+        )
+        .await
+        .unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let head = read_until(&mut stream, "\r\n\r\n").await;
+    for name in ["upgrade", "http2-settings", "connection"] {
+        assert!(!head.contains(&format!("\r\n{name}:")), "{head}");
+    }
+    stream
+        .write_all(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        )
+        .await
+        .unwrap();
+    let response = read_until(&mut client, "request.\n").await;
+    assert_status(&response, 502);
+    assert!(response.contains("endpoint_failure (unexpected upgrade)"));
+}
+
+#[tokio::test]
+async fn a_refused_client_that_still_sends_reads_its_answer() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let mut stream = gateway.connect().await;
+    let head = "POST / HTTP/1.1\r\nHost: a,b\r\nContent-Length: 50000\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&[b'x'; 50_000]).await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert_status(&read_to_end(&mut stream).await, 400);
+}

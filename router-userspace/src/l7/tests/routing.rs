@@ -1,0 +1,162 @@
+//! Requests reach the backend their host names, with the headers it expects.
+
+use super::*;
+
+#[tokio::test]
+async fn the_host_chooses_the_backend() {
+    let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
+    let gateway = Gateway::start(snapshot([
+        ("a.com", pool([backend(a.address)])),
+        ("*.b.com", pool([backend(b.address)])),
+    ]));
+    assert!(gateway.get("A.com:80").await.ends_with("\r\n\r\na"));
+    assert!(gateway.get("x.y.b.com").await.ends_with("\r\n\r\nb"));
+    let unknown = gateway.get("b.com").await;
+    assert_status(&unknown, 404);
+    assert!(unknown.contains("x-cf-routererror: unknown_route\r\n"));
+    assert!(unknown.contains("cache-control: no-cache, no-store\r\n"));
+    assert!(unknown.contains("x-content-type-options: nosniff\r\n"));
+    assert!(unknown.ends_with("404 Not Found: Requested route ('b.com') does not exist.\n"));
+}
+
+#[tokio::test]
+async fn a_published_snapshot_is_used_by_the_next_request_of_an_open_connection() {
+    let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
+    let gateway = Gateway::to([a.address]);
+    let mut client = gateway.connect().await;
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n")
+        .await
+        .unwrap();
+    read_until(&mut client, "\r\n\r\na").await;
+    gateway
+        .published
+        .store(Arc::new(snapshot([("a.com", pool([backend(b.address)]))])));
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n")
+        .await
+        .unwrap();
+    read_until(&mut client, "\r\n\r\nb").await;
+}
+
+#[tokio::test]
+async fn requests_take_turns_over_the_pool() {
+    let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
+    let gateway = Gateway::to([a.address, b.address]);
+    for _ in 0..4 {
+        assert_status(&gateway.get("a.com").await, 200);
+    }
+    assert_eq!((a.seen().len(), b.seen().len()), (2, 2));
+}
+
+#[tokio::test]
+async fn an_unhealthy_backend_is_avoided() {
+    let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
+    let mut snapshot = snapshot([("a.com", pool([backend(a.address), backend(b.address)]))]);
+    snapshot.unhealthy.insert(a.address);
+    let gateway = Gateway::start(snapshot);
+    for _ in 0..4 {
+        assert!(gateway.get("a.com").await.ends_with("\r\n\r\nb"));
+    }
+}
+
+#[tokio::test]
+async fn the_backend_is_told_of_the_client_and_of_itself() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::start(snapshot([(
+        "a.com",
+        pool([Backend {
+            app: Some("app".into()),
+            instance_id: Some("instance".into()),
+            instance_index: Some("3".into()),
+            ..backend(address)
+        }]),
+    )]));
+    let mut client = gateway.connect().await;
+    client
+        .write_all(
+            b"GET http://a.com/p?q=1 HTTP/1.1\r\nHost: a.com\r\nX-Forwarded-For: 1.2.3.4\r\n\r\n",
+        )
+        .await
+        .unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let head = read_until(&mut stream, "\r\n\r\n").await;
+    assert!(head.starts_with("GET /p?q=1 HTTP/1.1\r\n"), "{head}");
+    for line in [
+        "host: a.com",
+        "x-forwarded-for: 127.0.0.1",
+        "x-forwarded-proto: http",
+        "x-forwarded-host: a.com",
+        "x-cf-applicationid: app",
+        "x-cf-instanceid: instance",
+        "x-cf-instanceindex: 3",
+    ] {
+        assert!(
+            head.contains(&format!("\r\n{line}\r\n")),
+            "{line} in {head}"
+        );
+    }
+    let id = head
+        .split("x-vcap-request-id: ")
+        .nth(1)
+        .unwrap()
+        .split("\r\n")
+        .next()
+        .unwrap();
+    stream
+        .write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
+        .await
+        .unwrap();
+    let response = read_until(&mut client, "\r\n\r\n").await;
+    assert!(
+        response.contains(&format!("x-vcap-request-id: {id}\r\n")),
+        "{response}"
+    );
+}
+
+#[tokio::test]
+async fn backend_connections_are_kept_and_reused() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    for _ in 0..5 {
+        assert_status(&gateway.get("a.com").await, 200);
+    }
+    assert_eq!((a.seen().len(), a.connections()), (5, 1));
+    let totals = gateway.totals(|totals| totals.responses[1] == 5).await;
+    assert_eq!(totals.backend_connections_opened, 1);
+    assert_eq!(totals.backend_connections_reused, 4);
+    assert_eq!(totals.latency_buckets.iter().sum::<u64>(), 5);
+    let backends =
+        poll_until(|| Some(gateway.metrics.backends()).filter(|it| !it.is_empty())).await;
+    assert_eq!(backends[&a.address].requests, 5);
+    assert_eq!(backends[&a.address].in_flight, 0);
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let a = TestBackend::answering(|request| Response::new(full(request.uri().path().to_owned())))
+        .await;
+    let gateway = Gateway::to([a.address]);
+    let response = gateway
+        .exchange(
+            "GET /1 HTTP/1.1\r\nHost: a.com\r\n\r\nGET /2 HTTP/1.1\r\nHost: a.com\r\n\r\n\
+             GET /3 HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n",
+        )
+        .await;
+    let places: Vec<_> = ["/1", "/2", "/3"]
+        .map(|path| response.find(path).unwrap())
+        .into();
+    assert!(places.is_sorted(), "{response}");
+}
+
+#[tokio::test]
+async fn a_route_with_a_route_service_is_not_served_past_it() {
+    let a = TestBackend::named("a").await;
+    let mut bound = pool([backend(a.address)]);
+    bound.route_service_url = Some("https://waf.example.com".into());
+    let gateway = Gateway::start(snapshot([("a.com", bound)]));
+    let response = gateway.get("a.com").await;
+    assert_status(&response, 502);
+    assert!(response.contains("x-cf-routererror: route_service_unsupported\r\n"));
+    assert!(a.seen().is_empty());
+}

@@ -1,0 +1,62 @@
+//! An upgraded connection: raw bytes both ways until both sides have ended.
+//!
+//! It begins after the backend's 101 has been passed on, with whatever either side had sent
+//! ahead. It counts as a request in flight of its backend until it ends.
+
+use bytes::Bytes;
+use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::sync::oneshot;
+
+use crate::l7::backend::{Lease, RawBackend};
+use crate::l7::connection::ClientIo;
+use crate::l7::forward::RequestRecord;
+use crate::l7::worker::Worker;
+
+/// Bytes buffered in each direction.
+const BUFFER_BYTES: usize = 16 * 1024;
+
+/// An agreed change of protocol.
+pub(super) struct Switch {
+    pub backend: oneshot::Receiver<RawBackend>,
+    pub lease: Lease,
+    pub record: RequestRecord,
+}
+
+pub(super) async fn run(worker: &Worker, client: ClientIo, read_ahead: Bytes, switch: Switch) {
+    let Switch {
+        backend,
+        lease,
+        mut record,
+    } = switch;
+    worker.metrics.upgrades.add(1);
+    worker.metrics.upgrades_open.add(1);
+    let _open = OpenUpgrade(worker);
+    if let Ok(backend) = backend.await {
+        // An error is the abrupt end of one side, which the copying passes on by ending.
+        let _ = relay(client, read_ahead, backend).await;
+    }
+    record.complete();
+    drop(lease);
+}
+
+async fn relay(
+    mut client: ClientIo,
+    read_ahead: Bytes,
+    mut backend: RawBackend,
+) -> std::io::Result<()> {
+    tokio::try_join!(
+        client.write_all(&backend.read_ahead),
+        backend.io.write_all(&read_ahead),
+    )?;
+    copy_bidirectional_with_sizes(&mut client, &mut backend.io, BUFFER_BYTES, BUFFER_BYTES).await?;
+    Ok(())
+}
+
+/// Counts an open upgrade, also when its task is dropped.
+struct OpenUpgrade<'a>(&'a Worker);
+
+impl Drop for OpenUpgrade<'_> {
+    fn drop(&mut self) {
+        self.0.metrics.upgrades_open.subtract(1);
+    }
+}

@@ -1,0 +1,348 @@
+//! One worker: a thread with its own runtime, listeners, backend connections and counters.
+//!
+//! Nothing here is shared with another worker but the published snapshot and settings, both read
+//! through a cached pointer. Tasks of a worker: one acceptor for each listener, one for each client
+//! connection, one for each backend connection, and a sweep about once a second. When told to
+//! drain it stops accepting, lets each connection end after its request, and leaves what is left
+//! at the deadline.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use arc_swap::cache::Cache;
+use http::HeaderValue;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
+
+use crate::l7::Settings;
+use crate::l7::backend::Backends;
+use crate::l7::balance::{Circumstances, PoolState};
+use crate::l7::connection;
+use crate::l7::metrics::WorkerMetrics;
+use crate::l7::tls::BackendTlsClient;
+use crate::route::Pool;
+use crate::snapshot::{Published, Snapshot};
+
+/// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
+/// are answered for each system call; see docs/performance.md.
+const EVENT_INTERVAL: u32 = 256;
+
+/// How often idle connections and forgotten pools are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long accepting pauses after the kernel refused a connection, for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a worker's thread is started with.
+pub(super) struct WorkerParts {
+    pub listeners: Vec<std::net::TcpListener>,
+    pub published: Published,
+    pub settings: Arc<ArcSwap<Settings>>,
+    pub metrics: Arc<WorkerMetrics>,
+    pub tls: Option<BackendTlsClient>,
+    /// The time to end at, once it is set.
+    pub stop: watch::Receiver<Option<Instant>>,
+    /// Dropped when the worker has ended.
+    pub alive: mpsc::Sender<()>,
+}
+
+pub(super) struct Worker {
+    pub metrics: Arc<WorkerMetrics>,
+    pub tls: Option<BackendTlsClient>,
+    snapshot: RefCell<Cache<Published, Arc<Snapshot>>>,
+    settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
+    backends: RefCell<Backends>,
+    rng: RefCell<SmallRng>,
+    clock: Cell<Option<Instant>>,
+    request_start: RefCell<RequestStart>,
+    scratch: RefCell<Vec<u8>>,
+    draining: Cell<bool>,
+    drain_notice: Notify,
+    open_connections: Cell<usize>,
+    connection_ended: Notify,
+}
+
+/// The value of `X-Request-Start`, made once a millisecond.
+struct RequestStart {
+    epoch: SystemTime,
+    at: Instant,
+    ms: u128,
+    value: HeaderValue,
+}
+
+/// Starts a worker's thread.
+///
+/// # Errors
+/// The runtime cannot be built, or the thread not be started.
+pub(super) fn spawn(
+    index: usize,
+    parts: WorkerParts,
+) -> anyhow::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(format!("l7-worker-{index}"))
+        .spawn(move || match runtime() {
+            Ok(runtime) => runtime.block_on(run(parts)),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "l7 worker did not start"),
+        })
+        .context("start an l7 worker thread")
+}
+
+fn runtime() -> anyhow::Result<LocalRuntime> {
+    Builder::new_current_thread()
+        .enable_all()
+        .event_interval(EVENT_INTERVAL)
+        .build_local(LocalOptions::default())
+        .context("build the l7 runtime")
+}
+
+async fn run(parts: WorkerParts) {
+    let WorkerParts {
+        listeners,
+        published,
+        settings,
+        metrics,
+        tls,
+        mut stop,
+        alive,
+    } = parts;
+    let worker = Rc::new(Worker::new(published, settings, metrics, tls));
+    let acceptors: Vec<_> = listeners
+        .into_iter()
+        .filter_map(|listener| match TcpListener::from_std(listener) {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::error!(%error, "l7 listener cannot be polled");
+                None
+            }
+        })
+        .map(|listener| tokio::task::spawn_local(accept(Rc::clone(&worker), listener)))
+        .collect();
+    let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
+
+    // An error means that the proxy was dropped: end now.
+    let deadline = match stop.wait_for(Option::is_some).await {
+        Ok(deadline) => deadline.unwrap_or_else(Instant::now),
+        Err(_) => Instant::now(),
+    };
+    for acceptor in acceptors {
+        acceptor.abort();
+    }
+    worker.draining.set(true);
+    worker.drain_notice.notify_waiters();
+    let _ = tokio::time::timeout_at(deadline, worker.connections_ended()).await;
+    sweeper.abort();
+    drop(alive);
+}
+
+async fn accept(worker: Rc<Worker>, listener: TcpListener) {
+    loop {
+        worker.wait_for_room().await;
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                worker.metrics.connections_accepted.add(1);
+                let open = OpenConnection::new(&worker);
+                let worker = Rc::clone(&worker);
+                tokio::task::spawn_local(async move {
+                    connection::serve(worker, stream, peer).await;
+                    drop(open);
+                });
+            }
+            Err(error) => {
+                worker.metrics.accept_errors.add(1);
+                tracing::warn!(%error, "accept a client connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn sweep(worker: Rc<Worker>) {
+    let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+    loop {
+        ticks.tick().await;
+        // Also lets go of a snapshot that no request has replaced.
+        worker.snapshot(|_| ());
+        worker.forget_clock();
+        let backend_idle = worker.settings(|settings| settings.timeouts.backend_idle);
+        let mut backends = worker.backends.borrow_mut();
+        backends.sweep(worker.now(), backend_idle);
+        if let Some(counters) = backends.changed_counters() {
+            worker.metrics.publish_backends(counters);
+        }
+        worker
+            .request_start
+            .replace(RequestStart::new(worker.now()));
+    }
+}
+
+impl Worker {
+    fn new(
+        published: Published,
+        settings: Arc<ArcSwap<Settings>>,
+        metrics: Arc<WorkerMetrics>,
+        tls: Option<BackendTlsClient>,
+    ) -> Worker {
+        Worker {
+            metrics,
+            tls,
+            snapshot: RefCell::new(Cache::new(published)),
+            settings: RefCell::new(Cache::new(settings)),
+            backends: RefCell::default(),
+            rng: RefCell::new(SmallRng::from_os_rng()),
+            clock: Cell::new(None),
+            request_start: RefCell::new(RequestStart::new(Instant::now())),
+            scratch: RefCell::default(),
+            draining: Cell::new(false),
+            drain_notice: Notify::new(),
+            open_connections: Cell::new(0),
+            connection_ended: Notify::new(),
+        }
+    }
+
+    pub(super) fn snapshot<R>(&self, read: impl FnOnce(&Snapshot) -> R) -> R {
+        read(self.snapshot.borrow_mut().load())
+    }
+
+    pub(super) fn settings<R>(&self, read: impl FnOnce(&Settings) -> R) -> R {
+        read(self.settings.borrow_mut().load())
+    }
+
+    /// This worker's state of a pool of the current snapshot.
+    pub(super) fn pool(&self, pool: &Arc<Pool>) -> Rc<PoolState> {
+        self.backends
+            .borrow_mut()
+            .pool(pool, &mut *self.rng.borrow_mut())
+    }
+
+    /// The index of the target for the next attempt.
+    pub(super) fn pick(&self, pool: &PoolState, tried: &[usize]) -> Option<usize> {
+        let balance = pool
+            .pool
+            .balance
+            .unwrap_or_else(|| self.settings(|settings| settings.balance));
+        self.snapshot(|snapshot| {
+            let at = Circumstances {
+                balance,
+                now: self.now(),
+                unhealthy: &snapshot.unhealthy,
+                tried,
+            };
+            pool.pick(&at, &mut *self.rng.borrow_mut())
+        })
+    }
+
+    /// The time, read once in each run of a task.
+    pub(super) fn now(&self) -> Instant {
+        self.clock.get().unwrap_or_else(|| self.read_clock())
+    }
+
+    pub(super) fn read_clock(&self) -> Instant {
+        let now = Instant::now();
+        self.clock.set(Some(now));
+        now
+    }
+
+    /// To be called when a task begins to run.
+    pub(super) fn forget_clock(&self) {
+        self.clock.set(None);
+    }
+
+    /// A random UUID. Unique, not secret: the generator is seeded from the system and fast.
+    pub(super) fn new_request_id(&self) -> HeaderValue {
+        let id = uuid::Builder::from_random_bytes(self.rng.borrow_mut().random()).into_uuid();
+        let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+        let text = id.hyphenated().encode_lower(&mut text);
+        HeaderValue::from_str(text).expect("hexadecimal digits and hyphens")
+    }
+
+    /// Milliseconds since the Unix epoch.
+    pub(super) fn request_start(&self) -> HeaderValue {
+        self.request_start.borrow_mut().value(self.now())
+    }
+
+    /// Lends an empty buffer.
+    pub(super) fn with_scratch<R>(&self, use_it: impl FnOnce(&mut Vec<u8>) -> R) -> R {
+        let mut scratch = self.scratch.borrow_mut();
+        scratch.clear();
+        use_it(&mut scratch)
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Ends when the worker begins to drain.
+    pub(super) async fn drain_notice(&self) {
+        self.drain_notice.notified().await;
+    }
+
+    async fn wait_for_room(&self) {
+        let is_full =
+            || self.open_connections.get() >= self.settings(|settings| settings.limits.connections);
+        if is_full() {
+            self.metrics.connections_full.add(1);
+            tracing::warn!("http.limits.connections reached, new connections wait");
+        }
+        while is_full() {
+            self.connection_ended.notified().await;
+        }
+    }
+
+    async fn connections_ended(&self) {
+        while self.open_connections.get() > 0 {
+            self.connection_ended.notified().await;
+        }
+    }
+}
+
+/// Counts an open client connection, however it ends.
+struct OpenConnection(Rc<Worker>);
+
+impl OpenConnection {
+    fn new(worker: &Rc<Worker>) -> OpenConnection {
+        worker
+            .open_connections
+            .set(worker.open_connections.get() + 1);
+        worker.metrics.connections_open.add(1);
+        OpenConnection(Rc::clone(worker))
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0
+            .open_connections
+            .set(self.0.open_connections.get() - 1);
+        self.0.metrics.connections_open.subtract(1);
+        self.0.connection_ended.notify_one();
+    }
+}
+
+impl RequestStart {
+    fn new(at: Instant) -> RequestStart {
+        RequestStart {
+            epoch: SystemTime::now(),
+            at,
+            ms: 0,
+            value: HeaderValue::from_static("0"),
+        }
+    }
+
+    fn value(&mut self, now: Instant) -> HeaderValue {
+        let epoch = self.epoch.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let ms = (epoch + now.saturating_duration_since(self.at)).as_millis();
+        if ms != self.ms {
+            self.ms = ms;
+            self.value = HeaderValue::from(u64::try_from(ms).unwrap_or(u64::MAX));
+        }
+        self.value.clone()
+    }
+}
