@@ -290,7 +290,10 @@ impl Default for NatsConfig {
 
 impl Default for FileConfig {
     fn default() -> FileConfig {
-        FileConfig { paths: Vec::new(), poll_interval: Duration::from_secs(1) }
+        FileConfig {
+            paths: Vec::new(),
+            poll_interval: Duration::from_secs(1),
+        }
     }
 }
 
@@ -342,7 +345,10 @@ impl Default for L4Config {
             attach: Attach::Auto,
             vip_ranges: Vec::new(),
             forwarding: Forwarding::Nat,
-            nat_ports: PortRange { first: 1024, last: 32767 },
+            nat_ports: PortRange {
+                first: 1024,
+                last: 32767,
+            },
             drain: Duration::from_secs(300),
             timeouts: FlowTimeouts::default(),
             limits: L4Limits::default(),
@@ -364,7 +370,11 @@ impl Default for FlowTimeouts {
 
 impl Default for L4Limits {
     fn default() -> L4Limits {
-        L4Limits { vips: 256, backends: 16_384, flows: 262_144 }
+        L4Limits {
+            vips: 256,
+            backends: 16_384,
+            flows: 262_144,
+        }
     }
 }
 
@@ -384,13 +394,18 @@ impl Default for HealthConfig {
 
 impl Default for AdminConfig {
     fn default() -> AdminConfig {
-        AdminConfig { listen: AdminListen::Tcp(SocketAddr::from(([127, 0, 0, 1], 9901))) }
+        AdminConfig {
+            listen: AdminListen::Tcp(SocketAddr::from(([127, 0, 0, 1], 9901))),
+        }
     }
 }
 
 impl Default for LogConfig {
     fn default() -> LogConfig {
-        LogConfig { format: LogFormat::Text, filter: "info".to_owned() }
+        LogConfig {
+            format: LogFormat::Text,
+            filter: "info".to_owned(),
+        }
     }
 }
 
@@ -411,15 +426,30 @@ impl Config {
         let positive = [
             ("nats.prune_interval", nats.prune_interval),
             ("nats.stale_threshold", nats.stale_threshold),
-            ("nats.minimum_register_interval", nats.minimum_register_interval),
+            (
+                "nats.minimum_register_interval",
+                nats.minimum_register_interval,
+            ),
             ("file.poll_interval", self.file.poll_interval),
             ("http.timeouts.connect", self.http.timeouts.connect),
-            ("http.timeouts.request_headers", self.http.timeouts.request_headers),
-            ("http.timeouts.response_headers", self.http.timeouts.response_headers),
+            (
+                "http.timeouts.request_headers",
+                self.http.timeouts.request_headers,
+            ),
+            (
+                "http.timeouts.response_headers",
+                self.http.timeouts.response_headers,
+            ),
             ("http.timeouts.body_idle", self.http.timeouts.body_idle),
-            ("http.timeouts.backend_idle", self.http.timeouts.backend_idle),
+            (
+                "http.timeouts.backend_idle",
+                self.http.timeouts.backend_idle,
+            ),
             ("l4.timeouts.tcp_syn", self.l4.timeouts.tcp_syn),
-            ("l4.timeouts.tcp_established", self.l4.timeouts.tcp_established),
+            (
+                "l4.timeouts.tcp_established",
+                self.l4.timeouts.tcp_established,
+            ),
             ("l4.timeouts.tcp_closing", self.l4.timeouts.tcp_closing),
             ("l4.timeouts.udp", self.l4.timeouts.udp),
             ("health.interval", self.health.interval),
@@ -430,7 +460,10 @@ impl Config {
         }
         let at_least_one = [
             ("http.limits.connections", self.http.limits.connections),
-            ("http.limits.request_headers", self.http.limits.request_headers),
+            (
+                "http.limits.request_headers",
+                self.http.limits.request_headers,
+            ),
             ("http.limits.attempts", self.http.limits.attempts),
             ("l4.limits.vips", self.l4.limits.vips as usize),
             ("l4.limits.backends", self.l4.limits.backends as usize),
@@ -450,7 +483,10 @@ impl Config {
             (1024..=1 << 24).contains(&self.l4.limits.flows),
             "l4.limits.flows must be 1024..=16777216"
         );
-        ensure!(self.health.path.starts_with('/'), "health.path must start with /");
+        ensure!(
+            self.health.path.starts_with('/'),
+            "health.path must start with /"
+        );
         let mut interfaces = self.l4.interfaces.clone();
         interfaces.sort();
         for pair in interfaces.windows(2) {

@@ -13,11 +13,20 @@ pub const INBOX_DEPTH: usize = 8192;
 pub enum Event {
     Route(RouteEvent),
     /// A source lost or regained its server. Pruning of its routes pauses in between.
-    SourceConnected { origin: Origin, connected: bool },
+    SourceConnected {
+        origin: Origin,
+        connected: bool,
+    },
     /// An active health check changed its mind about a backend.
-    Health { backend: SocketAddr, healthy: bool },
+    Health {
+        backend: SocketAddr,
+        healthy: bool,
+    },
     /// The way to a backend became known, changed, or was lost.
-    NextHop { backend: IpAddr, next_hop: Option<NextHop> },
+    NextHop {
+        backend: IpAddr,
+        next_hop: Option<NextHop>,
+    },
     /// The configuration file was read again and is valid.
     Reload(Box<crate::config::Config>),
 }

@@ -204,7 +204,11 @@ impl FromStr for Vip {
         if address.port() == 0 {
             return Err(VipError::PortZero);
         }
-        Ok(Vip { proto, address: address.ip(), port: address.port() })
+        Ok(Vip {
+            proto,
+            address: address.ip(),
+            port: address.port(),
+        })
     }
 }
 

@@ -19,14 +19,26 @@ fn a_wrong_value_is_refused_by_line_and_key() {
         ("[l4]\nnat_ports = \"9-1\"\n", &["line 2", "port range"]),
         ("[http]\nlisten = [\"here\"]\n", &["line 2", "listen"]),
         ("[http.timeouts]\nconnect = 5\n", &["line 2", "connect"]),
-        ("[l4]\ninterfaces = [\"a\", \"a\"]\n", &["l4.interfaces", "twice"]),
-        ("[nats]\nprune_interval = \"0s\"\n", &["nats.prune_interval"]),
-        ("[nats]\nsubject_prefix = \"a.>\"\n", &["nats.subject_prefix"]),
+        (
+            "[l4]\ninterfaces = [\"a\", \"a\"]\n",
+            &["l4.interfaces", "twice"],
+        ),
+        (
+            "[nats]\nprune_interval = \"0s\"\n",
+            &["nats.prune_interval"],
+        ),
+        (
+            "[nats]\nsubject_prefix = \"a.>\"\n",
+            &["nats.subject_prefix"],
+        ),
         ("[admin]\nlisten = \"unix:here\"\n", &["line 2", "absolute"]),
     ] {
         let message = format!("{:#}", parse(text).unwrap_err());
         for part in wanted {
-            assert!(message.contains(part), "{text:?}: {message:?} lacks {part:?}");
+            assert!(
+                message.contains(part),
+                "{text:?}: {message:?} lacks {part:?}"
+            );
         }
     }
 }

@@ -85,14 +85,22 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
         Some(weight) => check_weight(weight)?,
     };
     let route_service_url = message.text("route_service_url", &message.route_service_url)?;
-    if route_service_url.as_deref().is_some_and(|url| !url.starts_with("https")) {
+    if route_service_url
+        .as_deref()
+        .is_some_and(|url| !url.starts_with("https"))
+    {
         let message = "route_service_url: does not start with https".to_owned();
-        return Err(Reject { reason: Reason::RouteServiceUrl, message });
+        return Err(Reject {
+            reason: Reason::RouteServiceUrl,
+            message,
+        });
     }
     let tls = match message.tls_port {
         Some(1..) => {
             let san = &message.server_cert_domain_san;
-            Some(BackendTls { server_name: message.text("server_cert_domain_san", san)? })
+            Some(BackendTls {
+                server_name: message.text("server_cert_domain_san", san)?,
+            })
         }
         None | Some(0) => None,
     };
@@ -151,12 +159,17 @@ pub fn parse_uri(uri: &str) -> Result<HttpMatch, &'static str> {
     if !path.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err("the path has a character that a request target cannot have");
     }
-    Ok(HttpMatch { host: lower_case(host), path: lower_case(path) })
+    Ok(HttpMatch {
+        host: lower_case(host),
+        path: lower_case(path),
+    })
 }
 
 /// Parses one entry of `vips` and holds it against the ranges, if any are given.
 pub fn parse_vip(vip: &str, ranges: Option<&[IpNet]>) -> Result<Vip, (Reason, String)> {
-    let vip: Vip = vip.parse().map_err(|error| (Reason::Vip, format!("{error}")))?;
+    let vip: Vip = vip
+        .parse()
+        .map_err(|error| (Reason::Vip, format!("{error}")))?;
     match ranges {
         Some(ranges) if !ranges.iter().any(|range| range.contains(&vip.address)) => {
             Err((Reason::VipRange, format!("{vip} is outside l4.vip_ranges")))
@@ -243,9 +256,15 @@ impl Message<'_> {
         let Some(host) = self.host.as_deref() else {
             return reject(Reason::Host, "host: missing".to_owned());
         };
-        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
         let Ok(ip) = bare.parse::<IpAddr>() else {
-            return reject(Reason::Host, format!("host: {} is not an IP address", shown(host)));
+            return reject(
+                Reason::Host,
+                format!("host: {} is not an IP address", shown(host)),
+            );
         };
         if let Err(why) = check_backend_address(ip) {
             return reject(Reason::Host, format!("host: {ip} is {why}"));
@@ -255,7 +274,11 @@ impl Message<'_> {
             None | Some(0) => ("port", self.port.unwrap_or(0)),
         };
         if port == 0 {
-            let why = if self.port.is_some() { "0 is not a port" } else { "missing" };
+            let why = if self.port.is_some() {
+                "0 is not a port"
+            } else {
+                "missing"
+            };
             return reject(Reason::Port, format!("{field}: {why}"));
         }
         Ok(SocketAddr::new(ip, port))
@@ -269,7 +292,10 @@ impl Message<'_> {
         }
         if uris.is_empty() && vips.is_empty() {
             let message = "uris: neither uris nor vips name a route".to_owned();
-            return Err(Reject { reason: Reason::NoRoute, message });
+            return Err(Reject {
+                reason: Reason::NoRoute,
+                message,
+            });
         }
         let mut routes = Vec::with_capacity(uris.len() + vips.len());
         for (i, uri) in uris.iter().enumerate() {
@@ -319,7 +345,10 @@ fn check_length(field: &str, length: usize, most: usize, unit: &str) -> Result<(
         return Ok(());
     }
     let message = format!("{field}: {length} {unit}, at most {most}");
-    Err(Reject { reason: Reason::TooLong, message })
+    Err(Reject {
+        reason: Reason::TooLong,
+        message,
+    })
 }
 
 fn check_weight(weight: i64) -> Result<u16, Reject> {
@@ -327,7 +356,10 @@ fn check_weight(weight: i64) -> Result<u16, Reject> {
         Ok(weight @ 1..=MAX_WEIGHT) => Ok(weight),
         Ok(_) | Err(_) => {
             let message = format!("weight: {weight} is not in 1..={MAX_WEIGHT}");
-            Err(Reject { reason: Reason::Weight, message })
+            Err(Reject {
+                reason: Reason::Weight,
+                message,
+            })
         }
     }
 }
@@ -364,7 +396,10 @@ fn check_host(host: &str) -> Result<(), &'static str> {
         if label.contains('*') {
             return Err("* stands only for the first labels of a host: *.example.com");
         }
-        if !label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+        if !label
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+        {
             return Err("the host has a character other than letters, digits, - and _");
         }
     }
@@ -393,7 +428,10 @@ fn shown(text: &str) -> String {
 fn decode(payload: &[u8]) -> Result<Message<'_>, Reject> {
     if payload.len() > MAX_MESSAGE_BYTES {
         let message = format!("{} bytes, at most {MAX_MESSAGE_BYTES}", payload.len());
-        return Err(Reject { reason: Reason::Size, message });
+        return Err(Reject {
+            reason: Reason::Size,
+            message,
+        });
     }
     let field = Cell::new("");
     let mut json = serde_json::Deserializer::from_slice(payload);
@@ -401,7 +439,11 @@ fn decode(payload: &[u8]) -> Result<Message<'_>, Reject> {
         .deserialize(&mut json)
         .and_then(|message| json.end().map(|()| message));
     decoded.map_err(|error| {
-        let reason = if error.is_data() { Reason::Type } else { Reason::Syntax };
+        let reason = if error.is_data() {
+            Reason::Type
+        } else {
+            Reason::Syntax
+        };
         let error = error.to_string();
         // serde quotes the value it refuses, however long it is.
         let text: String = match error.char_indices().nth(200) {
@@ -495,7 +537,9 @@ fn field_name(key: &str) -> Option<&'static str> {
         "options",
         "endpoint_updated_at_ns",
     ];
-    NAMES.into_iter().find(|name| name.eq_ignore_ascii_case(key))
+    NAMES
+        .into_iter()
+        .find(|name| name.eq_ignore_ascii_case(key))
 }
 
 /// Reads a value over an earlier one of the same name; `null` leaves that as it was.

@@ -3,7 +3,10 @@ use proptest::prelude::*;
 use super::*;
 
 fn ranges() -> Vec<IpNet> {
-    vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()]
+    vec![
+        "192.0.2.0/24".parse().unwrap(),
+        "2001:db8::/64".parse().unwrap(),
+    ]
 }
 
 fn accepted(json: &str) -> Registration {
@@ -23,7 +26,11 @@ fn refused(payload: &[u8], reason: Reason, part: &str) {
 }
 
 fn routes(registration: &Registration) -> Vec<String> {
-    registration.routes.iter().map(|route| route.to_string()).collect()
+    registration
+        .routes
+        .iter()
+        .map(|route| route.to_string())
+        .collect()
 }
 
 #[test]
@@ -38,19 +45,29 @@ fn every_field_is_read() {
     );
     assert_eq!(
         routes(&registration),
-        ["a.example.com/path", "tcp/192.0.2.10:9090", "udp/[2001:db8::10]:53"]
+        [
+            "a.example.com/path",
+            "tcp/192.0.2.10:9090",
+            "udp/[2001:db8::10]:53"
+        ]
     );
     let backend = &registration.backend;
     assert_eq!(backend.address, "10.0.0.1:8443".parse().unwrap());
     assert_eq!(backend.weight, 7);
-    assert_eq!(backend.tls.as_ref().unwrap().server_name.as_deref(), Some("san"));
+    assert_eq!(
+        backend.tls.as_ref().unwrap().server_name.as_deref(),
+        Some("san")
+    );
     assert_eq!(backend.protocol, HttpProtocol::Http2);
     assert_eq!(backend.app.as_deref(), Some("a"));
     assert_eq!(backend.instance_id.as_deref(), Some("i"));
     assert_eq!(backend.instance_index.as_deref(), Some("3"));
     assert_eq!(backend.availability_zone.as_deref(), Some("z"));
     assert_eq!(backend.isolation_segment.as_deref(), Some("s"));
-    assert_eq!(backend.tags.get("component").map(|value| &**value), Some("c"));
+    assert_eq!(
+        backend.tags.get("component").map(|value| &**value),
+        Some("c")
+    );
     assert_eq!(backend.tags.get("none").map(|value| &**value), Some(""));
     assert_eq!(registration.stale_after, Some(Duration::from_secs(60)));
     assert_eq!(registration.balance, Some(Balance::LeastConnections));
@@ -63,7 +80,10 @@ fn the_shortest_message_gets_the_defaults() {
     assert_eq!(registration.backend.weight, DEFAULT_WEIGHT);
     assert_eq!(registration.backend.tls, None);
     assert_eq!(registration.backend.protocol, HttpProtocol::Http1);
-    assert_eq!((registration.stale_after, registration.balance), (None, None));
+    assert_eq!(
+        (registration.stale_after, registration.balance),
+        (None, None)
+    );
 }
 
 #[test]
@@ -78,7 +98,11 @@ fn json_is_read_as_leniently_as_go_reads_it() {
         r#" {"host":"10.0.0.1","tls_port":0,"port":80,"uris":["a"],"options":{"loadbalancing":"x"}} "#,
     ] {
         let registration = accepted(json);
-        assert_eq!(registration.backend.address, "10.0.0.1:80".parse().unwrap(), "{json}");
+        assert_eq!(
+            registration.backend.address,
+            "10.0.0.1:80".parse().unwrap(),
+            "{json}"
+        );
         assert_eq!(routes(&registration), ["a"], "{json}");
         assert_eq!(registration.balance, None);
     }
@@ -92,39 +116,127 @@ fn a_bad_message_is_refused_by_the_name_of_its_field() {
         ("[]", Reason::Type, "expected an object"),
         ("{}", Reason::Host, "host: missing"),
         (r#"{"host":"10.0.0.1","#, Reason::Syntax, "EOF"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"]} x"#, Reason::Syntax, "trailing"),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"]} x"#,
+            Reason::Syntax,
+            "trailing",
+        ),
         (
             r#"{"host":"10.0.0.1","port":"123","uris":["a"]}"#,
             Reason::Type,
             r#"port: invalid type: string "123", expected u16"#,
         ),
-        (r#"{"host":"10.0.0.1","port":65536,"uris":["a"]}"#, Reason::Type, "port: invalid value"),
-        (r#"{"host":"10.0.0.1","port":-1,"uris":["a"]}"#, Reason::Type, "port: invalid value"),
-        (r#"{"host":"10.0.0.1","port":80.0,"uris":["a"]}"#, Reason::Type, "port: invalid type"),
-        (r#"{"host":"10.0.0.1","port":0,"uris":["a"]}"#, Reason::Port, "port: 0"),
-        (r#"{"host":"10.0.0.1","uris":["a"]}"#, Reason::Port, "port: missing"),
-        (r#"{"host":5,"port":80,"uris":["a"]}"#, Reason::Type, "host: invalid type"),
-        (r#"{"host":"","port":80,"uris":["a"]}"#, Reason::Host, "is not an IP address"),
-        (r#"{"host":"app.internal","port":80,"uris":["a"]}"#, Reason::Host, "\"app.internal\""),
-        (r#"{"host":"0.0.0.0","port":80,"uris":["a"]}"#, Reason::Host, "0.0.0.0"),
+        (
+            r#"{"host":"10.0.0.1","port":65536,"uris":["a"]}"#,
+            Reason::Type,
+            "port: invalid value",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":-1,"uris":["a"]}"#,
+            Reason::Type,
+            "port: invalid value",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80.0,"uris":["a"]}"#,
+            Reason::Type,
+            "port: invalid type",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":0,"uris":["a"]}"#,
+            Reason::Port,
+            "port: 0",
+        ),
+        (
+            r#"{"host":"10.0.0.1","uris":["a"]}"#,
+            Reason::Port,
+            "port: missing",
+        ),
+        (
+            r#"{"host":5,"port":80,"uris":["a"]}"#,
+            Reason::Type,
+            "host: invalid type",
+        ),
+        (
+            r#"{"host":"","port":80,"uris":["a"]}"#,
+            Reason::Host,
+            "is not an IP address",
+        ),
+        (
+            r#"{"host":"app.internal","port":80,"uris":["a"]}"#,
+            Reason::Host,
+            "\"app.internal\"",
+        ),
+        (
+            r#"{"host":"0.0.0.0","port":80,"uris":["a"]}"#,
+            Reason::Host,
+            "0.0.0.0",
+        ),
         (r#"{"host":"10.0.0.1","port":80}"#, Reason::NoRoute, "uris"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":[]}"#, Reason::NoRoute, "uris"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":"a"}"#, Reason::Type, "uris: invalid type"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a",7]}"#, Reason::Type, "uris: invalid type"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a","","b"]}"#, Reason::Uri, "uris[1]: \"\""),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a","b","/"]}"#, Reason::Uri, "uris[2]"),
-        (r#"{"host":"10.0.0.1","port":80,"vips":["192.0.2.1:80"]}"#, Reason::Vip, "vips[0]"),
-        (r#"{"host":"10.0.0.1","port":80,"vips":["tcp/192.0.2.1:0"]}"#, Reason::Vip, "vips[0]"),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":[]}"#,
+            Reason::NoRoute,
+            "uris",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":"a"}"#,
+            Reason::Type,
+            "uris: invalid type",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a",7]}"#,
+            Reason::Type,
+            "uris: invalid type",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a","","b"]}"#,
+            Reason::Uri,
+            "uris[1]: \"\"",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a","b","/"]}"#,
+            Reason::Uri,
+            "uris[2]",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"vips":["192.0.2.1:80"]}"#,
+            Reason::Vip,
+            "vips[0]",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"vips":["tcp/192.0.2.1:0"]}"#,
+            Reason::Vip,
+            "vips[0]",
+        ),
         (
             r#"{"host":"10.0.0.1","port":80,"uris":["a"],"vips":["tcp/192.0.2.1:80","tcp/10.9.9.9:80"]}"#,
             Reason::VipRange,
             "vips[1]",
         ),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":0}"#, Reason::Weight, "weight: 0"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":1001}"#, Reason::Weight, "1001"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":"1"}"#, Reason::Type, "weight"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"],"tags":{"a":1}}"#, Reason::Type, "tags"),
-        (r#"{"host":"10.0.0.1","port":80,"uris":["a"],"options":5}"#, Reason::Type, "options"),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":0}"#,
+            Reason::Weight,
+            "weight: 0",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":1001}"#,
+            Reason::Weight,
+            "1001",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":"1"}"#,
+            Reason::Type,
+            "weight",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"tags":{"a":1}}"#,
+            Reason::Type,
+            "tags",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"options":5}"#,
+            Reason::Type,
+            "options",
+        ),
         (
             r#"{"host":"10.0.0.1","port":80,"uris":["a"],"route_service_url":"http://x"}"#,
             Reason::RouteServiceUrl,
@@ -149,14 +261,46 @@ fn absurd_sizes_are_refused() {
     };
     let long = "x".repeat(1_000_000);
     let many = |n: usize| format!("[{}]", vec!["\"a\""; n].join(","));
-    refused(with("host", format!("\"{long}\"")).as_bytes(), Reason::Host, "host: ");
-    refused(with("port", format!("\"{long}\"")).as_bytes(), Reason::Type, "port: ");
-    refused(with("uris", format!("[\"{long}\"]")).as_bytes(), Reason::Uri, "253");
-    refused(with("uris", format!("[\"a/{long}\"]")).as_bytes(), Reason::Uri, "2048");
-    refused(with("vips", format!("[\"{long}\"]")).as_bytes(), Reason::Vip, "vips[0]");
-    refused(with("app", format!("\"{long}\"")).as_bytes(), Reason::TooLong, "app");
-    refused(with("uris", many(MAX_ROUTES + 1)).as_bytes(), Reason::TooLong, "uris: 1025");
-    refused(with("vips", many(MAX_ROUTES + 1)).as_bytes(), Reason::TooLong, "vips: 1025");
+    refused(
+        with("host", format!("\"{long}\"")).as_bytes(),
+        Reason::Host,
+        "host: ",
+    );
+    refused(
+        with("port", format!("\"{long}\"")).as_bytes(),
+        Reason::Type,
+        "port: ",
+    );
+    refused(
+        with("uris", format!("[\"{long}\"]")).as_bytes(),
+        Reason::Uri,
+        "253",
+    );
+    refused(
+        with("uris", format!("[\"a/{long}\"]")).as_bytes(),
+        Reason::Uri,
+        "2048",
+    );
+    refused(
+        with("vips", format!("[\"{long}\"]")).as_bytes(),
+        Reason::Vip,
+        "vips[0]",
+    );
+    refused(
+        with("app", format!("\"{long}\"")).as_bytes(),
+        Reason::TooLong,
+        "app",
+    );
+    refused(
+        with("uris", many(MAX_ROUTES + 1)).as_bytes(),
+        Reason::TooLong,
+        "uris: 1025",
+    );
+    refused(
+        with("vips", many(MAX_ROUTES + 1)).as_bytes(),
+        Reason::TooLong,
+        "vips: 1025",
+    );
     refused(&vec![b' '; MAX_MESSAGE_BYTES + 1], Reason::Size, "1048577");
     accepted(&with("uris", many(MAX_ROUTES)));
     accepted(&with("ignored", format!("\"{long}\"")));
@@ -168,7 +312,11 @@ fn deep_nesting_and_bytes_that_are_not_text_are_refused() {
     refused(deep.as_bytes(), Reason::Type, "tags");
     let deep = format!(r#"{{"x":{}"#, "[".repeat(500_000));
     refused(deep.as_bytes(), Reason::Syntax, "");
-    refused(b"{\"host\":\"10.0.0.1\xff\",\"port\":80,\"uris\":[\"a\"]}", Reason::Syntax, "host");
+    refused(
+        b"{\"host\":\"10.0.0.1\xff\",\"port\":80,\"uris\":[\"a\"]}",
+        Reason::Syntax,
+        "host",
+    );
     refused(b"\xff\xfe\x00", Reason::Syntax, "");
 }
 
@@ -206,15 +354,21 @@ fn a_host_that_cannot_be_one_is_refused() {
 fn ipv6_backends_may_be_bracketed() {
     for host in ["[2001:db8::1]", "2001:db8::1"] {
         let json = format!(r#"{{"host":"{host}","port":80,"uris":["a"]}}"#);
-        assert_eq!(accepted(&json).backend.address, "[2001:db8::1]:80".parse().unwrap());
+        assert_eq!(
+            accepted(&json).backend.address,
+            "[2001:db8::1]:80".parse().unwrap()
+        );
     }
 }
 
 #[test]
 fn lifetimes_are_held_to_the_minimum() {
-    for (seconds, wanted) in
-        [("0", None), ("-5", Some(1)), ("1", Some(1)), ("9223372036854775807", Some(u64::MAX / 2))]
-    {
+    for (seconds, wanted) in [
+        ("0", None),
+        ("-5", Some(1)),
+        ("1", Some(1)),
+        ("9223372036854775807", Some(u64::MAX / 2)),
+    ] {
         let json = format!(
             r#"{{"host":"10.0.0.1","port":80,"uris":["a"],"stale_threshold_in_seconds":{seconds}}}"#
         );
