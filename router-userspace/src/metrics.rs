@@ -1,8 +1,8 @@
-//! What the control plane counts: every name, unit and help text of `viaduct_*` outside layer 7.
+//! What is counted, under which name: every `viaduct_*` metric with its unit and help text.
 //!
 //! Sources and the agent write [`Metrics`] with relaxed atomics; the admin API reads them through
-//! [`ControlPlane`], which also asks layer 4 for its counters when it is scraped. Layer 7 counts for
-//! itself and registers its own collector.
+//! [`Scrape`], which also asks both layers for their counters when it is scraped. Layers count for
+//! themselves: [`proxy`] puts names to what layer 7 counts.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,10 +17,13 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::histogram::Histogram;
 
 use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
+use crate::l7::metrics::L7Metrics;
 use crate::route::Origin;
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
+
+mod proxy;
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -182,20 +185,22 @@ impl Metrics {
     }
 }
 
-/// All of the control plane and layer 4, read when scraped.
-pub struct ControlPlane {
+/// All that is counted, read when scraped.
+#[derive(Clone)]
+pub struct Scrape {
     pub metrics: Arc<Metrics>,
     pub published: Published,
     pub l4: Option<L4Reader>,
+    pub l7: Arc<L7Metrics>,
 }
 
-impl fmt::Debug for ControlPlane {
+impl fmt::Debug for Scrape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ControlPlane")
+        f.write_str("Scrape")
     }
 }
 
-impl Collector for ControlPlane {
+impl Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
         let mut page = Page(encoder);
         encode_sources(&mut page, &self.metrics)?;
@@ -211,6 +216,7 @@ impl Collector for ControlPlane {
             "Backends that active checks hold to be down",
             snapshot.unhealthy.len() as u64,
         )?;
+        proxy::encode(&mut page, &self.l7)?;
         match &self.l4 {
             // A scrape without layer 4 tells more than no scrape.
             Some(reader) => match reader.stats() {
