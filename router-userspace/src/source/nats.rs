@@ -362,26 +362,4 @@ impl WarningLimit {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn backoff_grows_to_its_bound_and_varies() {
-        assert_eq!(backoff(1), Duration::ZERO);
-        for attempt in 2..100 {
-            let most = Duration::from_millis(10 << (attempt - 1).min(16)).min(MAX_BACKOFF);
-            assert!((most / 2..=most).contains(&backoff(attempt)));
-        }
-        assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
-    }
-
-    #[test]
-    fn one_warning_a_second_tells_how_many_were_held_back() {
-        let now = Instant::now();
-        let mut limit = WarningLimit::default();
-        assert_eq!(limit.allow(now), Some(0));
-        assert_eq!(limit.allow(now), None);
-        assert_eq!(limit.allow(now), None);
-        assert_eq!(limit.allow(now + Duration::from_secs(1)), Some(2));
-    }
-}
+mod tests;
