@@ -1,1 +1,168 @@
-//! To come.
+//! The agent: the one writer of the route table, and of what both layers are told.
+//!
+//! [`Agent::run`] is the single task that owns the table and layer 4. It drains its inbox in batches,
+//! publishes one snapshot for each batch that changed something, and then brings layer 4 in line for
+//! the VIPs that changed; layer 7 and every reader follow the published pointer. A tick ends leases
+//! and drains. Nothing here waits but for the inbox and the tick, and both are cancel safe.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use crate::config::{Config, NatsConfig};
+use crate::event::Event;
+use crate::l4::L4;
+use crate::metrics::Metrics;
+use crate::route::table::{Change, RouteTable};
+use crate::route::{Origin, RouteEvent};
+use crate::snapshot::Published;
+
+/// Events of one batch: about a millisecond of work, so that a burst is published as it arrives.
+const MAX_BATCH: usize = 1024;
+
+/// The longest time between two looks at expired leases; layer 4 wants to be called this often.
+const MAX_TICK: Duration = Duration::from_secs(1);
+
+pub struct Agent {
+    table: RouteTable,
+    published: Published,
+    l4: Option<L4>,
+    metrics: Arc<Metrics>,
+    tick: Duration,
+}
+
+impl Agent {
+    /// Publishes what layer 4 adopted, so that it is served before any source speaks.
+    pub fn new(
+        config: &NatsConfig,
+        published: Published,
+        l4: Option<L4>,
+        metrics: Arc<Metrics>,
+    ) -> Agent {
+        let now = now();
+        let mut table = RouteTable::new(config.stale_threshold, now);
+        let connected = config.servers.is_empty();
+        table.set_connected(Origin::Nats, connected, now);
+        let tick = tick(config);
+        let mut agent = Agent {
+            table,
+            published,
+            l4,
+            metrics,
+            tick,
+        };
+        let adopted = agent.l4.as_ref().map(L4::adopted).unwrap_or_default();
+        let mut change = Change::default();
+        for registration in adopted {
+            change.merge(agent.table.apply(RouteEvent::Register(registration), now));
+        }
+        agent.publish(change, now);
+        agent
+    }
+
+    /// Runs until every sender of `inbox` is gone.
+    pub async fn run(mut self, mut inbox: mpsc::Receiver<Event>) {
+        let mut batch = Vec::with_capacity(MAX_BATCH);
+        let mut interval = self.interval();
+        loop {
+            tokio::select! {
+                count = inbox.recv_many(&mut batch, MAX_BATCH) => {
+                    if count == 0 {
+                        return;
+                    }
+                    let before = self.tick;
+                    self.take_in(&mut batch);
+                    if self.tick != before {
+                        interval = self.interval();
+                    }
+                }
+                _ = interval.tick() => self.tick(),
+            }
+        }
+    }
+
+    fn interval(&self) -> tokio::time::Interval {
+        let mut interval = tokio::time::interval(self.tick);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        interval
+    }
+
+    fn take_in(&mut self, batch: &mut Vec<Event>) {
+        let begin = Instant::now();
+        self.metrics.batches.inc();
+        self.metrics.events.add(batch.len() as u64);
+        let now = now();
+        let mut change = Change::default();
+        let mut next_hops = Vec::new();
+        for event in batch.drain(..) {
+            match event {
+                Event::Route(event) => change.merge(self.table.apply(event, now)),
+                Event::Health { backend, healthy } => {
+                    tracing::info!(%backend, healthy, "backend health changed");
+                    change.merge(self.table.set_health(backend, healthy));
+                }
+                Event::SourceConnected { origin, connected } => {
+                    self.table.set_connected(origin, connected, now);
+                }
+                Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
+                Event::Reload(config) => self.reload(&config),
+            }
+        }
+        if self.publish(change, now) {
+            self.metrics.published(begin.elapsed());
+        }
+        if let Some(l4) = &mut self.l4 {
+            for (backend, next_hop) in next_hops {
+                l4.next_hop(backend, next_hop, now);
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = now();
+        let change = self.table.expire(now);
+        if change.expired > 0 {
+            tracing::info!(
+                backends = change.expired,
+                "pruned what was not repeated in time"
+            );
+        }
+        self.publish(change, now);
+        if let Some(l4) = &mut self.l4 {
+            l4.tick(now);
+        }
+    }
+
+    /// Publishes the table if `change` says that it is another, then tells layer 4.
+    fn publish(&mut self, change: Change, now: Instant) -> bool {
+        self.metrics.table(&change, self.table.size());
+        if !change.changed {
+            return false;
+        }
+        let snapshot = Arc::new(self.table.snapshot());
+        self.published.store(Arc::clone(&snapshot));
+        if let (Some(l4), false) = (&mut self.l4, change.vips.is_empty()) {
+            l4.apply(&snapshot, &change.vips, now);
+        }
+        true
+    }
+
+    fn reload(&mut self, config: &Config) {
+        self.table.set_stale_threshold(config.nats.stale_threshold);
+        self.tick = tick(&config.nats);
+    }
+}
+
+fn tick(config: &NatsConfig) -> Duration {
+    config.prune_interval.min(MAX_TICK)
+}
+
+/// tokio's clock, which tests can stop.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests;

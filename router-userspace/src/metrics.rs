@@ -1,1 +1,488 @@
-//! To come.
+//! What is counted, under which name: every `viaduct_*` metric with its unit and help text.
+//!
+//! Sources and the agent write [`Metrics`] with relaxed atomics; the admin API reads them through
+//! [`Scrape`], which also asks both layers for their counters when it is scraped. Layers count for
+//! themselves: [`proxy`] puts names to what layer 7 counts.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeLabelSet, EncodeMetric, NoLabelSet,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
+use crate::l7::metrics::L7Metrics;
+use crate::route::Origin;
+use crate::route::table::{Change, Size};
+use crate::route::wire::Reason;
+use crate::snapshot::Published;
+
+mod proxy;
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+/// A number that goes up and down.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
+
+#[derive(Debug)]
+pub struct Metrics {
+    pub registers: Counter,
+    pub unregisters: Counter,
+    pub greets: Counter,
+    /// In the order of [`Reason::ALL`].
+    rejects: [Counter; Reason::ALL.len()],
+    pub nats_connected: Gauge,
+    pub nats_connects: Counter,
+    pub nats_slow_consumer: Counter,
+    pub file_loads: Counter,
+    pub file_rejects: Counter,
+
+    added: Counter,
+    updated: Counter,
+    refreshed: Counter,
+    removed: Counter,
+    expired: Counter,
+    shadowed: Counter,
+    full: Counter,
+    http_routes: Gauge,
+    vips: Gauge,
+    entries: [Gauge; 3],
+    pub batches: Counter,
+    pub events: Counter,
+    /// From the start of a batch until both layers have its snapshot.
+    publish: Histogram,
+
+    pub probes_good: Counter,
+    pub probes_bad: Counter,
+    pub health_targets: Gauge,
+    pub health_unchecked: Gauge,
+}
+
+impl Counter {
+    pub fn inc(&self) {
+        self.add(1);
+    }
+
+    pub fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Gauge {
+    pub fn set(&self, value: usize) {
+        self.0.store(value as u64, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        // 10 µs to 2.6 s: one registration takes tens of microseconds, a full batch milliseconds.
+        let buckets = prometheus_client::metrics::histogram::exponential_buckets(1e-5, 4.0, 10);
+        Metrics {
+            registers: Counter::default(),
+            unregisters: Counter::default(),
+            greets: Counter::default(),
+            rejects: Default::default(),
+            nats_connected: Gauge::default(),
+            nats_connects: Counter::default(),
+            nats_slow_consumer: Counter::default(),
+            file_loads: Counter::default(),
+            file_rejects: Counter::default(),
+            added: Counter::default(),
+            updated: Counter::default(),
+            refreshed: Counter::default(),
+            removed: Counter::default(),
+            expired: Counter::default(),
+            shadowed: Counter::default(),
+            full: Counter::default(),
+            http_routes: Gauge::default(),
+            vips: Gauge::default(),
+            entries: Default::default(),
+            batches: Counter::default(),
+            events: Counter::default(),
+            publish: Histogram::new(buckets),
+            probes_good: Counter::default(),
+            probes_bad: Counter::default(),
+            health_targets: Gauge::default(),
+            health_unchecked: Gauge::default(),
+        }
+    }
+}
+
+impl Metrics {
+    pub fn reject(&self, reason: Reason) {
+        self.rejects[reason as usize].inc();
+    }
+
+    pub fn rejects(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Reason::ALL
+            .iter()
+            .map(|reason| (reason.as_str(), self.rejects[*reason as usize].get()))
+    }
+
+    /// Counts what a batch did to the table, which is `size` big after it.
+    pub fn table(&self, change: &Change, size: Size) {
+        for (counter, count) in [
+            (&self.added, change.added),
+            (&self.updated, change.updated),
+            (&self.refreshed, change.refreshed),
+            (&self.removed, change.removed),
+            (&self.expired, change.expired),
+            (&self.shadowed, change.shadowed),
+            (&self.full, change.full),
+        ] {
+            if count > 0 {
+                counter.add(count);
+            }
+        }
+        self.http_routes.set(size.http_routes);
+        self.vips.set(size.vips);
+        for (gauge, count) in self.entries.iter().zip(size.entries) {
+            gauge.set(count);
+        }
+    }
+
+    pub fn published(&self, took: Duration) {
+        self.publish.observe(took.as_secs_f64());
+    }
+
+    /// Entries of the table by what happened to them.
+    pub fn changes(&self) -> [(&'static str, u64); 7] {
+        [
+            ("added", self.added.get()),
+            ("updated", self.updated.get()),
+            ("refreshed", self.refreshed.get()),
+            ("removed", self.removed.get()),
+            ("expired", self.expired.get()),
+            ("shadowed", self.shadowed.get()),
+            ("full", self.full.get()),
+        ]
+    }
+
+    pub fn size(&self) -> Size {
+        Size {
+            http_routes: self.http_routes.get() as usize,
+            vips: self.vips.get() as usize,
+            entries: [0, 1, 2].map(|origin: usize| self.entries[origin].get() as usize),
+        }
+    }
+}
+
+/// All that is counted, read when scraped.
+#[derive(Clone)]
+pub struct Scrape {
+    pub metrics: Arc<Metrics>,
+    pub published: Published,
+    pub l4: Option<L4Reader>,
+    pub l7: Arc<L7Metrics>,
+}
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrape")
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+        let mut page = Page(encoder);
+        encode_sources(&mut page, &self.metrics)?;
+        encode_table(&mut page, &self.metrics)?;
+        let snapshot = self.published.load();
+        page.gauge(
+            "viaduct_snapshot_revision",
+            "Revision of the published snapshot",
+            snapshot.revision,
+        )?;
+        page.gauge(
+            "viaduct_health_unhealthy_backends",
+            "Backends that active checks hold to be down",
+            snapshot.unhealthy.len() as u64,
+        )?;
+        proxy::encode(&mut page, &self.l7)?;
+        match &self.l4 {
+            // A scrape without layer 4 tells more than no scrape.
+            Some(reader) => match reader.stats() {
+                Ok(stats) => encode_l4(&mut page, &stats),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "read layer 4 counters");
+                    Ok(())
+                }
+            },
+            None => Ok(()),
+        }
+    }
+}
+
+fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
+    page.counters(
+        "viaduct_nats_messages",
+        "Messages taken in over NATS",
+        [
+            ([("kind", "register")], metrics.registers.get()),
+            ([("kind", "unregister")], metrics.unregisters.get()),
+            ([("kind", "greet")], metrics.greets.get()),
+        ],
+    )?;
+    page.counters(
+        "viaduct_nats_rejects",
+        "Messages refused, by the field that is wrong",
+        metrics
+            .rejects()
+            .map(|(reason, count)| ([("reason", reason)], count)),
+    )?;
+    page.gauge(
+        "viaduct_nats_connected",
+        "1 while connected to NATS",
+        metrics.nats_connected.get(),
+    )?;
+    page.counter(
+        "viaduct_nats_connects",
+        "Connections made to NATS",
+        metrics.nats_connects.get(),
+    )?;
+    page.counter(
+        "viaduct_nats_slow_consumer",
+        "Messages the NATS client dropped because the agent was too slow",
+        metrics.nats_slow_consumer.get(),
+    )?;
+    page.counters(
+        "viaduct_file_loads",
+        "Readings of routes files",
+        [
+            ([("result", "good")], metrics.file_loads.get()),
+            ([("result", "refused")], metrics.file_rejects.get()),
+        ],
+    )
+}
+
+fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
+    let size = metrics.size();
+    page.gauge(
+        "viaduct_http_routes",
+        "Pairs of host and path",
+        size.http_routes as u64,
+    )?;
+    page.gauge(
+        "viaduct_vips",
+        "Virtual IPs with a backend",
+        size.vips as u64,
+    )?;
+    let origins = [Origin::Nats, Origin::File, Origin::Adopted];
+    page.gauges(
+        "viaduct_route_backends",
+        "Backends of routes, by where they were announced",
+        origins
+            .iter()
+            .map(|&o| ([("origin", o.as_str())], size.entries[o as usize])),
+    )?;
+    page.counters(
+        "viaduct_route_changes",
+        "Backends of routes, by what a registration or the lack of one did to them",
+        metrics
+            .changes()
+            .map(|(kind, count)| ([("change", kind)], count)),
+    )?;
+    page.counter(
+        "viaduct_agent_events",
+        "Events taken in by the agent",
+        metrics.events.get(),
+    )?;
+    page.counter(
+        "viaduct_agent_batches",
+        "Batches of events",
+        metrics.batches.get(),
+    )?;
+    page.histogram(
+        "viaduct_agent_publish_seconds",
+        "From the start of a batch until both layers have its snapshot",
+        &metrics.publish,
+    )?;
+    page.counters(
+        "viaduct_health_probes",
+        "Active health checks made",
+        [
+            ([("result", "good")], metrics.probes_good.get()),
+            ([("result", "bad")], metrics.probes_bad.get()),
+        ],
+    )?;
+    page.gauge(
+        "viaduct_health_targets",
+        "Backends under active check",
+        metrics.health_targets.get(),
+    )?;
+    page.gauge(
+        "viaduct_health_unchecked",
+        "Backends beyond the bound of active checks",
+        metrics.health_unchecked.get(),
+    )
+}
+
+fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
+    page.counters(
+        "viaduct_l4_packets",
+        "Packets by the verdict of the XDP program",
+        stats
+            .verdicts
+            .iter()
+            .map(|(verdict, count)| ([("verdict", *verdict)], *count)),
+    )?;
+    page.gauge(
+        "viaduct_l4_active_flows",
+        "Flows in the flow table",
+        stats.active_flows,
+    )?;
+    page.counter(
+        "viaduct_l4_failed_writes",
+        "Writes to the kernel's tables that failed and were repeated",
+        stats.failed_writes,
+    )?;
+    page.counter(
+        "viaduct_l4_refused_backends",
+        "Backends left out for want of room or for their address family",
+        stats.refused,
+    )?;
+    let vip_rows: [(&str, &str, fn(&VipStats) -> [u64; 2]); 2] = [
+        ("viaduct_l4_vip_packets", "Packets of a VIP", |vip| {
+            [vip.moved.packets, vip.moved.reply_packets]
+        }),
+        ("viaduct_l4_vip_bytes", "Bytes of a VIP's packets", |vip| {
+            [vip.moved.bytes, vip.moved.reply_bytes]
+        }),
+    ];
+    for (name, help, values) in vip_rows {
+        let rows = stats.vips.iter().flat_map(|vip| {
+            let [request, reply] = values(vip);
+            let labels = |direction| [("vip", vip.vip.as_str()), ("direction", direction)];
+            [(labels("request"), request), (labels("reply"), reply)]
+        });
+        page.counters(name, help, rows)?;
+    }
+    page.counters(
+        "viaduct_l4_vip_flows",
+        "Flows begun to a VIP",
+        stats
+            .vips
+            .iter()
+            .map(|vip| ([("vip", vip.vip.as_str())], vip.moved.new_flows)),
+    )?;
+    let backends: Vec<(&VipStats, &BackendStats, String)> = stats
+        .vips
+        .iter()
+        .flat_map(|vip| {
+            vip.backends
+                .iter()
+                .map(move |b| (vip, b, b.address.to_string()))
+        })
+        .collect();
+    let backend_rows: [(&str, &str, fn(&BackendStats) -> u64); 3] = [
+        (
+            "viaduct_l4_backend_packets",
+            "Packets sent to a backend",
+            |backend| backend.moved.packets,
+        ),
+        (
+            "viaduct_l4_backend_bytes",
+            "Bytes sent to a backend",
+            |backend| backend.moved.bytes,
+        ),
+        (
+            "viaduct_l4_backend_flows",
+            "Flows begun to a backend",
+            |backend| backend.moved.new_flows,
+        ),
+    ];
+    for (name, help, value) in backend_rows {
+        let rows = backends.iter().map(|(vip, backend, address)| {
+            (
+                [("vip", vip.vip.as_str()), ("backend", address)],
+                value(backend),
+            )
+        });
+        page.counters(name, help, rows)?;
+    }
+    page.gauges(
+        "viaduct_l4_backend_reachable",
+        "1 while the next hop to a backend is known",
+        backends.iter().map(|(vip, backend, address)| {
+            let labels = [("vip", vip.vip.as_str()), ("backend", address.as_str())];
+            (labels, usize::from(backend.reachable))
+        }),
+    )
+}
+
+/// Writes families one after another.
+struct Page<'a>(DescriptorEncoder<'a>);
+
+impl Page<'_> {
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let mut metric = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let mut metric = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        metric.encode_gauge(&value)
+    }
+
+    fn counters<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: impl IntoIterator<Item = (L, impl EncodeCounterValue)>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in rows {
+            let mut metric = family.encode_family(&labels)?;
+            metric.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
+        Ok(())
+    }
+
+    fn gauges<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: impl IntoIterator<Item = (L, usize)>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in rows {
+            family
+                .encode_family(&labels)?
+                .encode_gauge(&(value as u64))?;
+        }
+        Ok(())
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) -> fmt::Result {
+        let metric = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        histogram.encode(metric)
+    }
+}

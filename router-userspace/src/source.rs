@@ -1,1 +1,40 @@
-//! To come.
+//! Where routes come from.
+//!
+//! A source is a task that turns what its client tells it into [`Event::Route`]s. It decodes and
+//! refuses by itself, sends in the order of arrival, and waits while the agent's inbox is full. It
+//! says when it loses or regains its server, tries again for ever, and never ends by bad input. All
+//! sources run on the agent's thread, where a panic ends the process.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+
+use crate::config::Config;
+use crate::event::Event;
+use crate::metrics::Metrics;
+
+pub mod file;
+pub mod nats;
+
+/// What every source works with.
+#[derive(Clone)]
+pub struct Context {
+    pub inbox: mpsc::Sender<Event>,
+    pub metrics: Arc<Metrics>,
+    /// The configuration in force; a reload changes it.
+    pub config: watch::Receiver<Arc<Config>>,
+}
+
+/// Starts every configured source. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// Only for configuration that can be seen to be wrong, like a credentials file that is not there:
+/// a server that cannot be reached is not an error.
+pub async fn start(context: &Context) -> anyhow::Result<()> {
+    let config = Arc::clone(&context.config.borrow());
+    if !config.nats.servers.is_empty() {
+        nats::start(&config.nats, context.clone()).await?;
+    }
+    tokio::spawn(file::run(context.clone()));
+    Ok(())
+}

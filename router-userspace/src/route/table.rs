@@ -1,1 +1,603 @@
-//! To come.
+//! The route table: the one mutable truth about routes, owned by the agent.
+//!
+//! [`RouteTable`] takes in what sources announce, forgets what is not repeated in time, and keeps the
+//! [`Snapshot`] that is published next. An entry is one backend of one route, identified by (route,
+//! address) as in gorouter; its other properties are those of the last registration. Pure: no clock,
+//! no I/O. What a change costs does not depend on the number of routes; a repeated registration
+//! renews its leases and nothing else, without an allocation.
+//!
+//! An entry belongs to the source that announced it. Only that source changes, withdraws or expires
+//! it, with two exceptions: an adopted entry goes to whoever speaks of it first, and a routes file
+//! takes an address over from NATS.
+
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{BuildHasher, RandomState};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hashbrown::HashTable;
+
+use crate::route::expiry::{self, Expiry, Tick};
+use crate::route::{
+    Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
+    Unregistration, Vip,
+};
+use crate::snapshot::{HostRoutes, Snapshot};
+
+/// Backends of routes, over all routes.
+pub const MAX_ENTRIES: usize = 4_000_000;
+/// Backends of one route. A change copies the list of its pool.
+pub const MAX_POOL_BACKENDS: usize = 4096;
+/// Paths of one host. A change copies the list of its host.
+pub const MAX_HOST_PATHS: usize = 4096;
+
+/// What a call did to the table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Whether there is something to publish.
+    pub changed: bool,
+    /// The VIPs whose pool, or the health in it, changed.
+    pub vips: BTreeSet<Vip>,
+    pub added: u64,
+    pub updated: u64,
+    /// Repeated without a difference.
+    pub refreshed: u64,
+    /// Withdrawn by their source.
+    pub removed: u64,
+    /// Not repeated in time.
+    pub expired: u64,
+    /// Left alone because the entry belongs to another source.
+    pub shadowed: u64,
+    /// Refused by one of the bounds of this module.
+    pub full: u64,
+}
+
+/// How much the table holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Pairs of host and path.
+    pub http_routes: usize,
+    pub vips: usize,
+    /// Backends of routes by [`Origin`], in the order of its variants.
+    pub entries: [usize; 3],
+}
+
+pub struct RouteTable {
+    /// Slots that [`Self::index`], [`Self::by_origin`] and [`Self::expiry`] name by number.
+    entries: Vec<Option<Entry>>,
+    free: Vec<u32>,
+    /// By (route, address).
+    index: HashTable<u32>,
+    hasher: RandomState,
+    by_origin: [HashSet<u32>; 3],
+    /// Which VIPs a backend serves, for changes of its health.
+    vips_of: BTreeSet<(SocketAddr, Vip)>,
+    expiry: Expiry,
+    sources: [Source; 3],
+    stale_threshold: Duration,
+    epoch: Instant,
+    http_routes: usize,
+    /// What the next [`Self::snapshot`] holds.
+    next: Snapshot,
+}
+
+/// One backend of one route.
+struct Entry {
+    route: RouteKey,
+    backend: Arc<Backend>,
+    /// What the registration said of the whole pool; mostly nothing.
+    policy: Option<Box<Policy>>,
+    renewed: Tick,
+    lifetime: Tick,
+    /// The one visit of [`Expiry`] that counts; those of earlier owners of the slot do not.
+    scheduled: Tick,
+}
+
+#[derive(PartialEq, Eq)]
+struct Policy {
+    balance: Option<Balance>,
+    route_service_url: Option<Arc<str>>,
+}
+
+/// Whether a source can repeat what it announced.
+#[derive(Clone, Copy)]
+struct Source {
+    connected: bool,
+    /// When it came back: leases renewed before count as renewed then.
+    since: Tick,
+}
+
+impl RouteTable {
+    pub fn new(stale_threshold: Duration, now: Instant) -> RouteTable {
+        RouteTable {
+            entries: Vec::new(),
+            free: Vec::new(),
+            index: HashTable::new(),
+            hasher: RandomState::new(),
+            by_origin: Default::default(),
+            vips_of: BTreeSet::new(),
+            expiry: Expiry::default(),
+            sources: [Source {
+                connected: true,
+                since: 0,
+            }; 3],
+            stale_threshold,
+            epoch: now,
+            http_routes: 0,
+            next: Snapshot::default(),
+        }
+    }
+
+    pub fn apply(&mut self, event: RouteEvent, now: Instant) -> Change {
+        let mut change = Change::default();
+        match event {
+            RouteEvent::Register(registration) => {
+                self.register(registration, now, &mut change, |_| {});
+            }
+            RouteEvent::Unregister(unregistration) => self.unregister(unregistration, &mut change),
+            RouteEvent::Replace {
+                origin,
+                registrations,
+            } => {
+                let mut gone = self.by_origin[origin as usize].clone();
+                for registration in registrations {
+                    self.register(registration, now, &mut change, |id| {
+                        gone.remove(&id);
+                    });
+                }
+                for id in gone {
+                    self.remove(id, &mut change);
+                    change.removed += 1;
+                }
+            }
+        }
+        change
+    }
+
+    /// Removes every entry whose lease is over. Those of a source that is away stay.
+    pub fn expire(&mut self, now: Instant) -> Change {
+        let mut change = Change::default();
+        let now = expiry::tick_before(self.epoch, now);
+        while let Some((at, ids)) = self.expiry.due(now) {
+            for id in ids {
+                self.visit(id, at, now, &mut change);
+            }
+        }
+        change
+    }
+
+    /// Notes that a source lost or regained its server. Leases do not end while it is away, and have
+    /// their full lifetime again when it is back. What was adopted came from NATS and follows it.
+    pub fn set_connected(&mut self, origin: Origin, connected: bool, now: Instant) {
+        let since = expiry::tick_after(self.epoch, now);
+        let followers: &[Origin] = match origin {
+            Origin::Nats => &[Origin::Nats, Origin::Adopted],
+            Origin::File | Origin::Adopted => &[],
+        };
+        for follower in followers {
+            let source = &mut self.sources[*follower as usize];
+            if connected && !source.connected {
+                source.since = since;
+            }
+            source.connected = connected;
+        }
+    }
+
+    /// Notes what active health checks found.
+    pub fn set_health(&mut self, backend: SocketAddr, healthy: bool) -> Change {
+        let changed = match healthy {
+            true => self.next.unhealthy.remove(&backend).is_some(),
+            false => self.next.unhealthy.insert(backend).is_none(),
+        };
+        let mut change = Change {
+            changed,
+            ..Change::default()
+        };
+        if changed {
+            let first = Vip {
+                proto: Proto::Tcp,
+                address: Ipv4Addr::UNSPECIFIED.into(),
+                port: 0,
+            };
+            let serves = self.vips_of.range((backend, first)..);
+            let vips = serves
+                .take_while(|(address, _)| *address == backend)
+                .map(|(_, vip)| *vip);
+            change.vips.extend(vips);
+        }
+        change
+    }
+
+    /// Sets the longest lifetime of the leases that are given or renewed from here on.
+    pub fn set_stale_threshold(&mut self, stale_threshold: Duration) {
+        self.stale_threshold = stale_threshold;
+    }
+
+    /// The table as it is, under a new revision.
+    pub fn snapshot(&mut self) -> Snapshot {
+        self.next.revision += 1;
+        self.next.clone()
+    }
+
+    pub fn size(&self) -> Size {
+        Size {
+            http_routes: self.http_routes,
+            vips: self.next.vips.len(),
+            entries: [0, 1, 2].map(|origin: usize| self.by_origin[origin].len()),
+        }
+    }
+
+    /// Upserts each route of a registration; `touched` learns the slots that are its source's.
+    fn register(
+        &mut self,
+        registration: Registration,
+        now: Instant,
+        change: &mut Change,
+        mut touched: impl FnMut(u32),
+    ) {
+        let Registration {
+            routes,
+            backend,
+            stale_after,
+            balance,
+            route_service_url,
+        } = registration;
+        let now = expiry::tick_after(self.epoch, now);
+        let lifetime = stale_after
+            .unwrap_or(self.stale_threshold)
+            .min(self.stale_threshold);
+        let lifetime = expiry::ticks(lifetime);
+        let policy = Policy {
+            balance,
+            route_service_url,
+        };
+        for route in routes {
+            let found = self.find(&route, backend.address);
+            let id = match found {
+                Some(id) => self.update(id, &backend, &policy, change),
+                None => self.insert(route, &backend, &policy, change),
+            };
+            let Some(id) = id else { continue };
+            touched(id);
+            let entry = self.entries[id as usize]
+                .as_mut()
+                .expect("an upserted entry is there");
+            entry.renewed = now;
+            entry.lifetime = lifetime;
+            let deadline = now.saturating_add(lifetime);
+            if backend.origin != Origin::File && deadline < entry.scheduled {
+                entry.scheduled = deadline;
+                self.expiry.schedule(id, deadline);
+            }
+        }
+    }
+
+    fn unregister(&mut self, gone: Unregistration, change: &mut Change) {
+        for route in &gone.routes {
+            let Some(id) = self.find(route, gone.address) else {
+                continue;
+            };
+            let owner = self.entries[id as usize]
+                .as_ref()
+                .map(|entry| entry.backend.origin);
+            match owner {
+                Some(owner) if owner == gone.origin || owner == Origin::Adopted => {
+                    self.remove(id, change);
+                    change.removed += 1;
+                }
+                Some(_) | None => change.shadowed += 1,
+            }
+        }
+    }
+
+    /// Brings an entry in line with a registration; `None` if it belongs to another source.
+    fn update(
+        &mut self,
+        id: u32,
+        backend: &Arc<Backend>,
+        policy: &Policy,
+        change: &mut Change,
+    ) -> Option<u32> {
+        let entry = self.entries[id as usize]
+            .as_mut()
+            .expect("indexed entries are there");
+        let owner = entry.backend.origin;
+        if !may_write(backend.origin, owner) {
+            change.shadowed += 1;
+            return None;
+        }
+        if entry.backend == *backend && same_policy(entry.policy.as_deref(), policy) {
+            change.refreshed += 1;
+            return Some(id);
+        }
+        entry.backend = Arc::clone(backend);
+        entry.policy = boxed(policy);
+        if owner != backend.origin {
+            self.by_origin[owner as usize].remove(&id);
+            self.by_origin[backend.origin as usize].insert(id);
+        }
+        let pool = pool_mut(&mut self.next, &entry.route);
+        put(pool.expect("an entry's route has a pool"), backend, policy);
+        change.updated += 1;
+        change.touch(&entry.route);
+        Some(id)
+    }
+
+    /// Adds an entry; `None` if there is no room.
+    fn insert(
+        &mut self,
+        route: RouteKey,
+        backend: &Arc<Backend>,
+        policy: &Policy,
+        change: &mut Change,
+    ) -> Option<u32> {
+        let Some(route) = self.make_room(route) else {
+            change.full += 1;
+            return None;
+        };
+        put(pool_mut(&mut self.next, &route)?, backend, policy);
+        if let RouteKey::Vip(vip) = &route {
+            self.vips_of.insert((backend.address, *vip));
+        }
+        change.added += 1;
+        change.touch(&route);
+        let hash = self.hasher.hash_one((&route, backend.address));
+        let (backend, policy) = (Arc::clone(backend), boxed(policy));
+        let origin = backend.origin;
+        let entry = Entry {
+            route,
+            backend,
+            policy,
+            renewed: 0,
+            lifetime: 0,
+            scheduled: Tick::MAX,
+        };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.entries[id as usize] = Some(entry);
+                id
+            }
+            None => {
+                self.entries.push(Some(entry));
+                u32::try_from(self.entries.len() - 1).expect("MAX_ENTRIES fits u32")
+            }
+        };
+        self.by_origin[origin as usize].insert(id);
+        let (entries, hasher) = (&self.entries, &self.hasher);
+        self.index
+            .insert_unique(hash, id, |id| entry_hash(entries, hasher, *id));
+        Some(id)
+    }
+
+    /// Makes sure of a pool with a free place for `route`, and returns the route in the strings that
+    /// the snapshot holds already.
+    fn make_room(&mut self, route: RouteKey) -> Option<RouteKey> {
+        if self.index.len() >= MAX_ENTRIES {
+            return None;
+        }
+        let HttpMatch { host, path } = match route {
+            RouteKey::Http(http) => http,
+            RouteKey::Vip(vip) => {
+                let pool = self
+                    .next
+                    .vips
+                    .entry(vip)
+                    .or_insert_with(|| Arc::new(empty_pool()));
+                return (pool.backends.len() < MAX_POOL_BACKENDS).then_some(route);
+            }
+        };
+        let host = match self.next.hosts.get_key_value(&*host) {
+            Some((known, _)) => Arc::clone(known),
+            None => host,
+        };
+        let routes = self.next.hosts.entry(Arc::clone(&host)).or_default();
+        let path = match find_path(routes, &path) {
+            Ok(at) => {
+                let (known, pool) = &routes.paths[at];
+                if pool.backends.len() >= MAX_POOL_BACKENDS {
+                    return None;
+                }
+                Arc::clone(known)
+            }
+            Err(_) if routes.paths.len() >= MAX_HOST_PATHS => return None,
+            Err(at) => {
+                let pool = (Arc::clone(&path), Arc::new(empty_pool()));
+                Arc::make_mut(routes).paths.insert(at, pool);
+                self.http_routes += 1;
+                path
+            }
+        };
+        Some(RouteKey::Http(HttpMatch { host, path }))
+    }
+
+    fn remove(&mut self, id: u32, change: &mut Change) {
+        let hash = entry_hash(&self.entries, &self.hasher, id);
+        let indexed = self.index.find_entry(hash, |at| *at == id);
+        indexed.expect("every entry is indexed").remove();
+        let entry = self.entries[id as usize]
+            .take()
+            .expect("indexed entries are there");
+        self.free.push(id);
+        self.by_origin[entry.backend.origin as usize].remove(&id);
+        let address = entry.backend.address;
+        let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
+        let at = pool
+            .backends
+            .binary_search_by_key(&address, |backend| backend.address);
+        pool.backends
+            .remove(at.expect("an entry's backend is in its pool"));
+        let empty = pool.backends.is_empty();
+        if let RouteKey::Vip(vip) = &entry.route {
+            self.vips_of.remove(&(address, *vip));
+        }
+        if empty {
+            self.remove_pool(&entry.route);
+        }
+        change.touch(&entry.route);
+    }
+
+    fn remove_pool(&mut self, route: &RouteKey) {
+        let HttpMatch { host, path } = match route {
+            RouteKey::Http(http) => http,
+            RouteKey::Vip(vip) => {
+                self.next.vips.remove(vip);
+                return;
+            }
+        };
+        let routes = self
+            .next
+            .hosts
+            .get_mut(&**host)
+            .expect("a pool's host is there");
+        let at = find_path(routes, path).expect("a pool's path is there");
+        if routes.paths.len() == 1 {
+            self.next.hosts.remove(&**host);
+        } else {
+            Arc::make_mut(routes).paths.remove(at);
+        }
+        self.http_routes -= 1;
+    }
+
+    /// Looks at an entry whose time may have come.
+    fn visit(&mut self, id: u32, at: Tick, now: Tick, change: &mut Change) {
+        let Some(entry) = self.entries[id as usize].as_mut() else {
+            return;
+        };
+        if entry.scheduled != at {
+            return;
+        }
+        entry.scheduled = Tick::MAX;
+        if entry.backend.origin == Origin::File {
+            return;
+        }
+        let source = self.sources[entry.backend.origin as usize];
+        let renewed = if source.connected {
+            entry.renewed.max(source.since)
+        } else {
+            now
+        };
+        let deadline = renewed.saturating_add(entry.lifetime);
+        if deadline > now {
+            entry.scheduled = deadline;
+            self.expiry.schedule(id, deadline);
+        } else {
+            self.remove(id, change);
+            change.expired += 1;
+        }
+    }
+
+    fn find(&self, route: &RouteKey, address: SocketAddr) -> Option<u32> {
+        let hash = self.hasher.hash_one((route, address));
+        let is_it = |id: &u32| {
+            let entry = self.entries[*id as usize].as_ref();
+            entry.is_some_and(|entry| entry.backend.address == address && entry.route == *route)
+        };
+        self.index.find(hash, is_it).copied()
+    }
+}
+
+impl Change {
+    /// Adds what a later call did.
+    pub fn merge(&mut self, mut later: Change) {
+        self.changed |= later.changed;
+        self.vips.append(&mut later.vips);
+        self.added += later.added;
+        self.updated += later.updated;
+        self.refreshed += later.refreshed;
+        self.removed += later.removed;
+        self.expired += later.expired;
+        self.shadowed += later.shadowed;
+        self.full += later.full;
+    }
+
+    fn touch(&mut self, route: &RouteKey) {
+        self.changed = true;
+        if let RouteKey::Vip(vip) = route {
+            self.vips.insert(*vip);
+        }
+    }
+}
+
+/// Whether a source may change what another announced.
+fn may_write(source: Origin, owner: Origin) -> bool {
+    source == owner || owner == Origin::Adopted || (source, owner) == (Origin::File, Origin::Nats)
+}
+
+fn same_policy(known: Option<&Policy>, new: &Policy) -> bool {
+    match known {
+        Some(known) => known == new,
+        None => new.balance.is_none() && new.route_service_url.is_none(),
+    }
+}
+
+fn boxed(policy: &Policy) -> Option<Box<Policy>> {
+    let Policy {
+        balance,
+        route_service_url,
+    } = policy;
+    let says_something = balance.is_some() || route_service_url.is_some();
+    says_something.then(|| {
+        Box::new(Policy {
+            balance: *balance,
+            route_service_url: route_service_url.clone(),
+        })
+    })
+}
+
+/// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
+/// that names no algorithm keeps the pool's, as in gorouter.
+fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
+    match pool
+        .backends
+        .binary_search_by_key(&backend.address, |backend| backend.address)
+    {
+        Ok(at) => pool.backends[at] = Arc::clone(backend),
+        // Most pools are small: grow by what is needed, not by doubling.
+        Err(at) => {
+            pool.backends.reserve_exact(1 + pool.backends.len() / 4);
+            pool.backends.insert(at, Arc::clone(backend));
+        }
+    }
+    pool.balance = policy.balance.or(pool.balance);
+    pool.route_service_url.clone_from(&policy.route_service_url);
+}
+
+fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut Pool> {
+    let pool = match route {
+        RouteKey::Vip(vip) => snapshot.vips.get_mut(vip)?,
+        RouteKey::Http(http) => {
+            let routes = snapshot.hosts.get_mut(&*http.host)?;
+            let at = find_path(routes, &http.path).ok()?;
+            &mut Arc::make_mut(routes).paths[at].1
+        }
+    };
+    Some(Arc::make_mut(pool))
+}
+
+/// Where a path is, or belongs: longest first, equally long ones in their own order.
+fn find_path(routes: &HostRoutes, path: &str) -> Result<usize, usize> {
+    routes.paths.binary_search_by(|(known, _)| {
+        path.len()
+            .cmp(&known.len())
+            .then_with(|| (**known).cmp(path))
+    })
+}
+
+fn empty_pool() -> Pool {
+    Pool {
+        backends: Vec::new(),
+        balance: None,
+        route_service_url: None,
+    }
+}
+
+fn entry_hash(entries: &[Option<Entry>], hasher: &RandomState, id: u32) -> u64 {
+    let entry = entries[id as usize]
+        .as_ref()
+        .expect("indexed entries are there");
+    hasher.hash_one((&entry.route, entry.backend.address))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! Pages of what the snapshot holds, in the order of their keys.
+//!
+//! `?limit=` bounds a page, `?after=` is the `next` of the page before. A page is made by one walk
+//! over the snapshot that keeps the `limit` smallest keys after the cursor, so it needs no index and
+//! no memory beyond the page, and a listing stays meaningful while routes come and go between pages.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::route::{Backend, Balance, HttpProtocol, Pool, Vip};
+use crate::snapshot::Snapshot;
+
+pub const DEFAULT_LIMIT: usize = 1000;
+pub const MAX_LIMIT: usize = 10_000;
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct PageRequest {
+    pub limit: Option<usize>,
+    pub after: Option<String>,
+}
+
+/// One page of a listing.
+#[derive(Debug, Serialize)]
+pub struct Page<R> {
+    pub revision: u64,
+    pub rows: Vec<R>,
+    /// The cursor of the page that follows, if one does.
+    pub next: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct RouteRow {
+    /// Host and path.
+    pub route: String,
+    pub balance: Option<&'static str>,
+    pub route_service_url: Option<String>,
+    pub backends: Vec<MemberRow>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct VipRow {
+    pub vip: String,
+    pub backends: Vec<MemberRow>,
+}
+
+/// A backend in the pool of one route.
+#[derive(Debug, Serialize)]
+pub struct MemberRow {
+    pub address: SocketAddr,
+    pub weight: u16,
+    pub origin: &'static str,
+    pub healthy: bool,
+    pub tls: bool,
+    pub protocol: &'static str,
+    pub app: Option<String>,
+    pub instance_id: Option<String>,
+    pub instance_index: Option<String>,
+    pub availability_zone: Option<String>,
+    pub tags: BTreeMap<String, String>,
+}
+
+/// A backend over all its routes.
+#[derive(Debug, Serialize)]
+pub struct BackendRow {
+    pub address: SocketAddr,
+    pub healthy: bool,
+    pub origin: &'static str,
+    pub app: Option<String>,
+    pub instance_index: Option<String>,
+    pub http_routes: u64,
+    pub vips: u64,
+}
+
+pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRow>, String> {
+    let after = request.after.as_deref().map(|after| {
+        let (host, path) = after.split_at(after.find('/').unwrap_or(after.len()));
+        (host, path)
+    });
+    let mut page = Smallest::new(request, after)?;
+    for (host, routes) in &snapshot.hosts {
+        for (path, pool) in &routes.paths {
+            page.offer((&**host, &**path), || pool);
+        }
+    }
+    Ok(page.finish(
+        snapshot,
+        |(host, path)| format!("{host}{path}"),
+        |(host, path), pool| RouteRow {
+            route: format!("{host}{path}"),
+            balance: pool.balance.map(|balance| match balance {
+                Balance::RoundRobin => "round-robin",
+                Balance::LeastConnections => "least-connections",
+            }),
+            route_service_url: text(&pool.route_service_url),
+            backends: members(snapshot, pool),
+        },
+    ))
+}
+
+pub fn vips(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<VipRow>, String> {
+    let after = request.after.as_deref().map(str::parse::<Vip>).transpose();
+    let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
+    for (vip, pool) in &snapshot.vips {
+        page.offer(*vip, || pool);
+    }
+    Ok(page.finish(snapshot, Vip::to_string, |vip, pool| VipRow {
+        vip: vip.to_string(),
+        backends: members(snapshot, pool),
+    }))
+}
+
+pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<BackendRow>, String> {
+    let after = request
+        .after
+        .as_deref()
+        .map(str::parse::<SocketAddr>)
+        .transpose();
+    let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
+    let mut count = |pool: &Pool, http_routes: u64, vips: u64| {
+        for backend in &pool.backends {
+            let row = page.offer(backend.address, || BackendRow {
+                address: backend.address,
+                healthy: !snapshot.unhealthy.contains(&backend.address),
+                origin: backend.origin.as_str(),
+                app: text(&backend.app),
+                instance_index: text(&backend.instance_index),
+                http_routes: 0,
+                vips: 0,
+            });
+            if let Some(row) = row {
+                row.http_routes += http_routes;
+                row.vips += vips;
+            }
+        }
+    };
+    for routes in snapshot.hosts.values() {
+        routes.paths.iter().for_each(|(_, pool)| count(pool, 1, 0));
+    }
+    snapshot.vips.values().for_each(|pool| count(pool, 0, 1));
+    Ok(page.finish(snapshot, SocketAddr::to_string, |_, row| row))
+}
+
+/// The smallest keys after a cursor, with their values.
+struct Smallest<K, V> {
+    after: Option<K>,
+    limit: usize,
+    rows: BTreeMap<K, V>,
+    more: bool,
+}
+
+impl<K: Ord + Copy, V> Smallest<K, V> {
+    fn new(request: &PageRequest, after: Option<K>) -> Result<Smallest<K, V>, String> {
+        let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
+        if !(1..=MAX_LIMIT).contains(&limit) {
+            return Err(format!("limit: {limit} is not in 1..={MAX_LIMIT}"));
+        }
+        Ok(Smallest {
+            after,
+            limit,
+            rows: BTreeMap::new(),
+            more: false,
+        })
+    }
+
+    /// Keeps the key if it belongs to the page. What does not belong now never will.
+    fn offer(&mut self, key: K, value: impl FnOnce() -> V) -> Option<&mut V> {
+        if self.after.is_some_and(|after| key <= after) {
+            return None;
+        }
+        if self.rows.len() == self.limit && !self.rows.contains_key(&key) {
+            self.more = true;
+            if self
+                .rows
+                .last_key_value()
+                .is_some_and(|(last, _)| key > *last)
+            {
+                return None;
+            }
+            self.rows.pop_last();
+        }
+        Some(self.rows.entry(key).or_insert_with(value))
+    }
+
+    fn finish<R>(
+        self,
+        snapshot: &Snapshot,
+        cursor: impl Fn(&K) -> String,
+        row: impl Fn(K, V) -> R,
+    ) -> Page<R> {
+        let last = self.rows.last_key_value().map(|(key, _)| cursor(key));
+        Page {
+            revision: snapshot.revision,
+            next: last.filter(|_| self.more),
+            rows: self
+                .rows
+                .into_iter()
+                .map(|(key, value)| row(key, value))
+                .collect(),
+        }
+    }
+}
+
+fn members(snapshot: &Snapshot, pool: &Pool) -> Vec<MemberRow> {
+    let row = |backend: &Arc<Backend>| MemberRow {
+        address: backend.address,
+        weight: backend.weight,
+        origin: backend.origin.as_str(),
+        healthy: !snapshot.unhealthy.contains(&backend.address),
+        tls: backend.tls.is_some(),
+        protocol: match backend.protocol {
+            HttpProtocol::Http1 => "http1",
+            HttpProtocol::Http2 => "http2",
+        },
+        app: text(&backend.app),
+        instance_id: text(&backend.instance_id),
+        instance_index: text(&backend.instance_index),
+        availability_zone: text(&backend.availability_zone),
+        tags: backend
+            .tags
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect(),
+    };
+    pool.backends.iter().map(row).collect()
+}
+
+fn text(text: &Option<Arc<str>>) -> Option<String> {
+    text.as_deref().map(str::to_owned)
+}

@@ -1,0 +1,178 @@
+use std::time::Duration;
+
+use super::*;
+use crate::admin::listing::{BackendRow, Page};
+use crate::l7::metrics::L7Metrics;
+use crate::metrics::Metrics;
+use crate::route::table::RouteTable;
+use crate::route::{RouteEvent, wire};
+use crate::snapshot::{Published, Snapshot};
+
+fn snapshot() -> Snapshot {
+    let now = Instant::now();
+    let mut table = RouteTable::new(Duration::from_secs(120), now);
+    let ranges = ["192.0.2.0/24".parse().unwrap()];
+    for i in 1..=25 {
+        let json = format!(
+            r#"{{"host":"10.0.0.{i}","port":80,"uris":["h{i}.x","all.x/p{i}","all.x"],"vips":["tcp/192.0.2.1:{i}"]}}"#
+        );
+        let registration = wire::register(json.as_bytes(), &ranges).unwrap();
+        table.apply(RouteEvent::Register(registration), now);
+    }
+    table.set_health("10.0.0.3:80".parse().unwrap(), false);
+    table.snapshot()
+}
+
+fn walk<R>(list: impl Fn(&PageRequest) -> Result<Page<R>, String>) -> Vec<R> {
+    let mut request = PageRequest {
+        limit: Some(7),
+        after: None,
+    };
+    let mut rows = Vec::new();
+    loop {
+        let page = list(&request).unwrap();
+        assert!(page.rows.len() <= 7);
+        rows.extend(page.rows);
+        match page.next {
+            Some(next) => request.after = Some(next),
+            None => return rows,
+        }
+    }
+}
+
+#[test]
+fn pages_together_hold_every_row_once_and_in_order() {
+    let snapshot = snapshot();
+    let routes: Vec<String> = walk(|request| listing::routes(&snapshot, request))
+        .into_iter()
+        .map(|r| r.route)
+        .collect();
+    assert_eq!(routes.len(), 51);
+    assert!(routes.is_sorted() && routes.contains(&"all.x/p25".to_owned()));
+    assert_eq!(walk(|request| listing::vips(&snapshot, request)).len(), 25);
+    let backends: Vec<BackendRow> = walk(|request| listing::backends(&snapshot, request));
+    assert_eq!(backends.len(), 25);
+    assert!(
+        backends
+            .iter()
+            .all(|row| (row.http_routes, row.vips) == (3, 1))
+    );
+    let down = backends
+        .iter()
+        .filter(|row| !row.healthy)
+        .map(|row| row.address.to_string());
+    assert_eq!(down.collect::<Vec<_>>(), ["10.0.0.3:80"]);
+}
+
+#[test]
+fn a_bad_page_request_is_refused_by_its_parameter() {
+    let snapshot = snapshot();
+    for limit in [0, listing::MAX_LIMIT + 1] {
+        let request = PageRequest {
+            limit: Some(limit),
+            after: None,
+        };
+        assert!(
+            listing::routes(&snapshot, &request)
+                .unwrap_err()
+                .starts_with("limit")
+        );
+    }
+    let request = PageRequest {
+        limit: None,
+        after: Some("x".to_owned()),
+    };
+    assert!(
+        listing::vips(&snapshot, &request)
+            .unwrap_err()
+            .starts_with("after")
+    );
+    assert!(
+        listing::backends(&snapshot, &request)
+            .unwrap_err()
+            .starts_with("after")
+    );
+}
+
+#[test]
+fn a_busy_address_is_one_clear_error() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let Err(error) = bind(&AdminListen::Tcp(address)) else {
+        panic!("bound twice")
+    };
+    let error = format!("{error:#}");
+    assert!(
+        error.contains(&format!("admin.listen {address}: ")),
+        "{error}"
+    );
+    assert!(error.contains("in use"), "{error}");
+}
+
+#[test]
+fn a_left_over_socket_is_replaced_and_a_living_one_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = AdminListen::Unix(directory.path().join("admin.sock"));
+    drop(bind(&address).unwrap());
+    let living = bind(&address).unwrap();
+    assert!(bind(&address).is_err());
+    drop(living);
+}
+
+#[tokio::test]
+async fn the_api_answers_on_a_unix_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = AdminListen::Unix(directory.path().join("admin.sock"));
+    let listener = bind(&address).unwrap();
+    let published = Published::default();
+    published.store(Arc::new(snapshot()));
+    let (_reload, config) = watch::channel(Arc::<Config>::default());
+    let (_drain, draining) = watch::channel(false);
+    let (metrics, l7) = (Arc::<Metrics>::default(), Arc::<L7Metrics>::default());
+    let scrape = Scrape {
+        metrics: Arc::clone(&metrics),
+        published,
+        l4: None,
+        l7,
+    };
+    let admin = Admin {
+        scrape,
+        config,
+        draining,
+        started: Instant::now(),
+    };
+    tokio::spawn(serve(listener, admin));
+    let get = async |path: &str| {
+        crate::cli::client::get(&address, path)
+            .await
+            .map(|body| String::from_utf8(body.to_vec()).unwrap())
+    };
+
+    assert_eq!(get("/livez").await.unwrap(), "ok\n");
+    let refused = format!("{:#}", get("/readyz").await.unwrap_err());
+    assert!(
+        refused.contains("503") && refused.contains("nats: not connected yet"),
+        "{refused}"
+    );
+    metrics.nats_connects.inc();
+    metrics.reject(wire::Reason::VipRange);
+    assert!(get("/readyz").await.unwrap().contains("nats: disconnected"));
+    let text = get("/metrics").await.unwrap();
+    for line in [
+        "viaduct_nats_rejects_total{reason=\"vip_range\"} 1",
+        "viaduct_nats_connected 0",
+        "viaduct_health_unhealthy_backends 1",
+        "# TYPE viaduct_agent_publish_seconds histogram",
+    ] {
+        assert!(text.contains(line), "{text}\nlacks {line}");
+    }
+    assert!(
+        get("/v1/vips?limit=2")
+            .await
+            .unwrap()
+            .contains("\"next\":\"tcp/192.0.2.1:2\"")
+    );
+    assert!(get("/v1/stats").await.unwrap().contains("\"revision\":1"));
+    assert!(format!("{:#}", get("/v1/routes?limit=0").await.unwrap_err()).contains("limit: 0"));
+    assert!(get("/nothing").await.is_err());
+}

@@ -1,0 +1,138 @@
+use std::net::SocketAddr;
+
+use super::*;
+use crate::event::INBOX_DEPTH;
+use crate::route::wire;
+use crate::snapshot::Snapshot;
+
+struct Gateway {
+    inbox: mpsc::Sender<Event>,
+    published: Published,
+    metrics: Arc<Metrics>,
+}
+
+impl Gateway {
+    fn start() -> Gateway {
+        let (inbox, events) = mpsc::channel(INBOX_DEPTH);
+        let published = Published::default();
+        let metrics = Arc::<Metrics>::default();
+        let config = NatsConfig::default();
+        let agent = Agent::new(&config, Arc::clone(&published), None, Arc::clone(&metrics));
+        tokio::spawn(agent.run(events));
+        Gateway {
+            inbox,
+            published,
+            metrics,
+        }
+    }
+
+    async fn send(&self, events: impl IntoIterator<Item = Event>) -> Arc<Snapshot> {
+        for event in events {
+            self.inbox.send(event).await.unwrap();
+        }
+        while self.inbox.capacity() < INBOX_DEPTH {
+            tokio::task::yield_now().await;
+        }
+        tokio::task::yield_now().await;
+        self.published.load_full()
+    }
+
+    async fn after(&self, time: Duration) -> Arc<Snapshot> {
+        tokio::time::sleep(time).await;
+        self.published.load_full()
+    }
+}
+
+fn register(address: &str, uri: &str) -> Event {
+    let address: SocketAddr = address.parse().unwrap();
+    let json = format!(
+        r#"{{"host":"{}","port":{},"uris":["{uri}"],"vips":["tcp/192.0.2.1:80"]}}"#,
+        address.ip(),
+        address.port()
+    );
+    let ranges = ["192.0.2.0/24".parse().unwrap()];
+    Event::Route(RouteEvent::Register(
+        wire::register(json.as_bytes(), &ranges).unwrap(),
+    ))
+}
+
+fn connected(connected: bool) -> Event {
+    Event::SourceConnected {
+        origin: Origin::Nats,
+        connected,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_is_published_once() {
+    let gateway = Gateway::start();
+    let events = (1..=100).map(|port| register(&format!("10.0.0.1:{port}"), "a.x"));
+    let snapshot = gateway.send(events).await;
+    assert_eq!(snapshot.hosts["a.x"].paths[0].1.backends.len(), 100);
+    assert_eq!(snapshot.vips.len(), 1);
+    assert_eq!(snapshot.revision, gateway.metrics.batches.get());
+    let again = gateway.send([register("10.0.0.1:1", "a.x")]).await;
+    assert_eq!(
+        again.revision, snapshot.revision,
+        "a repeated registration publishes nothing"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_repeated_goes_when_its_time_is_over() {
+    let gateway = Gateway::start();
+    gateway
+        .send([connected(true), register("10.0.0.1:1", "a.x")])
+        .await;
+    assert_eq!(gateway.after(Duration::from_secs(119)).await.hosts.len(), 1);
+    assert_eq!(gateway.after(Duration::from_secs(3)).await.hosts.len(), 0);
+    assert_eq!(gateway.metrics.size().vips, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_goes_while_nats_is_away() {
+    let gateway = Gateway::start();
+    gateway.send([register("10.0.0.1:1", "a.x")]).await;
+    assert_eq!(
+        gateway.after(Duration::from_secs(1000)).await.hosts.len(),
+        1
+    );
+    gateway.send([connected(true)]).await;
+    assert_eq!(gateway.after(Duration::from_secs(119)).await.hosts.len(), 1);
+    assert_eq!(gateway.after(Duration::from_secs(3)).await.hosts.len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn health_is_part_of_the_snapshot() {
+    let gateway = Gateway::start();
+    let backend = "10.0.0.1:1".parse().unwrap();
+    let snapshot = gateway
+        .send([
+            register("10.0.0.1:1", "a.x"),
+            Event::Health {
+                backend,
+                healthy: false,
+            },
+        ])
+        .await;
+    assert!(snapshot.unhealthy.contains(&backend));
+    let snapshot = gateway
+        .send([Event::Health {
+            backend,
+            healthy: true,
+        }])
+        .await;
+    assert!(snapshot.unhealthy.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_changes_the_lifetime_of_what_is_announced_next() {
+    let gateway = Gateway::start();
+    let mut config = Config::default();
+    config.nats.stale_threshold = Duration::from_secs(10);
+    gateway
+        .send([connected(true), Event::Reload(Box::new(config))])
+        .await;
+    gateway.send([register("10.0.0.1:1", "a.x")]).await;
+    assert_eq!(gateway.after(Duration::from_secs(12)).await.hosts.len(), 0);
+}

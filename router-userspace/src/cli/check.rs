@@ -1,0 +1,27 @@
+//! `viaduct check`: a configuration and its routes files are valid, and this is what they amount to.
+
+use anyhow::Context as _;
+
+use crate::cli::{ConfigOption, Failure, print};
+use crate::source;
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    config: ConfigOption,
+    /// Print JSON instead of TOML
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let config = options.config.load()?;
+    for path in &config.file.paths {
+        source::file::load(path, &config.l4.vip_ranges).map_err(Failure::Usage)?;
+    }
+    let text = match options.json {
+        true => serde_json::to_string_pretty(&config).context("print the configuration")? + "\n",
+        false => toml::to_string(&config).context("print the configuration")?,
+    };
+    Ok(print(&text)?)
+}

@@ -1,0 +1,172 @@
+//! `viaduct routes | vips | backends | stats`: what the running gateway says of itself.
+
+use serde_json::Value;
+
+use crate::cli::table::table;
+use crate::cli::{Failure, block_on, client, print};
+use crate::config::AdminListen;
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Admin address of the gateway: ADDRESS:PORT or unix:/PATH
+    #[arg(
+        long,
+        env = "VIADUCT_ADMIN",
+        default_value = "127.0.0.1:9901",
+        value_name = "ADDRESS"
+    )]
+    admin: AdminListen,
+    /// Print JSON, one object a row
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn routes(options: &Options) -> Result<(), Failure> {
+    let headings = ["ROUTE", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP"];
+    list(options, "/v1/routes", headings, |route| {
+        members(route, "route")
+    })
+}
+
+pub fn vips(options: &Options) -> Result<(), Failure> {
+    let headings = ["VIP", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP"];
+    list(options, "/v1/vips", headings, |vip| members(vip, "vip"))
+}
+
+pub fn backends(options: &Options) -> Result<(), Failure> {
+    let headings = ["BACKEND", "HEALTH", "ORIGIN", "ROUTES", "VIPS", "APP"];
+    list(options, "/v1/backends", headings, |row| {
+        vec![[
+            cell(&row["address"]),
+            health(row),
+            cell(&row["origin"]),
+            cell(&row["http_routes"]),
+            cell(&row["vips"]),
+            cell(&row["app"]),
+        ]]
+    })
+}
+
+pub fn stats(options: &Options) -> Result<(), Failure> {
+    let body = block_on(client::get(&options.admin, "/v1/stats"))?;
+    let stats: Value = serde_json::from_slice(&body).map_err(anyhow::Error::from)?;
+    if options.json {
+        return Ok(print(&format!("{stats}\n"))?);
+    }
+    let mut rows = Vec::new();
+    flatten("", &stats, &mut rows);
+    Ok(print(&table(["COUNTER", "VALUE"], &rows))?)
+}
+
+/// Prints a listing page by page, a table with headings for each.
+fn list<const N: usize>(
+    options: &Options,
+    path: &str,
+    headings: [&str; N],
+    cells: impl Fn(&Value) -> Vec<[String; N]>,
+) -> Result<(), Failure> {
+    let print_page = |rows: Vec<Value>| match options.json {
+        true => print(
+            &rows
+                .iter()
+                .map(|row| format!("{row}\n"))
+                .collect::<String>(),
+        ),
+        false => print(&table(
+            headings,
+            &rows.iter().flat_map(&cells).collect::<Vec<_>>(),
+        )),
+    };
+    Ok(block_on(client::pages(&options.admin, path, print_page))?)
+}
+
+/// A row for each backend of a pool; the name stands on the first.
+fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
+    let mut name = cell(&row[name]);
+    let backends = row["backends"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let row = |backend: &Value| {
+        [
+            std::mem::take(&mut name),
+            cell(&backend["address"]),
+            cell(&backend["weight"]),
+            health(backend),
+            cell(&backend["origin"]),
+            cell(&backend["app"]),
+        ]
+    };
+    backends.iter().map(row).collect()
+}
+
+fn health(row: &Value) -> String {
+    if row["healthy"] == Value::Bool(false) {
+        "down"
+    } else {
+        "up"
+    }
+    .to_owned()
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// Every leaf under its dotted name.
+fn flatten(name: &str, value: &Value, rows: &mut Vec<[String; 2]>) {
+    let under = |key: &str| match name {
+        "" => key.to_owned(),
+        name => format!("{name}.{key}"),
+    };
+    match value {
+        Value::Object(fields) => {
+            fields
+                .iter()
+                .for_each(|(key, value)| flatten(&under(key), value, rows));
+        }
+        Value::Array(items) => {
+            for (i, item) in items.iter().enumerate() {
+                match item.as_array().map(Vec::as_slice) {
+                    // A counter with its name, as layers list them.
+                    Some([Value::String(key), count]) => flatten(&under(key), count, rows),
+                    Some(_) | None => flatten(&under(&i.to_string()), item, rows),
+                }
+            }
+        }
+        leaf => rows.push([name.to_owned(), cell(leaf)]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn nested_counters_get_dotted_names() {
+        let mut rows = Vec::new();
+        let stats = json!({ "a": { "b": 1 }, "v": [["pass", 2]], "w": [{ "x": null }] });
+        flatten("", &stats, &mut rows);
+        assert_eq!(rows, [["a.b", "1"], ["v.pass", "2"], ["w.0.x", "-"]]);
+    }
+
+    #[test]
+    fn a_pool_is_listed_under_one_name() {
+        let row = json!({ "route": "a.x", "backends": [{ "address": "1", "healthy": false }, {}] });
+        let rows = members(&row, "route");
+        assert_eq!(
+            (
+                rows[0][0].as_str(),
+                rows[0][3].as_str(),
+                rows[1][0].as_str()
+            ),
+            ("a.x", "down", "")
+        );
+    }
+}

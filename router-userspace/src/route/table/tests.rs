@@ -1,0 +1,669 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::route::HttpProtocol;
+use crate::route::expiry::TICK;
+
+const THRESHOLD: Duration = Duration::from_secs(120);
+
+fn backend(address: &str, weight: u16, origin: Origin) -> Arc<Backend> {
+    Arc::new(Backend {
+        address: address.parse().unwrap(),
+        weight,
+        tls: None,
+        protocol: HttpProtocol::Http1,
+        app: None,
+        instance_id: None,
+        instance_index: None,
+        availability_zone: None,
+        isolation_segment: None,
+        tags: BTreeMap::new(),
+        origin,
+    })
+}
+
+fn http(host: &str, path: &str) -> RouteKey {
+    RouteKey::Http(HttpMatch {
+        host: host.into(),
+        path: path.into(),
+    })
+}
+
+fn vip(text: &str) -> RouteKey {
+    RouteKey::Vip(text.parse().unwrap())
+}
+
+fn registration(routes: &[RouteKey], backend: &Arc<Backend>) -> Registration {
+    Registration {
+        routes: routes.to_vec(),
+        backend: Arc::clone(backend),
+        stale_after: None,
+        balance: None,
+        route_service_url: None,
+    }
+}
+
+fn withdrawal(routes: &[RouteKey], backend: &Arc<Backend>) -> RouteEvent {
+    RouteEvent::Unregister(Unregistration {
+        routes: routes.to_vec(),
+        address: backend.address,
+        origin: backend.origin,
+    })
+}
+
+fn register(routes: &[RouteKey], backend: &Arc<Backend>) -> RouteEvent {
+    RouteEvent::Register(registration(routes, backend))
+}
+
+/// What is served, in words.
+fn served(table: &RouteTable) -> Vec<String> {
+    let pool = |pool: &Pool| {
+        let backends = pool.backends.iter();
+        let backends =
+            backends.map(|b| format!("{}*{}@{}", b.address, b.weight, b.origin.as_str()));
+        backends.collect::<Vec<_>>().join(" ")
+    };
+    let mut lines = Vec::new();
+    for (host, routes) in &table.next.hosts {
+        for (path, members) in &routes.paths {
+            lines.push(format!("{host}{path} {}", pool(members)));
+        }
+    }
+    for (vip, members) in &table.next.vips {
+        lines.push(format!("{vip} {}", pool(members)));
+    }
+    lines.sort();
+    lines
+}
+
+#[test]
+fn one_registration_serves_hosts_and_vips() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:80", 100, Origin::Nats);
+    let routes = [http("a.x", "/p"), http("a.x", ""), vip("tcp/192.0.2.1:80")];
+    let change = table.apply(register(&routes, &one), now);
+    assert_eq!(
+        (change.changed, change.added, change.vips.len()),
+        (true, 3, 1)
+    );
+    let wanted = [
+        "a.x 10.0.0.1:80*100@nats",
+        "a.x/p 10.0.0.1:80*100@nats",
+        "tcp/192.0.2.1:80 10.0.0.1:80*100@nats",
+    ];
+    assert_eq!(served(&table), wanted);
+    let snapshot = table.snapshot();
+    let paths = &snapshot.hosts.get("a.x").unwrap().paths;
+    assert_eq!(
+        paths.iter().map(|(path, _)| &**path).collect::<Vec<_>>(),
+        ["/p", ""]
+    );
+    assert_eq!(
+        table.size(),
+        Size {
+            http_routes: 2,
+            vips: 1,
+            entries: [3, 0, 0]
+        }
+    );
+
+    let change = table.apply(withdrawal(&routes, &one), now);
+    assert_eq!((change.removed, change.vips.len()), (3, 1));
+    assert_eq!(served(&table), [""; 0]);
+    assert_eq!(
+        snapshot.vips.len(),
+        1,
+        "a published snapshot does not change"
+    );
+}
+
+#[test]
+fn a_repeated_registration_renews_the_lease_and_publishes_nothing() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let routes = [http("a.x", ""), vip("udp/192.0.2.1:53")];
+    table.apply(
+        register(&routes, &backend("10.0.0.1:80", 100, Origin::Nats)),
+        now,
+    );
+    let later = now + THRESHOLD / 2;
+    let change = table.apply(
+        register(&routes, &backend("10.0.0.1:80", 100, Origin::Nats)),
+        later,
+    );
+    assert_eq!(
+        change,
+        Change {
+            refreshed: 2,
+            ..Change::default()
+        }
+    );
+    assert_eq!(table.expire(now + THRESHOLD + TICK), Change::default());
+    let change = table.expire(later + THRESHOLD + TICK);
+    assert_eq!(
+        (change.expired, change.vips.len(), change.changed),
+        (2, 1, true)
+    );
+    check_invariants(&table);
+}
+
+#[test]
+fn the_last_registration_of_an_address_wins() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = [http("a.x", "")];
+    table.apply(
+        register(&route, &backend("10.0.0.1:80", 100, Origin::Nats)),
+        now,
+    );
+    let change = table.apply(
+        register(&route, &backend("10.0.0.1:80", 5, Origin::Nats)),
+        now,
+    );
+    assert_eq!((change.updated, change.changed), (1, true));
+    assert_eq!(served(&table), ["a.x 10.0.0.1:80*5@nats"]);
+}
+
+#[test]
+fn the_policy_of_a_pool_is_that_of_the_latest_registration() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = [http("a.x", "")];
+    let policy = |table: &RouteTable| {
+        let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().paths[0].1);
+        (
+            pool.balance,
+            pool.route_service_url.as_deref().map(str::to_owned),
+        )
+    };
+    let mut first = registration(&route, &backend("10.0.0.1:80", 100, Origin::Nats));
+    first.balance = Some(Balance::LeastConnections);
+    first.route_service_url = Some("https://r".into());
+    table.apply(RouteEvent::Register(first.clone()), now);
+    assert_eq!(
+        policy(&table),
+        (
+            Some(Balance::LeastConnections),
+            Some("https://r".to_owned())
+        )
+    );
+    table.apply(
+        register(&route, &backend("10.0.0.2:80", 100, Origin::Nats)),
+        now,
+    );
+    assert_eq!(policy(&table), (Some(Balance::LeastConnections), None));
+    let change = table.apply(RouteEvent::Register(first), now);
+    assert_eq!((change.refreshed, change.changed), (1, false));
+}
+
+#[test]
+fn an_entry_belongs_to_its_source() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = [http("a.x", "")];
+    let nats = backend("10.0.0.1:80", 1, Origin::Nats);
+    let file = backend("10.0.0.1:80", 2, Origin::File);
+    let adopted = backend("10.0.0.1:80", 3, Origin::Adopted);
+    table.apply(register(&route, &adopted), now);
+    table.apply(register(&route, &nats), now);
+    assert_eq!(
+        served(&table),
+        ["a.x 10.0.0.1:80*1@nats"],
+        "adopted goes to who speaks first"
+    );
+    table.apply(register(&route, &file), now);
+    assert_eq!(
+        served(&table),
+        ["a.x 10.0.0.1:80*2@file"],
+        "a file takes over from NATS"
+    );
+    for event in [
+        register(&route, &nats),
+        withdrawal(&route, &nats),
+        register(&route, &adopted),
+    ] {
+        let change = table.apply(event, now);
+        assert_eq!((change.shadowed, change.changed), (1, false));
+    }
+    assert!(
+        !table.expire(now + THRESHOLD * 9).changed,
+        "a file's routes do not expire"
+    );
+    table.apply(
+        RouteEvent::Replace {
+            origin: Origin::File,
+            registrations: Vec::new(),
+        },
+        now,
+    );
+    assert_eq!(served(&table), [""; 0]);
+    check_invariants(&table);
+}
+
+#[test]
+fn an_adopted_backend_may_be_withdrawn_by_anyone() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = [vip("tcp/192.0.2.1:80")];
+    table.apply(
+        register(&route, &backend("10.0.0.1:80", 3, Origin::Adopted)),
+        now,
+    );
+    let nats = backend("10.0.0.1:80", 1, Origin::Nats);
+    assert_eq!(table.apply(withdrawal(&route, &nats), now).removed, 1);
+}
+
+#[test]
+fn replace_keeps_what_is_named_again() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let (one, two) = (
+        backend("10.0.0.1:80", 1, Origin::File),
+        backend("10.0.0.2:80", 1, Origin::File),
+    );
+    let replace = |registrations| RouteEvent::Replace {
+        origin: Origin::File,
+        registrations,
+    };
+    let a = [http("a.x", "")];
+    table.apply(
+        replace(vec![registration(&a, &one), registration(&a, &two)]),
+        now,
+    );
+    let change = table.apply(replace(vec![registration(&a, &two)]), now);
+    assert_eq!((change.refreshed, change.removed, change.added), (1, 1, 0));
+    assert_eq!(served(&table), ["a.x 10.0.0.2:80*1@file"]);
+}
+
+#[test]
+fn leases_last_while_nats_is_away_and_a_full_lifetime_after() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    table.apply(
+        register(&[http("a.x", "")], &backend("10.0.0.1:80", 1, Origin::Nats)),
+        now,
+    );
+    table.apply(
+        register(
+            &[http("b.x", "")],
+            &backend("10.0.0.1:80", 1, Origin::Adopted),
+        ),
+        now,
+    );
+    table.set_connected(Origin::Nats, false, now + THRESHOLD / 2);
+    assert!(!table.expire(now + THRESHOLD * 10).changed);
+    let back = now + THRESHOLD * 10 + TICK;
+    table.set_connected(Origin::Nats, true, back);
+    assert!(!table.expire(back + THRESHOLD - TICK).changed);
+    assert_eq!(table.expire(back + THRESHOLD).expired, 2);
+}
+
+#[test]
+fn a_shorter_lifetime_counts_from_its_registration() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:80", 1, Origin::Nats);
+    table.apply(register(&[http("a.x", "")], &one), now);
+    let mut short = registration(&[http("a.x", "")], &one);
+    short.stale_after = Some(Duration::from_secs(4));
+    assert_eq!(
+        table
+            .apply(RouteEvent::Register(short.clone()), now)
+            .refreshed,
+        1
+    );
+    assert_eq!(table.expire(now + Duration::from_secs(4)).expired, 1);
+    short.stale_after = Some(THRESHOLD * 100);
+    table.apply(RouteEvent::Register(short), now);
+    assert_eq!(
+        table.expire(now + THRESHOLD).expired,
+        1,
+        "held to the gateway's threshold"
+    );
+    assert_eq!(table.expire(now + THRESHOLD * 200), Change::default());
+}
+
+#[test]
+fn a_health_flip_names_the_vips_it_touches() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:80", 1, Origin::Nats);
+    let routes = [
+        http("a.x", ""),
+        vip("tcp/192.0.2.1:80"),
+        vip("udp/192.0.2.1:80"),
+    ];
+    table.apply(register(&routes, &one), now);
+    table.apply(
+        register(
+            &[vip("tcp/192.0.2.9:80")],
+            &backend("10.0.0.2:80", 1, Origin::Nats),
+        ),
+        now,
+    );
+    let change = table.set_health(one.address, false);
+    assert_eq!((change.changed, change.vips.len()), (true, 2));
+    assert!(table.snapshot().unhealthy.contains(&one.address));
+    assert_eq!(table.set_health(one.address, false), Change::default());
+    assert_eq!(table.set_health(one.address, true).vips.len(), 2);
+}
+
+#[test]
+fn a_full_pool_takes_no_more_and_serves_on() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = [http("a.x", "")];
+    for port in 1..=MAX_POOL_BACKENDS + 1 {
+        let change = table.apply(
+            register(
+                &route,
+                &backend(&format!("10.0.0.1:{port}"), 1, Origin::Nats),
+            ),
+            now,
+        );
+        assert_eq!(change.full, u64::from(port > MAX_POOL_BACKENDS), "{port}");
+    }
+    for path in 0..MAX_HOST_PATHS {
+        let path = http("a.x", &format!("/{path}"));
+        let change = table.apply(
+            register(&[path], &backend("10.0.0.1:1", 1, Origin::Nats)),
+            now,
+        );
+        assert_eq!(
+            change.full,
+            u64::from(table.size().http_routes == MAX_HOST_PATHS && change.added == 0)
+        );
+    }
+    assert_eq!(table.size().http_routes, MAX_HOST_PATHS);
+    check_invariants(&table);
+}
+
+fn check_invariants(table: &RouteTable) {
+    let live = table.entries.iter().flatten().count();
+    assert_eq!(table.index.len(), live);
+    assert_eq!(table.free.len() + live, table.entries.len());
+    assert_eq!(table.size().entries.iter().sum::<usize>(), live);
+    let mut vips_of = BTreeSet::new();
+    for (id, entry) in table.entries.iter().enumerate() {
+        let Some(entry) = entry else { continue };
+        let id = u32::try_from(id).unwrap();
+        let address = entry.backend.address;
+        assert_eq!(table.find(&entry.route, address), Some(id));
+        assert!(table.by_origin[entry.backend.origin as usize].contains(&id));
+        let pool = match &entry.route {
+            RouteKey::Vip(vip) => {
+                vips_of.insert((address, *vip));
+                Arc::clone(&table.next.vips[vip])
+            }
+            RouteKey::Http(http) => {
+                let routes = &table.next.hosts[&http.host];
+                Arc::clone(&routes.paths[find_path(routes, &http.path).unwrap()].1)
+            }
+        };
+        assert!(
+            pool.backends
+                .iter()
+                .any(|backend| Arc::ptr_eq(backend, &entry.backend))
+        );
+        if entry.backend.origin != Origin::File {
+            assert!(
+                table.expiry.scheduled(id, entry.scheduled),
+                "every lease is looked at"
+            );
+            let source = table.sources[entry.backend.origin as usize];
+            let deadline = entry
+                .renewed
+                .max(source.since)
+                .saturating_add(entry.lifetime);
+            assert!(
+                !source.connected || entry.scheduled <= deadline,
+                "and not too late"
+            );
+        }
+    }
+    assert_eq!(vips_of, table.vips_of);
+    let http = table
+        .next
+        .hosts
+        .values()
+        .flat_map(|routes| &routes.paths)
+        .map(|(_, pool)| pool);
+    let http: Vec<&Arc<Pool>> = http.collect();
+    assert_eq!(http.len(), table.http_routes);
+    let mut members = 0;
+    for pool in http.into_iter().chain(table.next.vips.values()) {
+        members += pool.backends.len();
+        assert!(!pool.backends.is_empty());
+        assert!(pool.backends.is_sorted_by(|a, b| a.address < b.address));
+    }
+    assert_eq!(members, live);
+    for routes in table.next.hosts.values() {
+        assert!(
+            routes
+                .paths
+                .is_sorted_by(|(a, _), (b, _)| (b.len(), a) < (a.len(), b))
+        );
+    }
+}
+
+/// The table as its documentation has it, without a thought for speed.
+#[derive(Default)]
+struct Model {
+    entries: BTreeMap<(RouteKey, SocketAddr), ModelEntry>,
+    away: bool,
+}
+
+struct ModelEntry {
+    weight: u16,
+    origin: Origin,
+    renewed: Instant,
+    lifetime: Duration,
+}
+
+impl Model {
+    fn register(
+        &mut self,
+        key: (RouteKey, SocketAddr),
+        weight: u16,
+        origin: Origin,
+        lifetime: Duration,
+        now: Instant,
+    ) {
+        if self
+            .entries
+            .get(&key)
+            .is_some_and(|known| !may_write(origin, known.origin))
+        {
+            return;
+        }
+        self.entries.insert(
+            key,
+            ModelEntry {
+                weight,
+                origin,
+                renewed: now,
+                lifetime,
+            },
+        );
+    }
+
+    fn expire(&mut self, now: Instant) {
+        let away = self.away;
+        self.entries.retain(|_, entry| {
+            entry.origin == Origin::File || away || now < entry.renewed + entry.lifetime
+        });
+    }
+
+    fn set_connected(&mut self, connected: bool, now: Instant) {
+        if connected && self.away {
+            for entry in self.entries.values_mut() {
+                entry.renewed = now;
+            }
+        }
+        self.away = !connected;
+    }
+
+    fn served(&self) -> Vec<String> {
+        let mut pools: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for ((route, address), entry) in &self.entries {
+            let backend = format!("{address}*{}@{}", entry.weight, entry.origin.as_str());
+            pools.entry(route.to_string()).or_default().push(backend);
+        }
+        let mut lines: Vec<String> = pools
+            .iter()
+            .map(|(route, backends)| format!("{route} {}", backends.join(" ")))
+            .collect();
+        lines.sort();
+        lines
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Register {
+        routes: Vec<usize>,
+        address: u8,
+        weight: u16,
+        origin: Origin,
+        lifetime: u32,
+    },
+    Unregister {
+        routes: Vec<usize>,
+        address: u8,
+        origin: Origin,
+    },
+    Replace {
+        origin: Origin,
+        routes: Vec<usize>,
+        address: u8,
+    },
+    Wait {
+        ticks: u32,
+    },
+    Connected {
+        connected: bool,
+    },
+    Health {
+        address: u8,
+        healthy: bool,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let origin = prop_oneof![
+        4 => Just(Origin::Nats),
+        1 => Just(Origin::File),
+        1 => Just(Origin::Adopted)
+    ];
+    let routes = proptest::collection::vec(0..ROUTES.len(), 1..4);
+    prop_oneof![
+        6 => (routes.clone(), 1u8..5, 1u16..3, origin.clone(), 1u32..60).prop_map(
+            |(routes, address, weight, origin, lifetime)| Step::Register { routes, address, weight, origin, lifetime }),
+        2 => (routes.clone(), 1u8..5, origin.clone())
+            .prop_map(|(routes, address, origin)| Step::Unregister { routes, address, origin }),
+        1 => (origin, routes, 1u8..5)
+            .prop_map(|(origin, routes, address)| Step::Replace { origin, routes, address }),
+        3 => (0u32..40).prop_map(|ticks| Step::Wait { ticks }),
+        1 => any::<bool>().prop_map(|connected| Step::Connected { connected }),
+        1 => (1u8..5, any::<bool>()).prop_map(|(address, healthy)| Step::Health { address, healthy }),
+    ]
+}
+
+const ROUTES: [&str; 6] = [
+    "a.x",
+    "a.x/p",
+    "a.x/p/q",
+    "*.x",
+    "tcp/192.0.2.1:80",
+    "udp/192.0.2.1:80",
+];
+
+fn route(index: usize) -> RouteKey {
+    match ROUTES[index].parse() {
+        Ok(vip) => RouteKey::Vip(vip),
+        Err(_) => RouteKey::Http(crate::route::wire::parse_uri(ROUTES[index]).unwrap()),
+    }
+}
+
+proptest! {
+    #[test]
+    fn it_holds_what_a_naive_table_holds(steps in proptest::collection::vec(step(), 1..80)) {
+        let mut now = Instant::now();
+        let mut table = RouteTable::new(TICK * 50, now);
+        let mut model = Model::default();
+        let mut published = served(&table);
+        for step in steps {
+            let change = match step {
+                Step::Register { routes, address, weight, origin, lifetime } => {
+                    let routes: Vec<RouteKey> = routes.into_iter().map(route).collect();
+                    let backend = backend(&format!("10.0.0.{address}:80"), weight, origin);
+                    let lifetime = TICK * lifetime;
+                    for route in &routes {
+                        let key = (route.clone(), backend.address);
+                        model.register(key, weight, origin, lifetime.min(TICK * 50), now);
+                    }
+                    let mut registration = registration(&routes, &backend);
+                    registration.stale_after = Some(lifetime);
+                    table.apply(RouteEvent::Register(registration), now)
+                }
+                Step::Unregister { routes, address, origin } => {
+                    let routes: Vec<RouteKey> = routes.into_iter().map(route).collect();
+                    let backend = backend(&format!("10.0.0.{address}:80"), 1, origin);
+                    for route in &routes {
+                        let key = (route.clone(), backend.address);
+                        let owner = model.entries.get(&key).map(|entry| entry.origin);
+                        if owner == Some(origin) || owner == Some(Origin::Adopted) {
+                            model.entries.remove(&key);
+                        }
+                    }
+                    table.apply(withdrawal(&routes, &backend), now)
+                }
+                Step::Replace { origin, routes, address } => {
+                    let routes: Vec<RouteKey> = routes.into_iter().map(route).collect();
+                    let backend = backend(&format!("10.0.0.{address}:80"), 1, origin);
+                    model.entries.retain(|(route, address), entry| {
+                        entry.origin != origin || (routes.contains(route) && *address == backend.address)
+                    });
+                    for route in &routes {
+                        let key = (route.clone(), backend.address);
+                        model.register(key, 1, origin, TICK * 50, now);
+                    }
+                    let registrations = vec![registration(&routes, &backend)];
+                    table.apply(RouteEvent::Replace { origin, registrations }, now)
+                }
+                Step::Wait { ticks } => {
+                    now += TICK * ticks;
+                    model.expire(now);
+                    table.expire(now)
+                }
+                Step::Connected { connected } => {
+                    // The agent expires at least once a second; what was due before stays gone.
+                    model.expire(now);
+                    let change = table.expire(now);
+                    model.set_connected(connected, now);
+                    table.set_connected(Origin::Nats, connected, now);
+                    change
+                }
+                Step::Health { address, healthy } => {
+                    table.set_health(format!("10.0.0.{address}:80").parse().unwrap(), healthy);
+                    Change::default()
+                }
+            };
+            check_invariants(&table);
+            let after = served(&table);
+            prop_assert_eq!(&after, &model.served());
+            prop_assert!(change.changed || after == published, "a change is always told");
+            for line in after.iter().chain(&published) {
+                let name = line.split(' ').next().unwrap();
+                let differs = after.contains(line) != published.contains(line);
+                if let (true, Ok(vip)) = (differs, name.parse::<Vip>()) {
+                    prop_assert!(change.vips.contains(&vip), "{vip} changed untold");
+                }
+            }
+            published = after;
+        }
+    }
+}

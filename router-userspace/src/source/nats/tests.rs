@@ -1,0 +1,326 @@
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use tokio::sync::watch;
+
+use super::*;
+use crate::agent::Agent;
+use crate::event::INBOX_DEPTH;
+use crate::metrics::Metrics;
+use crate::snapshot::{Published, Snapshot};
+
+#[test]
+fn backoff_grows_to_its_bound_and_varies() {
+    assert_eq!(backoff(1), Duration::ZERO);
+    for attempt in 2..100 {
+        let most = Duration::from_millis(10 << (attempt - 1).min(16)).min(MAX_BACKOFF);
+        assert!((most / 2..=most).contains(&backoff(attempt)));
+    }
+    assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
+}
+
+#[test]
+fn one_warning_a_second_tells_how_many_were_held_back() {
+    let now = Instant::now();
+    let mut limit = WarningLimit::default();
+    assert_eq!(limit.allow(now), Some(0));
+    assert_eq!(limit.allow(now), None);
+    assert_eq!(limit.allow(now), None);
+    assert_eq!(limit.allow(now + Duration::from_secs(1)), Some(2));
+}
+
+/// A real nats-server, ended with the test.
+struct Server {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Server {
+    /// On a port the server finds by itself, or on that of an earlier one.
+    async fn start(port: Option<u16>) -> Server {
+        let directory = tempfile::tempdir().unwrap();
+        let port = port.map_or("-1".to_owned(), |port| port.to_string());
+        let child = Command::new("nats-server")
+            .args(["-a", "127.0.0.1", "-p", &port, "--ports_file_dir"])
+            .arg(directory.path())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("nats-server is installed");
+        let ports = directory
+            .path()
+            .join(format!("nats-server_{}.ports", child.id()));
+        let address = until("the server tells its port", || address(&ports)).await;
+        Server { child, address }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn address(ports: &Path) -> Option<SocketAddr> {
+    let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(ports).ok()?).ok()?;
+    ports["nats"][0]
+        .as_str()?
+        .strip_prefix("nats://")?
+        .parse()
+        .ok()
+}
+
+/// Polls until there is an answer.
+async fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(answer) = poll() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+struct Gateway {
+    published: Published,
+    metrics: Arc<Metrics>,
+    _reload: watch::Sender<Arc<Config>>,
+}
+
+impl Gateway {
+    async fn start(server: SocketAddr) -> Gateway {
+        let mut config = Config::default();
+        config.nats.servers = vec![format!("nats://{server}")];
+        config.nats.stale_threshold = Duration::from_secs(2);
+        config.nats.prune_interval = Duration::from_millis(50);
+        config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
+        let nats = config.nats.clone();
+        let (reload, config) = watch::channel(Arc::new(config));
+        let (inbox, events) = mpsc::channel(INBOX_DEPTH);
+        let (published, metrics) = (Published::default(), Arc::<Metrics>::default());
+        let agent = Agent::new(&nats, Arc::clone(&published), None, Arc::clone(&metrics));
+        tokio::spawn(agent.run(events));
+        start(
+            &nats,
+            Context {
+                inbox,
+                metrics: Arc::clone(&metrics),
+                config,
+            },
+        )
+        .await
+        .unwrap();
+        Gateway {
+            published,
+            metrics,
+            _reload: reload,
+        }
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&Snapshot, &Metrics) -> bool) {
+        until(what, || {
+            holds(&self.published.load(), &self.metrics).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn client(server: SocketAddr) -> Client {
+    async_nats::connect(server.to_string()).await.unwrap()
+}
+
+async fn publish(client: &Client, subject: &'static str, payload: impl Into<String>) {
+    client
+        .publish(subject, payload.into().into())
+        .await
+        .unwrap();
+    client.flush().await.unwrap();
+}
+
+async fn next(subscriber: &mut Subscriber) -> serde_json::Value {
+    let message = tokio::time::timeout(Duration::from_secs(20), subscriber.next()).await;
+    serde_json::from_slice(&message.expect("a message in time").unwrap().payload).unwrap()
+}
+
+const ONE: &str =
+    r#"{"host":"10.0.0.1","port":80,"uris":["a.x"],"vips":["tcp/192.0.2.1:80"],"app":"one"}"#;
+
+#[tokio::test]
+async fn registrations_are_taken_in_withdrawn_and_pruned() {
+    let server = Server::start(None).await;
+    let client = client(server.address).await;
+    let mut starts = client.subscribe("router.start").await.unwrap();
+    client.flush().await.unwrap();
+    let gateway = Gateway::start(server.address).await;
+
+    let start = next(&mut starts).await;
+    assert_eq!(start["minimumRegisterIntervalInSeconds"], 20);
+    assert_eq!(start["pruneThresholdInSeconds"], 2);
+    assert_eq!(start["hosts"][0], "127.0.0.1");
+    let greeted = client.request("router.greet", "".into()).await.unwrap();
+    let greeted: serde_json::Value = serde_json::from_slice(&greeted.payload).unwrap();
+    assert_eq!(
+        greeted, start,
+        "the answer to a greeting is the start message"
+    );
+
+    publish(&client, "router.register", ONE).await;
+    let served = |snapshot: &Snapshot, _: &Metrics| {
+        snapshot.hosts.contains_key("a.x") && snapshot.vips.len() == 1
+    };
+    gateway.until("it is served", served).await;
+    publish(&client, "router.unregister", ONE).await;
+    gateway
+        .until("it is gone", |snapshot, _| snapshot.hosts.is_empty())
+        .await;
+
+    let burst = (0..5000).map(|i| format!(r#"{{"host":"10.0.0.1","port":80,"uris":["h{i}.x"]}}"#));
+    for payload in burst {
+        client
+            .publish("router.register", payload.into())
+            .await
+            .unwrap();
+    }
+    client.flush().await.unwrap();
+    gateway
+        .until("all are served", |snapshot, _| snapshot.hosts.len() == 5000)
+        .await;
+    gateway
+        .until("all are pruned", |snapshot, _| snapshot.hosts.is_empty())
+        .await;
+    assert_eq!(gateway.metrics.nats_slow_consumer.get(), 0);
+}
+
+#[tokio::test]
+async fn garbage_is_counted_by_reason_and_changes_nothing() {
+    let server = Server::start(None).await;
+    let client = client(server.address).await;
+    let gateway = Gateway::start(server.address).await;
+    gateway
+        .until("it is connected", |_, metrics| {
+            metrics.nats_connected.get() == 1
+        })
+        .await;
+    client.request("router.greet", "".into()).await.unwrap();
+    for payload in [
+        "\u{0}garbage",
+        r#"{"host":"10.0.0.1","port":"80","uris":["a.x"]}"#,
+        r#"{"host":"10.0.0.1","port":80,"uris":["a.x",""]}"#,
+        r#"{"host":"10.0.0.1","port":80,"uris":["a.x"],"vips":["tcp/10.0.0.9:80"]}"#,
+    ] {
+        publish(&client, "router.register", payload).await;
+    }
+    publish(&client, "router.unregister", "[]").await;
+    publish(&client, "router.other", ONE).await;
+    publish(
+        &client,
+        "router.register",
+        r#"{"host":"10.0.0.1","port":80,"uris":["good.x"]}"#,
+    )
+    .await;
+    gateway
+        .until("the good one is served", |snapshot, _| {
+            snapshot.hosts.len() == 1
+        })
+        .await;
+    let rejects: Vec<(&str, u64)> = gateway
+        .metrics
+        .rejects()
+        .filter(|(_, count)| *count > 0)
+        .collect();
+    assert_eq!(
+        rejects,
+        [("syntax", 1), ("type", 2), ("uri", 1), ("vip_range", 1)]
+    );
+    assert_eq!(
+        (
+            gateway.metrics.registers.get(),
+            gateway.metrics.unregisters.get()
+        ),
+        (5, 1)
+    );
+}
+
+#[tokio::test]
+async fn routes_outlast_a_server_and_are_pruned_after_its_return() {
+    let server = Server::start(None).await;
+    let address = server.address;
+    let gateway = Gateway::start(address).await;
+    gateway
+        .until("it is connected", |_, metrics| {
+            metrics.nats_connected.get() == 1
+        })
+        .await;
+    publish(&client(address).await, "router.register", ONE).await;
+    gateway
+        .until("it is served", |snapshot, _| snapshot.hosts.len() == 1)
+        .await;
+    drop(server);
+    gateway
+        .until("the loss is noticed", |_, metrics| {
+            metrics.nats_connected.get() == 0
+        })
+        .await;
+    let away = Instant::now();
+    let _ = until("its lease would be over", || {
+        (away.elapsed() > Duration::from_secs(3)).then_some(())
+    })
+    .await;
+    assert_eq!(
+        gateway.published.load().hosts.len(),
+        1,
+        "nothing is pruned while NATS is away"
+    );
+
+    let _server = Server::start(Some(address.port())).await;
+    let back = Instant::now();
+    let client = client(address).await;
+    let mut starts = client.subscribe("router.start").await.unwrap();
+    client.flush().await.unwrap();
+    gateway
+        .until("it is connected again", |_, metrics| {
+            metrics.nats_connects.get() == 2
+        })
+        .await;
+    // The gateway may have been back before the subscription; then its greeting tells the same.
+    let start = tokio::select! {
+        start = next(&mut starts) => start,
+        answer = client.request("router.greet", "".into()) => {
+            serde_json::from_slice(&answer.unwrap().payload).unwrap()
+        }
+    };
+    assert_eq!(start["pruneThresholdInSeconds"], 2);
+    gateway
+        .until("it is pruned", |snapshot, _| snapshot.hosts.is_empty())
+        .await;
+    assert!(
+        back.elapsed() >= Duration::from_secs(2),
+        "after one full lifetime"
+    );
+    publish(&client, "router.register", ONE).await;
+    gateway
+        .until("it is served again", |snapshot, _| {
+            snapshot.hosts.len() == 1
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_yet_is_waited_for() {
+    let server = Server::start(None).await;
+    let address = server.address;
+    drop(server);
+    let gateway = Gateway::start(address).await;
+    let _server = Server::start(Some(address.port())).await;
+    gateway
+        .until("it is connected", |_, metrics| {
+            metrics.nats_connected.get() == 1
+        })
+        .await;
+    publish(&client(address).await, "router.register", ONE).await;
+    gateway
+        .until("it is served", |snapshot, _| snapshot.hosts.len() == 1)
+        .await;
+}
