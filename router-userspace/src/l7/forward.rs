@@ -85,7 +85,7 @@ async fn forward(
         return Ok(Forwarded::Response(answer_options()));
     }
     let pool = find_pool(worker, &findings, request.uri())?;
-    if pool.pool.route_service_url.is_some() {
+    if pool.has_route_service {
         return Err(Failure::RouteService);
     }
     let origin = headers::Origin {
