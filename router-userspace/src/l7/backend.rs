@@ -39,7 +39,7 @@ const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
 /// All backends that this worker has met and that a published pool still names.
 #[derive(Default)]
 pub(super) struct Backends {
-    /// By the address of the pool, which lives as long as its entry here.
+    /// By the address of the pool, which is not given to another while a `Weak` of it is here.
     pools: HashMap<*const Pool, Rc<PoolState>>,
     states: HashMap<BackendKey, Rc<BackendState>>,
     changed: bool,
@@ -65,7 +65,7 @@ impl Backends {
                     .or_insert_with(new),
             )
         };
-        let state = Rc::new(PoolState::new(Arc::clone(pool), state_of, rng));
+        let state = Rc::new(PoolState::new(pool, state_of, rng));
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
     }
@@ -73,8 +73,7 @@ impl Backends {
     /// Forgets pools that are no longer published and the backends only they named, closes idle
     /// connections and ends ejections. Called about once a second.
     pub(super) fn sweep(&mut self, now: Instant, backend_idle: Duration) {
-        self.pools
-            .retain(|_, state| Arc::strong_count(&state.pool) > 1);
+        self.pools.retain(|_, state| state.pool.strong_count() > 0);
         let before = self.states.len();
         self.states.retain(|_, state| Rc::strong_count(state) > 1);
         self.changed |= self.states.len() != before;

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use http::HeaderValue;
 use rand::Rng;
@@ -17,7 +17,10 @@ use crate::l7::backend::BackendState;
 use crate::route::{Backend, Balance, Pool};
 
 pub(super) struct PoolState {
-    pub pool: Arc<Pool>,
+    /// Tells whether the pool is still published. Weak, for each worker has a state of it.
+    pub pool: Weak<Pool>,
+    pub balance: Option<Balance>,
+    pub has_route_service: bool,
     /// In the order of the pool's backends.
     pub targets: Box<[Target]>,
     /// Running sums of the weights; empty if all weights are equal.
@@ -50,7 +53,7 @@ pub(super) struct Circumstances<'a> {
 
 impl PoolState {
     pub(super) fn new(
-        pool: Arc<Pool>,
+        pool: &Arc<Pool>,
         mut state_of: impl FnMut(&Backend) -> Rc<BackendState>,
         rng: &mut impl Rng,
     ) -> PoolState {
@@ -76,7 +79,9 @@ impl PoolState {
             targets.iter().scan(0, sum).collect()
         };
         PoolState {
-            pool,
+            pool: Arc::downgrade(pool),
+            balance: pool.balance,
+            has_route_service: pool.route_service_url.is_some(),
             targets,
             cumulative_weights,
             cursor: Cell::new(rng.random()),

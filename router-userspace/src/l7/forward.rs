@@ -85,21 +85,29 @@ async fn forward(
         return Ok(Forwarded::Response(answer_options()));
     }
     let pool = find_pool(worker, &findings, request.uri())?;
-    if pool.pool.route_service_url.is_some() {
+    if pool.has_route_service {
         return Err(Failure::RouteService);
     }
-    let (request, request_id) = outgoing(worker, client, request, &findings);
+    let origin = headers::Origin {
+        address: &client.forwarded_for,
+        trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
+        request_start: worker.request_start(),
+        request_id: worker.new_request_id(),
+    };
+    let request = outgoing(client, request);
     let mut exchange = Exchange {
         worker,
         client,
         pool: &pool,
-        upgrade: findings.upgrade,
+        findings: &findings,
+        origin: &origin,
+        repeatable: Head::of_repeatable(&request),
         tried: Vec::new(),
         attempts,
         fresh: false,
     };
     let (response, lease, backend) = exchange.run(request).await?;
-    returned(response, lease, backend, request_id)
+    returned(response, lease, backend, origin.request_id)
 }
 
 fn answer_options() -> Response<ResponseBody> {
@@ -122,13 +130,8 @@ fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolS
     })
 }
 
-/// The request as the backend gets it, but for what names the instance; and its id.
-fn outgoing(
-    worker: &Worker,
-    client: &Rc<ClientState>,
-    request: Request<Incoming>,
-    findings: &Findings,
-) -> (Request<RequestBody>, HeaderValue) {
+/// The request as the backend gets it, but for its headers.
+fn outgoing(client: &Rc<ClientState>, request: Request<Incoming>) -> Request<RequestBody> {
     let (mut parts, body) = request.into_parts();
     if parts.uri.authority().is_some() {
         // The request target in origin form; `path_and_query` was checked to be there.
@@ -141,18 +144,7 @@ fn outgoing(
     parts.version = Version::HTTP_11;
     // hyper leaves the handle of an upgrade here, which this proxy does without.
     parts.extensions.clear();
-    let request_id = worker.new_request_id();
-    let origin = headers::Origin {
-        address: &client.forwarded_for,
-        trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
-        request_start: worker.request_start(),
-        request_id: request_id.clone(),
-    };
-    headers::rewrite_request(&mut parts.headers, findings, origin);
-    (
-        Request::from_parts(parts, RequestBody::new(body, client)),
-        request_id,
-    )
+    Request::from_parts(parts, RequestBody::new(body, client))
 }
 
 /// The response as the client gets it.
@@ -185,7 +177,10 @@ struct Exchange<'a> {
     worker: &'a Rc<Worker>,
     client: &'a Rc<ClientState>,
     pool: &'a Rc<PoolState>,
-    upgrade: bool,
+    findings: &'a Findings,
+    origin: &'a headers::Origin<'a>,
+    /// The request before its headers were rewritten, until it is used.
+    repeatable: Option<Head>,
     /// Indexes of targets that failed.
     tried: Vec<usize>,
     /// How many are left.
@@ -203,6 +198,7 @@ type Exchanged = (
 
 impl Exchange<'_> {
     async fn run(&mut self, mut request: Request<RequestBody>) -> Result<Exchanged, Failure> {
+        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
         loop {
             let Some(index) = self.worker.pick(self.pool, &self.tried) else {
                 return Err(no_endpoints(&request));
@@ -216,20 +212,15 @@ impl Exchange<'_> {
                     continue;
                 }
             };
-            let backend = self.upgrade.then(|| {
+            let backend = self.findings.upgrade.then(|| {
                 let (deliver, backend) = oneshot::channel();
                 connection.upgrade.set(Some(deliver));
                 backend
             });
             let reused = connection.reused;
-            let head = if reused {
-                Head::of_repeatable(&request)
-            } else {
-                None
-            };
             match self.send(connection, request).await {
                 Ok(response) => return Ok((response, lease, backend)),
-                Err(error) => request = self.after(error, index, &lease, reused, head)?,
+                Err(error) => request = self.after(error, index, &lease, reused)?,
             }
         }
     }
@@ -261,7 +252,6 @@ impl Exchange<'_> {
         index: usize,
         lease: &Lease,
         reused: bool,
-        head: Option<Head>,
     ) -> Result<Request<RequestBody>, Failure> {
         let mut error = match error {
             SendError::Http(error) => error,
@@ -274,17 +264,27 @@ impl Exchange<'_> {
             }
         };
         let failure = class_of(error.error());
-        let unsent = error.take_message();
-        if reused && failure == BackendFailure::Closed && (unsent.is_some() || head.is_some()) {
-            // The backend closed an idle connection, as it may at any time: it has not failed.
+        let mut unsent = error.take_message();
+        // The backend closed an idle connection, as it may at any time: it has not failed.
+        let stale = reused && failure == BackendFailure::Closed;
+        if stale && let Some(again) = unsent.take().or_else(|| self.repeat()) {
             self.fresh = true;
             self.worker.metrics.retries.add(1);
-            return Ok(unsent
-                .or_else(|| head.map(Head::into_request))
-                .expect("one is there"));
+            return Ok(again);
         }
+        let Some(unsent) = unsent else {
+            lease.backend().record_failure();
+            return Err(Failure::Backend(failure));
+        };
         self.failed(index, lease, Failure::Backend(failure))?;
-        unsent.ok_or(Failure::Backend(failure))
+        Ok(unsent)
+    }
+
+    /// The request once more, if it may be repeated.
+    fn repeat(&mut self) -> Option<Request<RequestBody>> {
+        let mut request = self.repeatable.take()?.into_request();
+        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
+        Some(request)
     }
 
     /// Notes a failed backend.

@@ -47,7 +47,7 @@ pub(super) struct Origin<'a> {
     pub request_id: HeaderValue,
 }
 
-pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, origin: Origin<'_>) {
+pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'_>) {
     headers.reserve(ADDED_COUNT);
     let upgrade = if findings.upgrade {
         headers.remove(UPGRADE)
@@ -66,7 +66,7 @@ pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, orig
         headers.insert(UPGRADE, upgrade);
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     }
-    set_forwarded(headers, findings, &origin);
+    set_forwarded(headers, findings, origin);
     let keep_id = findings.request_id
         && headers
             .get(REQUEST_ID)
@@ -75,9 +75,9 @@ pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, orig
         headers.insert(REQUEST_ID, origin.request_id.clone());
     }
     if !findings.request_start {
-        headers.insert(REQUEST_START, origin.request_start);
+        headers.insert(REQUEST_START, origin.request_start.clone());
     }
-    headers.insert(VCAP_REQUEST_ID, origin.request_id);
+    headers.insert(VCAP_REQUEST_ID, origin.request_id.clone());
 }
 
 /// Tells the backend which instance it is; what a client says of that is overwritten or removed.

@@ -225,7 +225,6 @@ impl Worker {
     /// The index of the target for the next attempt.
     pub(super) fn pick(&self, pool: &PoolState, tried: &[usize]) -> Option<usize> {
         let balance = pool
-            .pool
             .balance
             .unwrap_or_else(|| self.settings(|settings| settings.balance));
         self.snapshot(|snapshot| {

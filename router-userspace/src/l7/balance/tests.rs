@@ -29,6 +29,26 @@ fn pool(weights: &[u16]) -> (Rc<PoolState>, SmallRng) {
     (Backends::default().pool(&pool, &mut rng), rng)
 }
 
+#[test]
+fn a_pool_that_is_not_published_is_forgotten_by_every_worker() {
+    let mut rng = SmallRng::seed_from_u64(7);
+    let pool = Arc::new(Pool {
+        backends: vec![Arc::new(backend(address(0)))],
+        balance: None,
+        route_service_url: None,
+    });
+    let mut workers = [Backends::default(), Backends::default()];
+    for worker in &mut workers {
+        worker.pool(&pool, &mut rng);
+        assert_eq!(worker.changed_counters().map(|list| list.len()), Some(1));
+    }
+    drop(pool);
+    for worker in &mut workers {
+        worker.sweep(Instant::now(), Duration::from_secs(50));
+        assert_eq!(worker.changed_counters().map(|list| list.len()), Some(0));
+    }
+}
+
 fn address(i: usize) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, 1], u16::try_from(i).unwrap() + 1))
 }

@@ -18,7 +18,7 @@ fn rewritten(headers: &[(&str, &str)], trusted: bool) -> Vec<String> {
         request_start: HeaderValue::from_static("1000"),
         request_id: HeaderValue::from_static("id"),
     };
-    rewrite_request(request.headers_mut(), &findings, origin);
+    rewrite_request(request.headers_mut(), &findings, &origin);
     let mut lines: Vec<String> = request
         .headers()
         .iter()
