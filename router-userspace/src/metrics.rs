@@ -335,6 +335,9 @@ fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     )
 }
 
+/// Name and help of a metric, and where its value stands.
+type Row<S, V> = (&'static str, &'static str, fn(&S) -> V);
+
 fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
     page.counters(
         "viaduct_l4_packets",
@@ -359,7 +362,7 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
         "Backends left out for want of room or for their address family",
         stats.refused,
     )?;
-    let vip_rows: [(&str, &str, fn(&VipStats) -> [u64; 2]); 2] = [
+    let vip_rows: [Row<VipStats, [u64; 2]>; 2] = [
         ("viaduct_l4_vip_packets", "Packets of a VIP", |vip| {
             [vip.moved.packets, vip.moved.reply_packets]
         }),
@@ -392,7 +395,7 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
                 .map(move |b| (vip, b, b.address.to_string()))
         })
         .collect();
-    let backend_rows: [(&str, &str, fn(&BackendStats) -> u64); 3] = [
+    let backend_rows: [Row<BackendStats, u64>; 3] = [
         (
             "viaduct_l4_backend_packets",
             "Packets sent to a backend",

@@ -21,8 +21,7 @@ fn publish(published: &Published, address: SocketAddr) -> RouteTable {
 }
 
 fn config(check: HealthCheck) -> Config {
-    let mut config = Config::default();
-    config.health = HealthConfig {
+    let health = HealthConfig {
         check,
         interval: Duration::from_millis(10),
         timeout: Duration::from_secs(5),
@@ -31,7 +30,10 @@ fn config(check: HealthCheck) -> Config {
         path: "/health".to_owned(),
         concurrency: 2,
     };
-    config
+    Config {
+        health,
+        ..Config::default()
+    }
 }
 
 #[tokio::test]

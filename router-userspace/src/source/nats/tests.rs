@@ -127,8 +127,17 @@ impl Gateway {
     }
 }
 
+/// A client of a server that the gateway is known to listen on.
 async fn client(server: SocketAddr) -> Client {
-    async_nats::connect(server.to_string()).await.unwrap()
+    let client = async_nats::connect(server.to_string()).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while client.request("router.greet", "".into()).await.is_err() {
+        assert!(
+            Instant::now() < deadline,
+            "the gateway does not answer a greeting"
+        );
+    }
+    client
 }
 
 async fn publish(client: &Client, subject: &'static str, payload: impl Into<String>) {
@@ -150,7 +159,9 @@ const ONE: &str =
 #[tokio::test]
 async fn registrations_are_taken_in_withdrawn_and_pruned() {
     let server = Server::start(None).await;
-    let client = client(server.address).await;
+    let client = async_nats::connect(server.address.to_string())
+        .await
+        .unwrap();
     let mut starts = client.subscribe("router.start").await.unwrap();
     client.flush().await.unwrap();
     let gateway = Gateway::start(server.address).await;
@@ -196,14 +207,8 @@ async fn registrations_are_taken_in_withdrawn_and_pruned() {
 #[tokio::test]
 async fn garbage_is_counted_by_reason_and_changes_nothing() {
     let server = Server::start(None).await;
-    let client = client(server.address).await;
     let gateway = Gateway::start(server.address).await;
-    gateway
-        .until("it is connected", |_, metrics| {
-            metrics.nats_connected.get() == 1
-        })
-        .await;
-    client.request("router.greet", "".into()).await.unwrap();
+    let client = client(server.address).await;
     for payload in [
         "\u{0}garbage",
         r#"{"host":"10.0.0.1","port":"80","uris":["a.x"]}"#,
@@ -276,15 +281,16 @@ async fn routes_outlast_a_server_and_are_pruned_after_its_return() {
 
     let _server = Server::start(Some(address.port())).await;
     let back = Instant::now();
-    let client = client(address).await;
-    let mut starts = client.subscribe("router.start").await.unwrap();
-    client.flush().await.unwrap();
+    let observer = async_nats::connect(address.to_string()).await.unwrap();
+    let mut starts = observer.subscribe("router.start").await.unwrap();
+    observer.flush().await.unwrap();
     gateway
         .until("it is connected again", |_, metrics| {
             metrics.nats_connects.get() == 2
         })
         .await;
-    // The gateway may have been back before the subscription; then its greeting tells the same.
+    let client = client(address).await;
+    // The gateway may have been back before the observer; then its greeting tells the same.
     let start = tokio::select! {
         start = next(&mut starts) => start,
         answer = client.request("router.greet", "".into()) => {
