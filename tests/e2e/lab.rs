@@ -7,6 +7,7 @@ use router_tests::app::{ECHO_PORT, HTTP_PORT};
 use router_tests::client;
 use router_tests::lab::{BACK, FRONT, Lab};
 use router_tests::nats::Publisher;
+use router_tests::process::wait_for;
 use router_tests::site::Site;
 
 #[test]
@@ -64,15 +65,23 @@ fn a_dropped_lab_leaves_nothing() {
 
 #[test]
 fn a_killed_lab_is_removed_by_the_next() {
+    // A process inside first, and then a name for where it is: a lab of another test, which may clean
+    // up at any time, finds both or none.
+    let mut inside = Command::new("unshare")
+        .args(["--net", "sleep", "1000"])
+        .spawn()
+        .unwrap();
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    let pid = inside.id().to_string();
+    wait_for("a namespace", || {
+        (namespace(&pid) != namespace("self")).then_some(())
+    })
+    .unwrap();
     // No process has an id above 4194304.
     let name = "viaduct-4194399-client";
     Command::new("ip")
-        .args(["netns", "add", name])
+        .args(["netns", "attach", name, &pid])
         .status()
-        .unwrap();
-    let mut inside = Command::new("nsenter")
-        .args([&format!("--net=/run/netns/{name}"), "sleep", "1000"])
-        .spawn()
         .unwrap();
     let _lab = Lab::new(1).unwrap();
     assert!(!namespaces().contains(name));

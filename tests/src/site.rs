@@ -119,7 +119,7 @@ impl Site {
             .map(|range| range.parse().expect("the lab's ranges are valid"))
             .into();
         config.l4.limits.flows = 65_536;
-        config.l4.pin_path = self.lab.bpffs();
+        config.l4.pin_path = self.lab.bpffs().join("viaduct");
         config
     }
 

@@ -44,7 +44,13 @@ pub(crate) const BASE: &[Item] = &[
         install: Some(CargoInstall {
             package: "cargo-nextest",
             version: "0.9.143",
-            options: &["--no-default-features", "--features", "default-no-update"],
+            // A test runner waits for tests: optimising it takes longer than it ever saves.
+            options: &[
+                "--debug",
+                "--no-default-features",
+                "--features",
+                "default-no-update",
+            ],
         }),
     },
     Item {

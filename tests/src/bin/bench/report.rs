@@ -77,7 +77,7 @@ impl Report {
     /// The same for people, with each figure relative to viaduct's of the same row and metric.
     pub(crate) fn table(&self) -> String {
         let mut text = format!(
-            "{:<8} {:<18} {:<9} {:<24} {:>11} {:>11} {:>11} {:>6} {:>10}\n",
+            "{:<8} {:<21} {:<9} {:<24} {:>11} {:>11} {:>11} {:>6} {:>10}\n",
             "bench", "row", "who", "metric", "median", "min", "max", "rounds", "vs viaduct"
         );
         for figure in &self.figures {
@@ -93,7 +93,7 @@ impl Report {
             };
             let _ = writeln!(
                 text,
-                "{:<8} {:<18} {:<9} {:<24} {:>11.2} {:>11.2} {:>11.2} {:>6} {:>10}",
+                "{:<8} {:<21} {:<9} {:<24} {:>11.2} {:>11.2} {:>11.2} {:>6} {:>10}",
                 self.bench,
                 figure.row,
                 figure.who,
