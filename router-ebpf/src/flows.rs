@@ -74,7 +74,7 @@ pub fn of_client(
             };
             return Ok(Some((flow, Verdict::Forwarded)));
         }
-        known = Some((way as u32, slot));
+        known = Some((forget(way as u32, slot.0), slot));
         break;
     }
     let Some(backend_id) = choose_backend(packet)? else {
@@ -195,6 +195,32 @@ pub fn swap(_word: &u64, _old: u64, _new: u64) -> bool {
     false
 }
 
+/// The same number, but one the verifier knows nothing of.
+///
+/// It follows every value that a variable can have, so an index out of a loop of eight multiplies
+/// all that comes after by eight. Adding and subtracting something unknown lets it merge them.
+#[inline(always)]
+#[cfg(target_arch = "bpf")]
+fn forget(index: u32, unknown: u64) -> u32 {
+    let mut index = u64::from(index);
+    // SAFETY: two additions in registers.
+    unsafe {
+        core::arch::asm!(
+            "{index} += {unknown}",
+            "{index} -= {unknown}",
+            index = inout(reg) index,
+            unknown = in(reg) unknown,
+            options(pure, nomem, nostack),
+        );
+    }
+    index as u32
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn forget(index: u32, _unknown: u64) -> u32 {
+    index
+}
+
 #[inline(always)]
 fn bucket_of(hash: u32, settings: &Settings) -> u32 {
     (hash >> 8) & settings.bucket_mask
@@ -299,18 +325,18 @@ fn free_place(bucket: u32, settings: &Settings, now: u32) -> Result<(u32, FlowSl
     for way in 0..FLOW_WAYS {
         let slot = FlowSlot(load(&slots.slots[way].0));
         match slot.state() {
-            FlowState::Free => return Ok((way as u32, slot)),
+            FlowState::Free => return Ok((forget(way as u32, slot.0), slot)),
             FlowState::Sweeping => continue,
             state => {
                 let Some(entry) = maps::FLOWS.get(bucket * FLOW_WAYS as u32 + way as u32) else {
                     continue;
                 };
                 if expired(slot, entry, settings, now) {
-                    return Ok((way as u32, slot));
+                    return Ok((forget(way as u32, slot.0), slot));
                 }
                 let half_open = matches!(state, FlowState::Syn | FlowState::Closing);
                 if half_open && (victim.is_none() || slot.age(now) > victim_age) {
-                    victim = Some((way as u32, slot));
+                    victim = Some((forget(way as u32, slot.0), slot));
                     victim_age = slot.age(now);
                 }
             }
@@ -430,18 +456,18 @@ fn claim_return(return_hash: u32, index: u32, settings: &Settings) -> bool {
     let Some(bucket) = maps::RETURNS.get(return_bucket_of(return_hash, settings)) else {
         return false;
     };
-    let mut free = RETURN_WAYS;
+    let mut free = RETURN_WAYS as u32;
     for way in 0..RETURN_WAYS {
         let slot = load(&bucket.slots[way].0);
         if slot == 0 {
-            free = way;
+            free = forget(way as u32, return_hash.into());
         } else if ReturnSlot(slot).hash() == return_hash {
             return false;
         }
     }
-    free < RETURN_WAYS
+    free < RETURN_WAYS as u32
         && swap(
-            &bucket.slots[free % RETURN_WAYS].0,
+            &bucket.slots[free as usize % RETURN_WAYS].0,
             0,
             ReturnSlot::new(return_hash, index).0,
         )

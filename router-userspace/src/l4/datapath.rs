@@ -4,6 +4,7 @@
 //! finds flows, rings and counters where this one left them.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,6 +110,7 @@ impl Datapath {
             !PROGRAM.is_empty(),
             "this viaduct was built without its BPF programs: run `cargo xtask setup` and build again"
         );
+        check_capabilities()?;
         let buckets = (options.limits.flows.next_power_of_two() / FLOW_WAYS as u32).max(1);
         let backends = options.limits.backends + 1;
         let sizes = [
@@ -514,6 +516,36 @@ pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
     Ok(removed)
 }
 
+/// The kernel says only "operation not permitted"; this says what is missing.
+fn check_capabilities() -> anyhow::Result<()> {
+    // Kernel: include/uapi/linux/capability.h. CAP_SYS_ADMIN stands in for the first two.
+    const BPF: u32 = 39;
+    const PERFMON: u32 = 38;
+    const SYS_ADMIN: u32 = 21;
+    const NET_ADMIN: u32 = 12;
+    let status = fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .context("no CapEff in /proc/self/status")?;
+    let has = |capability: u32| effective >> capability & 1 == 1;
+    let missing: Vec<&str> = [
+        ("CAP_BPF", has(BPF) || has(SYS_ADMIN)),
+        ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
+        ("CAP_NET_ADMIN", has(NET_ADMIN)),
+    ]
+    .into_iter()
+    .filter_map(|(name, has)| (!has).then_some(name))
+    .collect();
+    ensure!(
+        missing.is_empty(),
+        "missing {}: run as root, or grant them (AmbientCapabilities= in a systemd unit)",
+        missing.join(", ")
+    );
+    Ok(())
+}
+
 /// Where links are pinned, below the pin path, by interface name.
 const LINKS: &str = "links";
 
@@ -594,7 +626,8 @@ fn reopen(ebpf: &Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
     let Some(aya::maps::Map::PerCpuArray(map)) = ebpf.map(name) else {
         bail!("no per-CPU array {name}");
     };
-    let map = MapData::from_id(map.info()?.id()).with_context(|| format!("open {name} again"))?;
+    let fd = map.fd().as_fd().try_clone_to_owned()?;
+    let map = MapData::from_fd(fd).with_context(|| format!("open {name} again"))?;
     Ok(aya::maps::Map::PerCpuArray(map))
 }
 
