@@ -91,8 +91,8 @@ pub enum FlowState {
     /// Both have sent FIN, or one of them RST.
     Closing = 5,
     Udp = 6,
-    /// Held by the sweep while it clears the return slot.
-    Sweeping = 7,
+    /// The entry behind the slot is being written or cleared: nobody else reads it or takes the place.
+    Held = 7,
 }
 
 impl FlowState {
@@ -108,7 +108,7 @@ impl FlowState {
             4 => FlowState::FinBackend,
             5 => FlowState::Closing,
             6 => FlowState::Udp,
-            _ => FlowState::Sweeping,
+            _ => FlowState::Held,
         }
     }
 
@@ -200,15 +200,35 @@ impl FlowSlot {
         FlowState::from_bits(self.0 as u8)
     }
 
+    /// Whether there is an entry behind it to be read.
+    #[inline(always)]
+    pub const fn is_flow(self) -> bool {
+        !matches!(self.state(), FlowState::Free | FlowState::Held)
+    }
+
     /// Ticks since the client's last packet.
     #[inline(always)]
     pub const fn age(self, now: u32) -> u32 {
-        now.wrapping_sub(self.seen()) & 0xff_ffff
+        ticks_since(self.seen(), now)
+    }
+}
+
+/// The longest time that ticks can tell, and so the longest timeout.
+pub const MAX_TICKS: u32 = (1 << 23) - 1;
+
+/// Ticks from `then` to `now`, both modulo 2^24.
+///
+/// Another core may have read the clock a moment later than this one: what is in the future is now.
+#[inline(always)]
+pub const fn ticks_since(then: u32, now: u32) -> u32 {
+    match now.wrapping_sub(then) & 0xff_ffff {
+        age if age > MAX_TICKS => 0,
+        age => age,
     }
 }
 
 /// The slots of eight flows whose hash starts alike.
-#[repr(C, align(64))]
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FlowBucket {
     pub slots: [FlowSlot; FLOW_WAYS],
@@ -238,14 +258,16 @@ impl ReturnSlot {
 }
 
 /// The return slots of eight flows whose answers' hash starts alike.
-#[repr(C, align(64))]
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReturnBucket {
     pub slots: [ReturnSlot; RETURN_WAYS],
 }
 
 /// One flow: all that both directions need beyond the backend's entry. One cache line.
-#[repr(C, align(64))]
+///
+/// The map aligns it, not the type: BPF's stack has no such alignment, and LLVM takes it for granted.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FlowEntry {
     pub client: Addr,
@@ -266,9 +288,11 @@ pub struct FlowEntry {
     pub nat_port: u16,
     /// Of the backend entry when the flow was made; another means the backend is gone.
     pub generation: u16,
-    /// IANA protocol number; 0 while the entry is being written.
+    /// IANA protocol number.
     pub proto: u8,
-    pub reserved: [u8; 11],
+    /// 1 once the backend has answered: a datagram alone may be forged.
+    pub answered: u8,
+    pub reserved: [u8; 10],
 }
 
 const _: () = assert!(size_of::<FlowBucket>() == 64);
@@ -334,7 +358,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_slot_reads_back_what_went_in(hash: u32, seen in 0u32..1 << 24, state in 0u8..8, later in 0u32..1 << 20) {
+        fn a_slot_reads_back_what_went_in(hash: u32, seen in 0u32..1 << 24, state in 0u8..8, later in 0u32..=MAX_TICKS) {
             let slot = FlowSlot::new(hash, seen, FlowState::from_bits(state));
             prop_assert_eq!((slot.hash(), slot.seen(), slot.state() as u8), (hash, seen, state));
             prop_assert_eq!(slot.age(seen.wrapping_add(later)), later);
@@ -346,6 +370,13 @@ mod tests {
             prop_assert_ne!(slot.0, 0);
             prop_assert_eq!((slot.hash(), slot.entry()), (hash, entry));
         }
+    }
+
+    #[test]
+    fn a_time_in_the_future_is_now() {
+        assert_eq!(ticks_since(1001, 1000), 0);
+        assert_eq!(ticks_since(0, 0xff_ffff), 0);
+        assert_eq!(ticks_since(0xff_ffff, 1), 2);
     }
 
     #[test]

@@ -16,11 +16,11 @@ mod verdict;
 
 pub use addr::{Addr, IPPROTO_TCP, IPPROTO_UDP, Ports};
 pub use flow::{
-    FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, RETURN_WAYS,
-    RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags,
+    FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, MAX_TICKS,
+    RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, ticks_since,
 };
 pub use tables::{
-    BackendCounters, BackendEntry, BackendState, ClockSample, NO_BACKEND, PREFILTER_WORDS,
+    BackendCounters, BackendEntry, BackendState, ClockSample, LAYOUT, NO_BACKEND, PREFILTER_WORDS,
     RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, VipInfo, VipKey,
     prefilter_bit, ring_slot,
 };

@@ -13,6 +13,9 @@ pub const PREFILTER_WORDS: u32 = 2048;
 /// 50 microseconds over an empty share.
 pub const SWEEP_BUCKETS: u32 = 4096;
 
+/// Changes whenever a map's layout or meaning does: pinned maps of another layout are not adopted.
+pub const LAYOUT: u32 = 1;
+
 /// The backend id that means "none".
 pub const NO_BACKEND: u32 = 0;
 
@@ -106,7 +109,8 @@ pub struct BackendEntry {
     /// Host byte order, as the three fields below.
     pub vip_port: u16,
     pub port: u16,
-    /// Changes whenever the id passes to another backend; never 0 while in use.
+    /// Changes whenever the id passes to another backend, and stays in the free entry in between;
+    /// never 0 while in use.
     pub generation: u16,
     pub destination_mac: [u8; 6],
     pub source_mac: [u8; 6],
@@ -149,14 +153,15 @@ pub struct Settings {
     pub hash_keys: [u64; HASH_WORDS],
     /// Buckets of `FLOW_SLOTS`, a power of two, less one; `RETURNS` has twice as many.
     pub bucket_mask: u32,
-    /// A tick is 2^`tick_shift` jiffies, about half a second.
+    /// A tick is 2^`tick_shift` jiffies, a quarter to half a second.
     pub tick_shift: u32,
     /// Ticks without a packet after which a flow is forgotten, by [`FlowState`].
     pub timeouts: [u32; FlowState::COUNT],
     /// First of the gateway's ports, and how many.
     pub nat_port_first: u16,
     pub nat_port_count: u16,
-    pub reserved: u32,
+    /// [`LAYOUT`] of the agent that made the maps; 0 in maps that were just created.
+    pub layout: u32,
 }
 
 /// Where the agent asks the sweep to work and reads what it found; the one value of `SWEEP`.

@@ -22,7 +22,7 @@ macro_rules! verdicts {
 verdicts! {
     /// Passed: for no VIP and from no backend.
     NotForUs => "not_for_us",
-    /// Passed: for the address of a VIP, but a port or protocol that nobody registered.
+    /// Passed: for an address of a VIP or of the gateway, but no port and protocol of a VIP.
     NoSuchVip => "no_such_vip",
     /// Passed: from a backend to the gateway, but part of no flow.
     NotAReply => "not_a_reply",
@@ -46,6 +46,8 @@ verdicts! {
     FlowTableFull => "flow_table_full",
     /// Dropped: no free gateway port towards the backend.
     PortsExhausted => "ports_exhausted",
+    /// Dropped: another core changed the same place of the flow table in this very moment.
+    Contended => "contended",
     /// Dropped: the program's own tables contradict each other; never seen in a sound build.
     Internal => "internal",
 }

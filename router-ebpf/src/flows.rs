@@ -1,7 +1,9 @@
 //! The flow of a packet: found, or made for the first packet of one.
 //!
 //! The tables are those of `router_common::FlowEntry`'s module. All cores share them without locks:
-//! a slot changes owner by compare-and-swap, and whoever won writes the entry behind it.
+//! whoever turns a slot to `Held` by compare-and-swap owns the place, empties the return slot of the
+//! flow that was there, writes the entry, fills the new return slot and then the slot itself. Readers
+//! copy what they need from the entry and look at the slot they came by once more.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
@@ -9,7 +11,7 @@ use aya_ebpf::programs::XdpContext;
 use router_common::{
     BackendEntry, BackendState, FLOW_WAYS, FlowEntry, FlowKey, FlowSlot, FlowState, IPPROTO_TCP,
     NO_BACKEND, Ports, RETURN_WAYS, RING_KEYS, RING_SIZE, ReturnSlot, Settings, TcpFlags, Verdict,
-    VipKey, ring_slot,
+    VipKey, ring_slot, ticks_since,
 };
 
 use crate::maps;
@@ -41,7 +43,7 @@ pub fn of_client(
     let mut known = None;
     for way in 0..FLOW_WAYS {
         let slot = load(&slots.slots[way].0);
-        if slot >> 32 != hash as u64 || FlowSlot(slot).state() as u8 == FlowState::Free as u8 {
+        if slot >> 32 != hash as u64 || !FlowSlot(slot).is_flow() {
             continue;
         }
         let index = bucket * FLOW_WAYS as u32 + way as u32;
@@ -61,16 +63,21 @@ pub fn of_client(
             continue;
         }
         let slot = FlowSlot(slot);
-        if !expired(slot, entry, settings, now)
-            && serves(backend, entry)
+        let (backend_id, nat_port) = (entry.backend, entry.nat_port);
+        if !over(slot, entry, backend, settings, now)
             && !(packet.tcp.opens() && slot.state() as u8 == FlowState::Closing as u8)
         {
-            refresh(&slots.slots[way].0, slot, packet, now);
             follow_client_mac(ctx, packet, entry, index);
+            compiler_fence(Ordering::SeqCst);
+            let again = FlowSlot(load(&slots.slots[way].0));
+            if again.hash() != hash || again.state() as u8 == FlowState::Held as u8 {
+                return Err(Verdict::Contended);
+            }
+            refresh(&slots.slots[way].0, slot, packet, now);
             let flow = ClientFlow {
-                backend_id: entry.backend,
+                backend_id,
                 backend,
-                nat_port: entry.nat_port,
+                nat_port,
             };
             return Ok(Some((flow, Verdict::Forwarded)));
         }
@@ -98,7 +105,7 @@ pub fn of_client(
 
 /// A backend's flow.
 pub struct BackendFlow {
-    pub entry: &'static FlowEntry,
+    pub entry: FlowEntry,
     pub backend: &'static BackendEntry,
 }
 
@@ -113,39 +120,58 @@ pub fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Option<Back
             continue;
         }
         let index = slot.entry();
-        let Some(entry) = maps::FLOWS.get(index) else {
+        let Some(entry) = maps::FLOWS.get_ptr_mut(index) else {
             continue;
         };
-        let Some(backend) = maps::BACKENDS.get(entry.backend) else {
+        // SAFETY: the pointer is to the map's value. Whoever rewrites it empties the return slot
+        // first, which is looked at again below.
+        let copy = unsafe { *entry };
+        compiler_fence(Ordering::SeqCst);
+        if load(&bucket.slots[way].0) != slot.0 {
+            return None;
+        }
+        let Some(backend) = maps::BACKENDS.get(copy.backend) else {
             continue;
         };
         if backend.address != packet.key.source
             || backend.source != packet.key.destination
-            || packet.key.ports != Ports::new(backend.port, entry.nat_port)
-            || entry.proto != packet.key.proto
-            || !serves(backend, entry)
+            || packet.key.ports != Ports::new(backend.port, copy.nat_port)
+            || copy.proto != packet.key.proto
+            || !serves(backend, &copy)
         {
             continue;
         }
-        if entry.reply_seen != now
-            && let Some(entry) = maps::FLOWS.get_ptr_mut(index)
-        {
-            // SAFETY: the pointer is to the map's value; a racing store writes the same tick.
-            unsafe { (*entry).reply_seen = now };
+        // Once a tick and flow: the line stays clean in every core's cache.
+        if copy.reply_seen != now || copy.answered == 0 {
+            // SAFETY: as above; a racing store writes the same.
+            unsafe {
+                (*entry).reply_seen = now;
+                (*entry).answered = 1;
+            }
         }
         if packet.key.proto == IPPROTO_TCP && (packet.tcp.fin() || packet.tcp.rst()) {
             note_backend_close(index, packet.tcp);
         }
-        return Some(BackendFlow { entry, backend });
+        return Some(BackendFlow {
+            entry: copy,
+            backend,
+        });
     }
     None
 }
 
-/// Whether a flow's timeout is over in both directions.
+/// Whether nothing is left of a flow: its time is over in both directions, or its backend is gone.
 #[inline(always)]
-pub fn expired(slot: FlowSlot, entry: &FlowEntry, settings: &Settings, now: u32) -> bool {
+pub fn over(
+    slot: FlowSlot,
+    entry: &FlowEntry,
+    backend: &BackendEntry,
+    settings: &Settings,
+    now: u32,
+) -> bool {
     let timeout = settings.timeouts[slot.state() as usize & 7];
-    slot.age(now) > timeout && now.wrapping_sub(entry.reply_seen) & 0xff_ffff > timeout
+    !serves(backend, entry)
+        || (slot.age(now) > timeout && ticks_since(entry.reply_seen, now) > timeout)
 }
 
 /// Empties the return slot of `entry`, if it still is that entry's.
@@ -278,7 +304,7 @@ fn note_backend_close(index: u32, tcp: TcpFlags) {
     let word = &bucket.slots[index as usize % FLOW_WAYS].0;
     let slot = FlowSlot(load(word));
     let state = slot.state().after_backend(tcp);
-    if state as u8 != slot.state() as u8 {
+    if slot.is_flow() && state as u8 != slot.state() as u8 {
         swap(
             word,
             slot.0,
@@ -316,7 +342,7 @@ fn choose_backend(packet: &Packet) -> Result<Option<u32>, Verdict> {
     }
 }
 
-/// A way of the bucket whose flow is over or, failing that, never came to be.
+/// A way of the bucket whose flow is over or, failing that, the oldest that is nearly so or never was.
 #[inline(always)]
 fn free_place(bucket: u32, settings: &Settings, now: u32) -> Result<(u32, FlowSlot), Verdict> {
     let slots = maps::FLOW_SLOTS.get(bucket).ok_or(Verdict::Internal)?;
@@ -326,16 +352,24 @@ fn free_place(bucket: u32, settings: &Settings, now: u32) -> Result<(u32, FlowSl
         let slot = FlowSlot(load(&slots.slots[way].0));
         match slot.state() {
             FlowState::Free => return Ok((forget(way as u32, slot.0), slot)),
-            FlowState::Sweeping => continue,
+            FlowState::Held => continue,
             state => {
                 let Some(entry) = maps::FLOWS.get(bucket * FLOW_WAYS as u32 + way as u32) else {
                     continue;
                 };
-                if expired(slot, entry, settings, now) {
+                let Some(backend) = maps::BACKENDS.get(entry.backend) else {
+                    continue;
+                };
+                if over(slot, entry, backend, settings, now) {
                     return Ok((forget(way as u32, slot.0), slot));
                 }
-                let half_open = matches!(state, FlowState::Syn | FlowState::Closing);
-                if half_open && (victim.is_none() || slot.age(now) > victim_age) {
+                // What nobody has answered for may be forged.
+                let doubtful = match state {
+                    FlowState::Syn | FlowState::Closing => true,
+                    FlowState::Udp => entry.answered == 0,
+                    _ => false,
+                };
+                if doubtful && (victim.is_none() || slot.age(now) > victim_age) {
                     victim = Some((forget(way as u32, slot.0), slot));
                     victim_age = slot.age(now);
                 }
@@ -377,60 +411,16 @@ fn create(
     } else {
         FlowState::Udp
     };
-    // From here the place is ours: no other core takes a slot that was just seen.
-    let held = FlowSlot::new(hash, now, state).0;
+    let held = FlowSlot::new(0, now, FlowState::Held).0;
     if !swap(word, place.slot.0, held) {
-        return Err(Verdict::FlowTableFull);
+        return Err(Verdict::Contended);
     }
     let entry = maps::FLOWS.get_ptr_mut(index).ok_or(Verdict::Internal)?;
-    // SAFETY: the pointer is to the map's value, and the slot makes this core its only writer.
-    unsafe {
-        if place.slot.0 != 0 {
-            clear_return((*entry).return_hash, index, settings);
-        }
-        (*entry).proto = 0;
-        compiler_fence(Ordering::SeqCst);
+    if place.slot.0 != 0 {
+        // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer.
+        clear_return(unsafe { (*entry).return_hash }, index, settings);
     }
-    let Some((nat_port, return_hash)) = claim_port(packet, backend, settings, hash ^ now, index)
-    else {
-        swap(word, held, 0);
-        return Err(Verdict::PortsExhausted);
-    };
-    // SAFETY: as above; the Ethernet header lies in the frame.
-    unsafe {
-        let eth = &*packet.eth;
-        (*entry).client = packet.key.source;
-        (*entry).ports = packet.key.ports;
-        (*entry).backend = backend_id;
-        (*entry).client_ifindex = ctx.ingress_ifindex() as u32;
-        (*entry).reply_seen = now;
-        (*entry).return_hash = return_hash;
-        (*entry).client_mac = eth.source;
-        (*entry).local_mac = eth.destination;
-        (*entry).nat_port = nat_port;
-        (*entry).generation = backend.generation;
-        compiler_fence(Ordering::SeqCst);
-        // Last: an entry of protocol 0 matches no packet.
-        (*entry).proto = packet.key.proto;
-    }
-    Ok(ClientFlow {
-        backend_id,
-        backend,
-        nat_port,
-    })
-}
-
-/// A gateway port that no other flow to this backend uses, its return slot taken for `index`, and
-/// the hash of the answers.
-#[inline(always)]
-fn claim_port(
-    packet: &Packet,
-    backend: &BackendEntry,
-    settings: &Settings,
-    seed: u32,
-    index: u32,
-) -> Option<(u16, u32)> {
-    let mut random = seed;
+    let mut random = hash ^ now;
     for _ in 0..PORT_TRIES {
         // Weyl sequence: all tries differ, and neighbouring seeds do not follow each other.
         random = random.wrapping_add(0x9e37_79b9);
@@ -443,11 +433,38 @@ fn claim_port(
             proto: packet.key.proto,
         };
         let return_hash = answer.hash(&settings.hash_keys);
+        // SAFETY: as above; the Ethernet header lies in the frame. Before the return slot is filled,
+        // since whoever finds that reads the entry.
+        unsafe {
+            let eth = &*packet.eth;
+            *entry = FlowEntry {
+                client: packet.key.source,
+                ports: packet.key.ports,
+                backend: backend_id,
+                client_ifindex: ctx.ingress_ifindex() as u32,
+                reply_seen: now,
+                return_hash,
+                client_mac: eth.source,
+                local_mac: eth.destination,
+                nat_port,
+                generation: backend.generation,
+                proto: packet.key.proto,
+                answered: 0,
+                reserved: [0; 10],
+            };
+        }
+        compiler_fence(Ordering::SeqCst);
         if claim_return(return_hash, index, settings) {
-            return Some((nat_port, return_hash));
+            swap(word, held, FlowSlot::new(hash, now, state).0);
+            return Ok(ClientFlow {
+                backend_id,
+                backend,
+                nat_port,
+            });
         }
     }
-    None
+    swap(word, held, 0);
+    Err(Verdict::PortsExhausted)
 }
 
 /// Takes a return slot, unless another flow's answers have the same hash and so perhaps the same port.

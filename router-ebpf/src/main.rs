@@ -70,7 +70,7 @@ fn steer(ctx: &XdpContext) -> Result<Sent, Verdict> {
         && let Some((flow, verdict)) = flows::of_client(ctx, &packet, settings, now)?
     {
         let backend = flow.backend;
-        rewrite::to_backend(&mut packet, backend, flow.nat_port)?;
+        rewrite::to_backend(&mut packet, backend, flow.nat_port);
         maps::count_packet(flow.backend_id, packet.len, verdict);
         return Ok(Sent {
             verdict,
@@ -80,7 +80,7 @@ fn steer(ctx: &XdpContext) -> Result<Sent, Verdict> {
     if packet.to_gateway
         && let Some(flow) = flows::of_backend(&packet, settings, now)
     {
-        rewrite::to_client(&mut packet, flow.backend, flow.entry)?;
+        rewrite::to_client(&mut packet, flow.backend, &flow.entry);
         maps::count_reply(flow.entry.backend, packet.len);
         return Ok(Sent {
             verdict: Verdict::Replied,

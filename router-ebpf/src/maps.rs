@@ -3,6 +3,7 @@
 //! Capacities here are the smallest that load; the agent sets the configured ones before it creates
 //! the maps. All but `CLOCK`, `SWEEP` and the log are pinned and outlive the agent.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::helpers::bpf_jiffies64;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
@@ -10,6 +11,10 @@ use router_common::{
     Addr, BackendCounters, BackendEntry, ClockSample, FlowBucket, FlowEntry, PREFILTER_WORDS,
     ReturnBucket, Ring, Settings, SweepRequest, Verdict, VipInfo, VipKey,
 };
+
+/// Makes an array begin on a page, so that values of 64 octets are cache lines and not halves of two:
+/// it follows the map's own header otherwise (kernel: kernel/bpf/arraymap.c, `array_map_alloc`).
+const CACHE_LINES: u32 = BPF_F_MMAPABLE;
 
 /// The one [`Settings`]. Written by the agent when it starts or reloads.
 #[map]
@@ -47,15 +52,15 @@ pub static BACKEND_FLOWS: Array<u32> = Array::with_max_entries(2, 0);
 
 /// Hash of a client's packets to slots; 8 slots a bucket. Written here.
 #[map]
-pub static FLOW_SLOTS: Array<FlowBucket> = Array::with_max_entries(1, 0);
+pub static FLOW_SLOTS: Array<FlowBucket> = Array::with_max_entries(1, CACHE_LINES);
 
 /// Slot (bucket * 8 + way) to flow. Written here.
 #[map]
-pub static FLOWS: Array<FlowEntry> = Array::with_max_entries(8, 0);
+pub static FLOWS: Array<FlowEntry> = Array::with_max_entries(8, CACHE_LINES);
 
 /// Hash of a backend's packets to flows; 8 slots a bucket, twice as many as flows. Written here.
 #[map]
-pub static RETURNS: Array<ReturnBucket> = Array::with_max_entries(2, 0);
+pub static RETURNS: Array<ReturnBucket> = Array::with_max_entries(2, CACHE_LINES);
 
 /// [`Verdict`] to packets. Written here, read by the agent.
 #[map]

@@ -105,6 +105,10 @@ impl Packet {
         {
             return Err(refuse(destination, bits, Verdict::Malformed));
         }
+        // Here, and not where it is counted down: an expired packet must not make a flow.
+        if ip_ref.ttl <= 1 {
+            return Err(refuse(destination, bits, Verdict::TtlExpired));
+        }
         let l4 = data + ETH_LEN + header_len;
         if l4 + l4_len > end {
             return Err(refuse(destination, bits, Verdict::Malformed));

@@ -4,17 +4,13 @@
 //! as broken when it leaves and its receiver notices.
 
 use router_common::checksum::Delta;
-use router_common::{BackendEntry, FlowEntry, IPPROTO_UDP, Ports, Verdict};
+use router_common::{BackendEntry, FlowEntry, IPPROTO_UDP, Ports};
 
 use crate::packet::Packet;
 
 /// Client to VIP becomes gateway to backend.
 #[inline(always)]
-pub fn to_backend(
-    packet: &mut Packet,
-    backend: &BackendEntry,
-    nat_port: u16,
-) -> Result<(), Verdict> {
+pub fn to_backend(packet: &mut Packet, backend: &BackendEntry, nat_port: u16) {
     translate(
         packet,
         Translation {
@@ -29,11 +25,7 @@ pub fn to_backend(
 
 /// Backend to gateway becomes VIP to client.
 #[inline(always)]
-pub fn to_client(
-    packet: &mut Packet,
-    backend: &BackendEntry,
-    flow: &FlowEntry,
-) -> Result<(), Verdict> {
+pub fn to_client(packet: &mut Packet, backend: &BackendEntry, flow: &FlowEntry) {
     translate(
         packet,
         Translation {
@@ -56,13 +48,10 @@ struct Translation {
 }
 
 #[inline(always)]
-fn translate(packet: &mut Packet, to: Translation) -> Result<(), Verdict> {
+fn translate(packet: &mut Packet, to: Translation) {
     // SAFETY: `Packet::parse` checked that all the headers these point into lie in the frame.
     unsafe {
         let ip = &mut *packet.ip;
-        if ip.ttl <= 1 {
-            return Err(Verdict::TtlExpired);
-        }
         let addresses = Delta::default()
             .word32(ip.source, to.source)
             .word32(ip.destination, to.destination);
@@ -73,7 +62,7 @@ fn translate(packet: &mut Packet, to: Translation) -> Result<(), Verdict> {
         } else {
             l4.apply(checksum)
         };
-        // TTL and protocol share a 16-bit word of the header.
+        // TTL and protocol share a 16-bit word of the header. `Packet::parse` refused a TTL of 0 and 1.
         let old = u16::from_ne_bytes([ip.ttl, ip.proto]);
         let new = u16::from_ne_bytes([ip.ttl - 1, ip.proto]);
         ip.checksum = addresses.word16(old, new).apply(ip.checksum);
@@ -84,5 +73,4 @@ fn translate(packet: &mut Packet, to: Translation) -> Result<(), Verdict> {
         (*packet.eth).source = to.source_mac;
         (*packet.eth).destination = to.destination_mac;
     }
-    Ok(())
 }

@@ -57,7 +57,7 @@ extern "C" fn bucket(turn: u32, share: *mut c_void) -> i64 {
     for way in 0..FLOW_WAYS {
         let word = &slots.slots[way].0;
         let slot = FlowSlot(flows::load(word));
-        if slot.0 != 0 {
+        if slot.is_flow() {
             sweep_slot(
                 share,
                 settings,
@@ -75,7 +75,10 @@ fn sweep_slot(share: &mut Share, settings: &Settings, word: &u64, slot: FlowSlot
     let Some(entry) = maps::FLOWS.get(index) else {
         return;
     };
-    if !flows::expired(slot, entry, settings, share.now) {
+    let Some(backend) = maps::BACKENDS.get(entry.backend) else {
+        return;
+    };
+    if !flows::over(slot, entry, backend, settings, share.now) {
         share.result.live += 1;
         if let Some(count) = maps::BACKEND_FLOWS.get_ptr_mut(entry.backend) {
             // SAFETY: the pointer is to the map's value; only the sweep writes it.
@@ -83,11 +86,9 @@ fn sweep_slot(share: &mut Share, settings: &Settings, word: &u64, slot: FlowSlot
         }
         return;
     }
-    // Nobody takes a slot in this state, so the entry stays as it is until it is free.
-    let held = FlowSlot::new(0, share.now, FlowState::Sweeping).0;
-    let return_hash = entry.return_hash;
+    let held = FlowSlot::new(0, share.now, FlowState::Held).0;
     if flows::swap(word, slot.0, held) {
-        flows::clear_return(return_hash, index, settings);
+        flows::clear_return(entry.return_hash, index, settings);
         flows::swap(word, held, 0);
         share.result.freed += 1;
     }

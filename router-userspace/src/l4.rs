@@ -4,7 +4,7 @@
 //! [`datapath`] writes it, [`next_hop`] knows the way. The agent owns it and calls it after each batch
 //! of events; [`L4Reader`] is what everyone else may look at.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ use crate::config::{L4Config, PortRange};
 use crate::event::Event;
 use crate::l4::datapath::{Attached, Counters, Datapath};
 use crate::l4::next_hop::{NextHop, Watcher};
-use crate::l4::plan::{MapOp, Planner, World};
+use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::route::{Backend, HttpProtocol, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
@@ -33,6 +33,12 @@ pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM, detach};
 
 /// How often expired flows are cleared away and the others counted.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// Shares of the flow table swept in one tick: a million flows in a few milliseconds, while which
+/// the agent does nothing else.
+const SHARES_PER_TICK: u32 = 32;
+/// Operations that may wait behind one that fails. Beyond, the agent ends; the next one adopts what
+/// the kernel holds and hears the rest from the sources.
+const MAX_BACKLOG: usize = 65_536;
 
 /// The layer 4 projection and the kernel objects it writes.
 pub struct L4 {
@@ -45,10 +51,21 @@ pub struct L4 {
     next_hops: HashMap<IpAddr, NextHop>,
     /// The VIPs that a backend address serves or drains.
     users: HashMap<IpAddr, BTreeSet<Vip>>,
-    /// VIPs some of whose writes failed, to be written again in full.
-    broken: BTreeSet<Vip>,
-    last_sweep: Option<Instant>,
+    /// Operations from the first one that failed on. All later ones wait behind it, so that their
+    /// order, which keeps the kernel's tables sound, is kept as well.
+    backlog: VecDeque<(Vip, MapOp)>,
+    /// What the last plan of a VIP left out.
+    refused: HashMap<Vip, Vec<(SocketAddr, Refusal)>>,
+    sweep: Sweep,
     shared: Arc<Shared>,
+}
+
+/// Where the sweep stands in the flow table.
+#[derive(Default)]
+struct Sweep {
+    begun: Option<Instant>,
+    next_share: u32,
+    live: u64,
 }
 
 /// What [`L4Reader`]s see of an [`L4`].
@@ -108,8 +125,9 @@ impl L4 {
             snapshot: Snapshot::default(),
             next_hops: HashMap::new(),
             users: HashMap::new(),
-            broken: BTreeSet::new(),
-            last_sweep: None,
+            backlog: VecDeque::new(),
+            refused: HashMap::new(),
+            sweep: Sweep::default(),
             shared: Arc::new(Shared {
                 counters,
                 vips: ArcSwap::default(),
@@ -120,6 +138,7 @@ impl L4 {
             }),
         };
         l4.adopt_next_hops();
+        l4.datapath.detach_others(&config.interfaces)?;
         for interface in &config.interfaces {
             match l4.datapath.attach(interface, config.attach)? {
                 Attached::Native => tracing::info!(interface, "attached in native mode"),
@@ -176,21 +195,17 @@ impl L4 {
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
     pub fn tick(&mut self, now: Instant) {
         self.datapath.forward_logs();
-        if self
-            .last_sweep
-            .is_none_or(|last| now.duration_since(last) >= SWEEP_INTERVAL)
-        {
-            self.last_sweep = Some(now);
-            if let Err(error) = self.sweep(now) {
-                tracing::error!("sweep the flow table: {error:#}");
-            }
-        }
-        for vip in std::mem::take(&mut self.broken) {
-            let ops = self.planner.rewrite(vip);
-            self.write(vip, &ops);
+        self.write_backlog();
+        if let Err(error) = self.sweep(now) {
+            tracing::error!("sweep the flow table: {error:#}");
         }
         for vip in self.planner.drained(now) {
             self.apply_vip(vip, now);
+        }
+        if self.planner.has_room() {
+            for vip in self.refused.keys().copied().collect::<Vec<_>>() {
+                self.apply_vip(vip, now);
+            }
         }
     }
 
@@ -209,11 +224,10 @@ impl L4 {
             unhealthy: &self.snapshot.unhealthy,
         };
         let plan = self.planner.plan(vip, pool.as_deref(), &world);
-        for (backend, refusal) in &plan.refused {
-            self.shared.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(%vip, %backend, "not forwarded: {refusal}");
-        }
-        self.write(vip, &plan.ops);
+        self.note_refused(vip, plan.refused);
+        self.backlog
+            .extend(plan.ops.into_iter().map(|op| (vip, op)));
+        self.write_backlog();
         let mut members: Vec<MemberView> = Vec::new();
         if let Some(planned) = self.planner.vips().get(&vip) {
             members.extend(planned.members.iter().map(|(address, member)| MemberView {
@@ -244,16 +258,39 @@ impl L4 {
         self.publish(vip, members);
     }
 
-    fn write(&mut self, vip: Vip, ops: &[MapOp]) {
-        for op in ops {
-            if let MapOp::ClearBackend { id } = op {
-                self.retire(vip, *id);
+    /// Writes what waits, up to the first operation that fails.
+    fn write_backlog(&mut self) {
+        while let Some((vip, op)) = self.backlog.front() {
+            if let MapOp::ClearBackend { id, .. } = op {
+                let (vip, id) = (*vip, *id);
+                self.retire(vip, id);
             }
+            let Some((vip, op)) = self.backlog.front() else {
+                return;
+            };
             if let Err(error) = self.datapath.apply(op) {
                 self.shared.failed_writes.fetch_add(1, Ordering::Relaxed);
-                self.broken.insert(vip);
-                tracing::error!(%vip, "write {op:?}: {error:#}; all of this VIP is written again");
+                let waiting = self.backlog.len();
+                tracing::error!(%vip, waiting, "write {op:?}: {error:#}; it is tried again");
+                assert!(
+                    waiting <= MAX_BACKLOG,
+                    "the kernel refuses to be written to"
+                );
+                return;
             }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Tells of what is newly left out, and remembers it until there is room.
+    fn note_refused(&mut self, vip: Vip, refused: Vec<(SocketAddr, Refusal)>) {
+        let before = self.refused.remove(&vip).unwrap_or_default();
+        for (backend, refusal) in refused.iter().filter(|refused| !before.contains(refused)) {
+            self.shared.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%vip, %backend, "not forwarded: {refusal}");
+        }
+        if !refused.is_empty() {
+            self.refused.insert(vip, refused);
         }
     }
 
@@ -347,18 +384,37 @@ impl L4 {
         }
     }
 
+    /// Sweeps the next shares; with the last one, publishes what they counted.
     fn sweep(&mut self, now: Instant) -> anyhow::Result<()> {
-        let members = self
-            .planner
-            .vips()
-            .values()
-            .flat_map(|planned| planned.members.values());
-        let ids: Vec<u32> = members.map(|member| member.id).collect();
-        let (result, flows) = self.datapath.sweep(&ids)?;
+        let sweep = &mut self.sweep;
+        if sweep.next_share == 0 {
+            if sweep
+                .begun
+                .is_some_and(|begun| now.duration_since(begun) < SWEEP_INTERVAL)
+            {
+                return Ok(());
+            }
+            sweep.begun = Some(now);
+            sweep.live = 0;
+        }
+        let shares = self.datapath.sweep_shares();
+        let end = (sweep.next_share + SHARES_PER_TICK).min(shares);
+        for share in sweep.next_share..end {
+            sweep.live += u64::from(self.datapath.sweep(share)?.live);
+        }
+        sweep.next_share = if end < shares { end } else { 0 };
+        if sweep.next_share != 0 {
+            return Ok(());
+        }
+        let mut flows = HashMap::new();
+        for planned in self.planner.vips().values() {
+            for member in planned.members.values() {
+                flows.insert(member.id, self.datapath.flows_of(member.id)?);
+            }
+        }
         self.shared
             .active_flows
-            .store(u64::from(result.live), Ordering::Relaxed);
-        let flows: HashMap<u32, u32> = flows.into_iter().collect();
+            .store(self.sweep.live, Ordering::Relaxed);
         self.planner
             .end_drains(now, |id| flows.get(&id) == Some(&0));
         self.shared.flows.store(Arc::new(flows));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
-use router_common::Verdict;
+use router_common::{SweepResult, Verdict};
 use viaduct::config::{FlowTimeouts, PortRange};
 use viaduct::l4::datapath::Options;
 
@@ -248,8 +248,13 @@ fn a_full_table_refuses_new_flows_and_keeps_the_old() {
     let mut kept = Vec::new();
     let mut refused = 0;
     for number in 0..2000 {
-        match gateway.send(&udp(client(number), VIP, b"")).verdict {
-            Verdict::NewFlow => kept.push(client(number)),
+        let out = gateway.send(&udp(client(number), VIP, b""));
+        match out.verdict {
+            Verdict::NewFlow => {
+                let sent = read(&out.frame);
+                gateway.send(&udp_reply(sent.to, sent.from, b""));
+                kept.push(client(number));
+            }
             Verdict::FlowTableFull => refused += 1,
             other => panic!("{other:?}"),
         }
@@ -307,26 +312,93 @@ fn the_sweep_counts_live_flows_and_frees_expired_ones() {
         open(&mut gateway, client(number));
         gateway.send(&udp(client(number), VIP, b""));
     }
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut freed = 0;
-    loop {
-        let (result, flows) = gateway.datapath.sweep(&[1, 2]).unwrap();
-        freed += result.freed;
-        if freed == 50 {
-            assert_eq!(result.live, 50);
-            assert_eq!(flows, [(1, 50), (2, 0)]);
-            break;
+    sweep_until_left(&mut gateway, 50);
+    assert_eq!(gateway.datapath.flows_of(1).unwrap(), 50);
+    assert_eq!(gateway.datapath.flows_of(2).unwrap(), 0);
+}
+
+#[test]
+fn the_sweep_frees_the_return_slots_too() {
+    let timeouts = FlowTimeouts {
+        udp: Duration::from_millis(1),
+        ..FlowTimeouts::default()
+    };
+    let mut options = options();
+    options.timeouts = timeouts;
+    options.limits.flows = 1024;
+    let mut gateway = Gateway::new(&options, EGRESS);
+    gateway.set_pool("udp", &[1]);
+    // There are twice as many return slots as flows: the third time around they would be used up.
+    for round in 0..4 {
+        for number in 0..800 {
+            let from = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, round), 10_000 + number);
+            let verdict = gateway.send(&udp(from, VIP, b"")).verdict;
+            assert_eq!(verdict, Verdict::NewFlow, "flow {number} of round {round}");
         }
-        assert!(
-            Instant::now() < deadline,
-            "only {freed} of 50 flows were freed"
-        );
+        sweep_until_left(&mut gateway, 0);
     }
-    // Their ports are free again, too: as many flows fit as before.
-    for number in 0..50 {
+}
+
+#[test]
+fn flows_of_a_backend_that_is_gone_hold_no_place() {
+    let mut gateway = Gateway::serving(&[1]);
+    open(&mut gateway, CLIENT);
+    gateway.set_pool("tcp", &[2]);
+    assert_eq!(sweep(&mut gateway).live, 1);
+    gateway.now += gateway.drain;
+    gateway.set_pool("tcp", &[2]);
+    let swept = sweep(&mut gateway);
+    assert_eq!((swept.live, swept.freed), (0, 1));
+}
+
+#[test]
+fn forged_datagrams_make_room_for_others() {
+    let mut options = options();
+    options.limits.flows = 1024;
+    let mut gateway = Gateway::new(&options, EGRESS);
+    gateway.set_pool("udp", &[1]);
+    let sent = read(&gateway.send(&udp(CLIENT, VIP, b"")).frame);
+    assert_eq!(
+        gateway.send(&udp_reply(sent.to, sent.from, b"")).verdict,
+        Verdict::Replied
+    );
+    for number in 0..4000 {
         assert_eq!(
             gateway.send(&udp(client(number), VIP, b"")).verdict,
             Verdict::NewFlow
+        );
+    }
+    assert_eq!(
+        gateway.send(&udp(CLIENT, VIP, b"")).verdict,
+        Verdict::Forwarded
+    );
+}
+
+/// Sweeps the whole table once.
+fn sweep(gateway: &mut Gateway) -> SweepResult {
+    let mut total = SweepResult::default();
+    for share in 0..gateway.datapath.sweep_shares() {
+        let result = gateway.datapath.sweep(share).unwrap();
+        total.live += result.live;
+        total.freed += result.freed;
+    }
+    total
+}
+
+/// Sweeps until only so many flows are left; the counts by backend are those of the last pass.
+fn sweep_until_left(gateway: &mut Gateway, wanted: u32) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        for id in [1, 2] {
+            gateway.datapath.flows_of(id).unwrap();
+        }
+        let live = sweep(gateway).live;
+        if live == wanted {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{live} flows are left, not {wanted}"
         );
     }
 }

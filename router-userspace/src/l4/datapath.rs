@@ -7,16 +7,17 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use aya::maps::{Array, HashMap, MapData, MapInfo, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{
-    Addr, BackendCounters, BackendEntry, BackendState, ClockSample, FLOW_WAYS, FlowState,
+    Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, LAYOUT, MAX_TICKS,
     RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
 };
 
@@ -46,6 +47,8 @@ const PINNED_MAPS: [&str; 11] = [
     "RETURNS",
     "VERDICTS",
 ];
+/// Jiffies over which their length is measured: 40 ms at the usual 250 a second.
+const JIFFIES_COUNTED: u64 = 10;
 /// The smallest frame that BPF_PROG_TEST_RUN takes is an Ethernet header.
 const EMPTY_FRAME: [u8; 64] = [0; 64];
 /// Kernel: include/uapi/linux/magic.h, `BPF_FS_MAGIC`.
@@ -65,6 +68,7 @@ pub struct Options {
 pub struct Datapath {
     ebpf: Ebpf,
     pin_path: Option<PathBuf>,
+    cpus: usize,
     buckets: u32,
     settings: Array<MapData, Settings>,
     prefilter: Array<MapData, u64>,
@@ -155,6 +159,9 @@ impl Datapath {
             counters,
             logger,
             pin_path: options.pin_path.clone(),
+            cpus: aya::util::nr_cpus()
+                .map_err(|(_, error)| error)
+                .context("count CPUs")?,
             buckets,
             settings: array(&mut ebpf, "SETTINGS")?,
             prefilter: array(&mut ebpf, "PREFILTER")?,
@@ -174,13 +181,19 @@ impl Datapath {
 
     /// Attaches to an interface, or takes over the link an earlier agent pinned.
     pub fn attach(&mut self, interface: &str, mode: Attach) -> anyhow::Result<Attached> {
-        let pin = self.pin_path.as_ref().map(|path| link_pin(path, interface));
+        // By the network namespace, which /sys need not be mounted from.
+        let ifindex = nix::net::if_::if_nametoindex(interface)
+            .map_err(|_| anyhow::anyhow!("l4.interfaces: there is no interface {interface:?}"))?;
+        let pin = self
+            .pin_path
+            .as_ref()
+            .map(|path| path.join(LINKS).join(link_name(interface, ifindex)));
         if let Some(pin) = &pin
             && pin.exists()
         {
             match self.adopt_link(pin) {
                 Ok(()) => return Ok(Attached::Adopted),
-                // The interface went away under it, or it is of another kind: begin anew.
+                // Its interface is gone and another has its index, or it is of another kind.
                 Err(error) => {
                     tracing::info!(interface, "the pinned link is of no use: {error:#}");
                     fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
@@ -201,18 +214,48 @@ impl Datapath {
         Ok(attached)
     }
 
+    /// Detaches from every interface but these, on which an earlier agent may have left its program.
+    pub fn detach_others(&mut self, interfaces: &[String]) -> anyhow::Result<()> {
+        let Some(path) = &self.pin_path else {
+            return Ok(());
+        };
+        let kept: Vec<String> = interfaces
+            .iter()
+            .filter_map(|name| {
+                Some(link_name(
+                    name,
+                    nix::net::if_::if_nametoindex(name.as_str()).ok()?,
+                ))
+            })
+            .collect();
+        for entry in fs::read_dir(path.join(LINKS)).context("list the pinned links")? {
+            let entry = entry.context("list the pinned links")?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !kept.contains(&name) {
+                let pin = entry.path();
+                fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+                tracing::info!(
+                    link = name,
+                    "detached from what is no longer in l4.interfaces"
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// Writes one change to the kernel.
     pub fn apply(&mut self, op: &MapOp) -> anyhow::Result<()> {
         match op {
             MapOp::SetBackend { id, entry } => self.backends.set(*id, entry, 0)?,
-            MapOp::ClearBackend { id } => {
-                self.backends.set(*id, BackendEntry::default(), 0)?;
-                let cpus = aya::util::nr_cpus()
-                    .map_err(|(_, error)| error)
-                    .context("count CPUs")?;
-                let zero =
-                    aya::maps::PerCpuValues::try_from(vec![BackendCounters::default(); cpus])?;
-                self.backend_counters.set(*id, zero, 0)?;
+            MapOp::ClearBackend { id, generation } => {
+                let free = BackendEntry {
+                    generation: *generation,
+                    ..BackendEntry::default()
+                };
+                self.backends.set(*id, free, 0)?;
+                let zero = vec![BackendCounters::default(); self.cpus];
+                self.backend_counters
+                    .set(*id, PerCpuValues::try_from(zero)?, 0)?;
             }
             MapOp::SetRing { ring, slots } => {
                 let slots: Box<[u32; RING_SIZE]> = slots
@@ -229,15 +272,17 @@ impl Datapath {
                 )?;
             }
             MapOp::SetVip { key, info } => self.vips.insert(key, info, 0)?,
-            MapOp::RemoveVip { key } => self.vips.remove(key)?,
-            MapOp::SetVipAddress { addr, vips: 0 } => self.vip_addresses.remove(addr)?,
+            MapOp::RemoveVip { key } => absent_is_fine(self.vips.remove(key))?,
+            MapOp::SetVipAddress { addr, vips: 0 } => {
+                absent_is_fine(self.vip_addresses.remove(addr))?;
+            }
             MapOp::SetVipAddress { addr, vips } => self.vip_addresses.insert(addr, vips, 0)?,
             MapOp::SetPrefilter { word, bits } => self.prefilter.set(*word, bits, 0)?,
         }
         Ok(())
     }
 
-    /// What the maps hold: the VIPs, and every backend id in use.
+    /// What the maps hold: the VIPs, and every backend id that is or was in use.
     #[expect(
         clippy::type_complexity,
         reason = "two lists of pairs, taken apart by the one caller"
@@ -251,49 +296,54 @@ impl Datapath {
         let mut backends = Vec::new();
         for id in 1..self.backends.len() {
             let entry = self.backends.get(&id, 0).context("read BACKENDS")?;
-            if entry.state != BackendState::Free as u8 {
+            if entry.generation != 0 {
                 backends.push((id, entry));
             }
         }
         Ok((vips, backends))
     }
 
-    /// Forgets expired flows and counts the others: in all, and by the backend ids given.
-    pub fn sweep(&mut self, ids: &[u32]) -> anyhow::Result<(SweepResult, Vec<(u32, u32)>)> {
-        for id in ids {
-            self.backend_flows
-                .set(*id, 0, 0)
-                .context("reset BACKEND_FLOWS")?;
-        }
-        let mut total = SweepResult::default();
-        for first_bucket in (0..self.buckets).step_by(SWEEP_BUCKETS as usize) {
-            let request = SweepRequest {
-                first_bucket,
-                ..SweepRequest::default()
-            };
-            self.sweep.set(0, request, 0).context("write SWEEP")?;
-            self.run_program("sweep", &EMPTY_FRAME, 1)?;
-            let result = self.sweep.get(&0, 0).context("read SWEEP")?.result;
-            total.live += result.live;
-            total.freed += result.freed;
-        }
-        let mut flows = Vec::with_capacity(ids.len());
-        for id in ids {
-            flows.push((
-                *id,
-                self.backend_flows
-                    .get(id, 0)
-                    .context("read BACKEND_FLOWS")?,
-            ));
-        }
-        Ok((total, flows))
+    /// How many shares [`Self::sweep`] has the flow table in.
+    pub fn sweep_shares(&self) -> u32 {
+        self.buckets.div_ceil(SWEEP_BUCKETS)
+    }
+
+    /// Forgets what is over in one share of the flow table and counts the rest for [`Self::flows_of`].
+    pub fn sweep(&mut self, share: u32) -> anyhow::Result<SweepResult> {
+        let request = SweepRequest {
+            first_bucket: share * SWEEP_BUCKETS,
+            ..SweepRequest::default()
+        };
+        self.sweep.set(0, request, 0).context("write SWEEP")?;
+        self.run_program("sweep", &EMPTY_FRAME, 1, None)?;
+        Ok(self.sweep.get(&0, 0).context("read SWEEP")?.result)
+    }
+
+    /// The flows of a backend that sweeps have counted since the last call.
+    pub fn flows_of(&mut self, id: u32) -> anyhow::Result<u32> {
+        let flows = self
+            .backend_flows
+            .get(&id, 0)
+            .context("read BACKEND_FLOWS")?;
+        self.backend_flows
+            .set(id, 0, 0)
+            .context("reset BACKEND_FLOWS")?;
+        Ok(flows)
     }
 
     /// Runs the packet program on a frame as if it had just come in, without sending anything.
     ///
     /// `repeat` times on the same buffer: only the first of them sees `frame` as it is.
     pub fn run(&mut self, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
-        self.run_program("viaduct", frame, repeat)
+        // What a veth's headroom could grow a frame by.
+        let mut out = vec![0; frame.len() + 256];
+        let run = self.run_program("viaduct", frame, repeat, Some(&mut out))?;
+        out.truncate(run.data_size_out as usize);
+        Ok(Run {
+            action: run.return_value,
+            frame: out,
+            nanoseconds: run.duration.as_nanos() as u64,
+        })
     }
 
     /// The packet program, for a program array.
@@ -311,31 +361,24 @@ impl Datapath {
         self.logger.flush();
     }
 
-    fn run_program(&mut self, name: &str, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
-        // What a veth's headroom could grow a frame by.
-        let mut out = vec![0; frame.len() + 256];
-        let result = program(&mut self.ebpf, name)?
+    fn run_program(
+        &mut self,
+        name: &str,
+        frame: &[u8],
+        repeat: u32,
+        out: Option<&mut [u8]>,
+    ) -> anyhow::Result<TestRunResult> {
+        program(&mut self.ebpf, name)?
             .test_run(TestRunOptions {
                 data_in: Some(frame),
-                data_out: Some(&mut out),
+                data_out: out,
                 repeat,
                 ..TestRunOptions::default()
             })
-            .with_context(|| format!("run program {name}"))?;
-        out.truncate(result.data_size_out as usize);
-        Ok(Run {
-            action: result.return_value,
-            frame: out,
-            nanoseconds: result.duration.as_nanos() as u64,
-        })
+            .with_context(|| format!("run program {name}"))
     }
 
     fn attach_new(&mut self, interface: &str, mode: Attach) -> anyhow::Result<(XdpLink, Attached)> {
-        // By the network namespace, which /sys need not be mounted from.
-        ensure!(
-            nix::net::if_::if_nametoindex(interface).is_ok(),
-            "l4.interfaces: there is no interface {interface:?}"
-        );
         let program = program(&mut self.ebpf, "viaduct")?;
         let native = |program: &mut Xdp| -> anyhow::Result<XdpLink> {
             let id = program.attach(interface, XdpMode::Driver)?;
@@ -386,14 +429,25 @@ impl Datapath {
     }
 
     fn write_settings(&mut self, options: &Options) -> anyhow::Result<()> {
-        let ports = options.nat_ports;
+        let before = self.settings.get(&0, 0).context("read SETTINGS")?;
+        let fresh = before.layout == 0;
+        ensure!(
+            fresh || before.layout == LAYOUT,
+            "the pinned maps are of layout {}, this viaduct's of {LAYOUT}: run `viaduct detach` \
+             (which ends their flows) and start again",
+            before.layout
+        );
         let hz = self.jiffies_per_second()?;
-        // About two ticks a second: fine enough for timeouts, coarse enough to write rarely.
-        let tick_shift = (hz / 2).max(1).ilog2();
-        let ticks = |timeout: std::time::Duration| {
+        // About two ticks a second: fine enough for timeouts, coarse enough to write rarely. Times
+        // in an adopted flow table stay in the unit they were taken in.
+        let tick_shift = if fresh {
+            (hz / 2).max(1).ilog2()
+        } else {
+            before.tick_shift
+        };
+        let ticks = |timeout: Duration| {
             let jiffies = timeout.as_millis() as u64 * u64::from(hz) / 1000;
-            // Ages wrap at 2^24 ticks, so half of that is the longest that can be told apart.
-            (jiffies >> tick_shift).clamp(1, 1 << 23) as u32
+            (jiffies >> tick_shift).clamp(1, u64::from(MAX_TICKS)) as u32
         };
         let mut timeouts = [0; FlowState::COUNT];
         for (state, timeout) in [
@@ -403,13 +457,9 @@ impl Datapath {
             (FlowState::FinBackend, options.timeouts.tcp_established),
             (FlowState::Closing, options.timeouts.tcp_closing),
             (FlowState::Udp, options.timeouts.udp),
-            // Only left behind by a sweep that was cut short.
-            (FlowState::Sweeping, options.timeouts.tcp_closing),
         ] {
             timeouts[state as usize] = ticks(timeout);
         }
-        let before = self.settings.get(&0, 0).context("read SETTINGS")?;
-        let fresh = before.hash_keys == [0; router_common::HASH_WORDS];
         let settings = Settings {
             // An adopted flow table stays where its keys put it.
             hash_keys: if fresh {
@@ -420,9 +470,9 @@ impl Datapath {
             bucket_mask: self.buckets - 1,
             tick_shift,
             timeouts,
-            nat_port_first: ports.first,
-            nat_port_count: ports.last - ports.first + 1,
-            reserved: 0,
+            nat_port_first: options.nat_ports.first,
+            nat_port_count: options.nat_ports.last - options.nat_ports.first + 1,
+            layout: LAYOUT,
         };
         self.settings.set(0, settings, 0).context("write SETTINGS")
     }
@@ -431,15 +481,22 @@ impl Datapath {
     fn jiffies_per_second(&mut self) -> anyhow::Result<u32> {
         let clock: Array<MapData, ClockSample> = array(&mut self.ebpf, "CLOCK")?;
         let mut sample = || -> anyhow::Result<ClockSample> {
-            self.run_program("clock", &EMPTY_FRAME, 1)?;
+            self.run_program("clock", &EMPTY_FRAME, 1, None)?;
             clock.get(&0, 0).context("read CLOCK")
         };
-        let first = sample()?;
-        let mut last = first;
-        while last.jiffies < first.jiffies + 10 {
-            std::thread::yield_now();
-            last = sample()?;
-        }
+        // From one edge of a jiffy to another, or the count would be off by one.
+        let mut edge = |after: u64| -> anyhow::Result<ClockSample> {
+            loop {
+                let now = sample()?;
+                if now.jiffies > after {
+                    return Ok(now);
+                }
+                std::thread::yield_now();
+            }
+        };
+        let before = edge(0)?;
+        let first = edge(before.jiffies)?;
+        let last = edge(first.jiffies + JIFFIES_COUNTED - 1)?;
         let per_second = (last.jiffies - first.jiffies) as f64 * 1e9
             / (last.monotonic_ns - first.monotonic_ns) as f64;
         // Kernel: kernel/Kconfig.hz.
@@ -546,12 +603,26 @@ fn check_capabilities() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where links are pinned, below the pin path, by interface name.
+/// Where links are pinned, below the pin path.
 const LINKS: &str = "links";
 
-fn link_pin(pin_path: &Path, interface: &str) -> PathBuf {
-    // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`); VLAN devices have them.
-    pin_path.join(LINKS).join(interface.replace('.', "_"))
+/// The name of a link's pin: the interface's name and index, since a name may pass to another device.
+fn link_name(interface: &str, ifindex: u32) -> String {
+    // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`), VLAN devices have them,
+    // and no interface has a colon.
+    format!("{}:{ifindex}", interface.replace('.', ":"))
+}
+
+fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {

@@ -25,8 +25,10 @@ pub enum MapOp {
         id: u32,
         entry: BackendEntry,
     },
+    /// Leaves the generation behind: flows of whoever had the id must not pass for the next one's.
     ClearBackend {
         id: u32,
+        generation: u16,
     },
     SetRing {
         ring: u32,
@@ -105,6 +107,17 @@ pub struct PlannedVip {
     pub members: BTreeMap<SocketAddr, PlannedMember>,
 }
 
+impl PlannedVip {
+    fn new(ring: u32) -> PlannedVip {
+        PlannedVip {
+            ring,
+            in_ring: Vec::new(),
+            published: None,
+            members: BTreeMap::new(),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct PlannedMember {
     pub id: u32,
@@ -143,8 +156,8 @@ impl Planner {
 
     /// Takes over what the maps of an earlier agent hold. What it was draining drains anew.
     ///
-    /// Backends of no VIP and VIPs without their ring are cleared by the operations returned, which
-    /// also write the prefilter.
+    /// That agent may have ended between any two operations. The ones returned make whole what it
+    /// left: every ring is written again from its backends, what belongs to nothing is cleared.
     pub fn adopt(
         &mut self,
         vips: Vec<(VipKey, VipInfo)>,
@@ -152,65 +165,68 @@ impl Planner {
         now: Instant,
         drain: Duration,
     ) -> Vec<MapOp> {
-        for (key, info) in vips {
-            let vip = vip_of(key.addr(), key.port(), key.proto());
-            self.rings.take(info.ring);
-            self.vips.insert(
-                vip,
-                PlannedVip {
-                    ring: info.ring,
-                    in_ring: Vec::new(),
-                    published: Some(info),
-                    members: BTreeMap::new(),
-                },
-            );
-        }
         let mut ops = Vec::new();
+        let mut found: BTreeMap<Vip, (VipKey, VipInfo)> = BTreeMap::new();
+        for (key, info) in vips {
+            found.insert(vip_of(key.addr(), key.port(), key.proto()), (key, info));
+        }
         for (id, entry) in backends {
             self.generations[id as usize] = entry.generation;
+            if entry.state == BackendState::Free as u8 {
+                continue;
+            }
             let vip = vip_of(entry.vip, entry.vip_port, entry.proto);
-            let Some(planned) = self.vips.get_mut(&vip) else {
-                ops.push(MapOp::ClearBackend { id });
+            let Some((_, info)) = found.get(&vip) else {
+                let generation = entry.generation;
+                ops.push(MapOp::ClearBackend { id, generation });
                 continue;
             };
             self.backends.take(id);
-            let address = SocketAddr::new(entry.address.ip(), entry.port);
+            let planned = self
+                .vips
+                .entry(vip)
+                .or_insert_with(|| PlannedVip::new(info.ring));
             let active = entry.state == BackendState::Active as u8;
-            if active {
-                planned.in_ring.push(maglev::Member {
-                    address,
-                    weight: entry.weight,
-                    id,
-                });
+            let member = PlannedMember {
+                id,
+                entry,
+                drain_until: (!active).then_some(now + drain),
+            };
+            let address = SocketAddr::new(entry.address.ip(), entry.port);
+            planned.members.insert(address, member);
+        }
+        for (vip, (key, info)) in found {
+            if !self.vips.contains_key(&vip) {
+                ops.push(MapOp::RemoveVip { key });
+                continue;
             }
-            let drain_until = (!active).then_some(now + drain);
-            planned.members.insert(
-                address,
-                PlannedMember {
-                    id,
-                    entry,
-                    drain_until,
-                },
-            );
+            self.rings.take(info.ring);
+            let mut plan = Plan::default();
+            self.set_ring(vip, &mut plan);
+            ops.append(&mut plan.ops);
         }
-        let mut adopted: Vec<Vip> = Vec::new();
-        for (vip, planned) in &mut self.vips {
-            planned.in_ring.sort_by_key(|member| member.address);
-            adopted.push(*vip);
-        }
-        for vip in adopted {
-            let planned = &self.vips[&vip];
-            let sources: Vec<Addr> = planned
-                .members
-                .values()
-                .map(|member| member.entry.source)
-                .collect();
-            for source in sources {
-                self.prefilter.add(source, ANSWER, &mut ops);
-            }
-            self.add_vip_address(vip, &mut ops);
-        }
+        self.adopt_prefilter(&mut ops);
         ops
+    }
+
+    /// Writes each word of the prefilter once: the programs look at it all the while.
+    fn adopt_prefilter(&mut self, ops: &mut Vec<MapOp>) {
+        let mut unordered = Vec::new();
+        for planned in self.vips.values() {
+            for member in planned.members.values() {
+                self.prefilter
+                    .add(member.entry.source, ANSWER, &mut unordered);
+            }
+        }
+        let words: BTreeMap<u32, MapOp> = ops
+            .extract_if(.., |op| matches!(op, MapOp::SetPrefilter { .. }))
+            .chain(unordered)
+            .filter_map(|op| match op {
+                MapOp::SetPrefilter { word, .. } => Some((word, op)),
+                _ => None,
+            })
+            .collect();
+        ops.extend(words.into_values());
     }
 
     /// Brings one VIP in line with its pool; `None` when nobody serves it any more.
@@ -232,13 +248,7 @@ impl Planner {
                 plan.refused.extend(all);
                 return plan;
             };
-            let planned = PlannedVip {
-                ring,
-                in_ring: Vec::new(),
-                published: None,
-                members: BTreeMap::new(),
-            };
-            self.vips.insert(vip, planned);
+            self.vips.insert(vip, PlannedVip::new(ring));
         }
         let wanted = self.wanted(vip, pool, world, &mut plan);
         self.set_members(vip, &wanted, world, &mut plan);
@@ -246,40 +256,6 @@ impl Planner {
         self.withdraw_members(vip, &wanted, world, &mut plan);
         self.drop_if_empty(vip, pool.is_none(), &mut plan);
         plan
-    }
-
-    /// Everything the kernel should hold for a VIP, for when a write failed.
-    pub fn rewrite(&self, vip: Vip) -> Vec<MapOp> {
-        let Some(planned) = self.vips.get(&vip) else {
-            return vec![MapOp::RemoveVip { key: key_of(vip) }];
-        };
-        let mut ops = Vec::new();
-        for member in planned.members.values() {
-            ops.push(MapOp::SetBackend {
-                id: member.id,
-                entry: member.entry,
-            });
-            ops.push(self.prefilter.of(member.entry.source));
-        }
-        if let Some(slots) = maglev::ring(&planned.in_ring) {
-            ops.push(MapOp::SetRing {
-                ring: planned.ring,
-                slots,
-            });
-        }
-        if let Some(info) = planned.published {
-            let addr = Addr::from(vip.address);
-            ops.push(MapOp::SetVip {
-                key: key_of(vip),
-                info,
-            });
-            ops.push(MapOp::SetVipAddress {
-                addr,
-                vips: self.vip_addresses[&addr],
-            });
-            ops.push(self.prefilter.of(addr));
-        }
-        ops
     }
 
     /// Ends the drain of backends that no flow uses any more.
@@ -291,6 +267,11 @@ impl Planner {
                 }
             }
         }
+    }
+
+    /// Whether there is room for a VIP, or a backend, that was refused before.
+    pub fn has_room(&self) -> bool {
+        self.rings.has_room() && self.backends.has_room()
     }
 
     /// VIPs with a member whose drain is over.
@@ -372,6 +353,8 @@ impl Planner {
                     let old = member.entry.source;
                     self.prefilter.add(entry.source, ANSWER, &mut plan.ops);
                     self.prefilter.remove(old, ANSWER, &mut plan.ops);
+                    // Answers to the old address no longer find their flows: end those.
+                    entry.generation = next_generation(&mut self.generations, member.id);
                 }
                 member.entry = entry;
                 plan.ops.push(MapOp::SetBackend {
@@ -384,9 +367,7 @@ impl Planner {
                 plan.refused.push((*address, Refusal::BackendsFull));
                 continue;
             };
-            let generation = &mut self.generations[id as usize];
-            *generation = generation.checked_add(1).unwrap_or(1);
-            entry.generation = *generation;
+            entry.generation = next_generation(&mut self.generations, id);
             let member = PlannedMember {
                 id,
                 entry,
@@ -473,7 +454,10 @@ impl Planner {
         for address in over {
             let planned = self.vips.get_mut(&vip).expect("planned above");
             let member = planned.members.remove(&address).expect("found above");
-            plan.ops.push(MapOp::ClearBackend { id: member.id });
+            plan.ops.push(MapOp::ClearBackend {
+                id: member.id,
+                generation: member.entry.generation,
+            });
             self.backends.release(member.id);
             self.prefilter
                 .remove(member.entry.source, ANSWER, &mut plan.ops);
@@ -541,6 +525,13 @@ fn proto_number(proto: Proto) -> u8 {
     }
 }
 
+/// Another than any flow has that remembers this id; 0 is for entries never used.
+fn next_generation(generations: &mut [u16], id: u32) -> u16 {
+    let generation = &mut generations[id as usize];
+    *generation = generation.checked_add(1).unwrap_or(1);
+    *generation
+}
+
 /// The two bits of the prefilter.
 const VIP: u32 = 0;
 const ANSWER: u32 = 1;
@@ -575,15 +566,6 @@ impl Prefilter {
         }
     }
 
-    /// The word that holds an address's bits, as it should be.
-    fn of(&self, addr: Addr) -> MapOp {
-        let (word, _) = prefilter_bit(addr);
-        MapOp::SetPrefilter {
-            word,
-            bits: self.words.get(&word).copied().unwrap_or(0),
-        }
-    }
-
     fn write(&mut self, word: u32, change: impl Fn(u64) -> u64, ops: &mut Vec<MapOp>) {
         debug_assert!(word < PREFILTER_WORDS);
         let bits = self.words.entry(word).or_default();
@@ -606,6 +588,10 @@ impl Slots {
             next: first,
             end: first + count,
         }
+    }
+
+    fn has_room(&self) -> bool {
+        !self.free.is_empty() || self.next < self.end
     }
 
     fn free(&mut self) -> Option<u32> {

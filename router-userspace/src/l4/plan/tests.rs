@@ -9,6 +9,8 @@ use crate::route::{Backend, HttpProtocol, Origin};
 #[derive(Clone, Default)]
 struct Kernel {
     backends: BTreeMap<u32, BackendEntry>,
+    /// Of ids that are free again.
+    generations: BTreeMap<u32, u16>,
     /// The ids in a ring; which slots they have is `maglev`'s business.
     rings: BTreeMap<u32, BTreeSet<u32>>,
     vips: BTreeMap<VipKey, VipInfo>,
@@ -23,8 +25,10 @@ impl Kernel {
                 assert_ne!(id, router_common::NO_BACKEND);
                 self.backends.insert(id, entry);
             }
-            MapOp::ClearBackend { id } => {
-                self.backends.remove(&id).expect("a backend that was there");
+            MapOp::ClearBackend { id, generation } => {
+                let gone = self.backends.remove(&id).expect("a backend that was there");
+                assert_eq!(gone.generation, generation);
+                self.generations.insert(id, generation);
             }
             MapOp::SetRing { ring, slots } => {
                 self.rings.insert(ring, slots.iter().copied().collect());
@@ -160,6 +164,34 @@ impl Bench {
     }
 }
 
+impl Bench {
+    /// A new agent that finds what the kernel holds.
+    fn restart(&mut self, vips: u32, backends: u32) {
+        let kernel = &self.kernel;
+        let found_vips = kernel
+            .vips
+            .iter()
+            .map(|(key, info)| (*key, *info))
+            .collect();
+        let free = kernel.generations.iter().map(|(id, generation)| {
+            let entry = BackendEntry {
+                generation: *generation,
+                ..BackendEntry::default()
+            };
+            (*id, entry)
+        });
+        let used = kernel.backends.iter().map(|(id, entry)| (*id, *entry));
+        let found: BTreeMap<u32, BackendEntry> = free.chain(used).collect();
+        self.planner = Planner::new(vips, backends);
+        for op in self
+            .planner
+            .adopt(found_vips, found.into_iter().collect(), self.now, DRAIN)
+        {
+            self.kernel.apply(&op);
+        }
+    }
+}
+
 fn hop(last: u8) -> NextHop {
     NextHop {
         ifindex: 3,
@@ -265,20 +297,6 @@ fn what_does_not_fit_is_refused_and_the_rest_served() {
     assert_eq!(bench.kernel.serving(vip(2)), addresses(&[]));
 }
 
-#[test]
-fn a_rewrite_restores_what_the_kernel_lost() {
-    let mut bench = Bench::new(4, 16);
-    bench.plan(vip(1), &[1, 2]);
-    let before = bench.kernel.clone();
-    bench.kernel = Kernel::default();
-    for op in bench.planner.rewrite(vip(1)) {
-        bench.kernel.apply(&op);
-    }
-    assert_eq!(bench.kernel.backends, before.backends);
-    assert_eq!(bench.kernel.serving(vip(1)), before.serving(vip(1)));
-    assert_eq!(bench.kernel.prefilter, before.prefilter);
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -322,7 +340,7 @@ proptest! {
     }
 
     #[test]
-    fn an_adopted_kernel_needs_no_operation(
+    fn an_adopted_kernel_serves_on_and_needs_no_plan(
         pools in prop::collection::btree_map(1u8..4, prop::collection::btree_set(1u8..8, 1..5), 1..4),
         removed in 1u8..8,
     ) {
@@ -340,16 +358,69 @@ proptest! {
             }
         }
         let before = bench.kernel.clone();
-        bench.planner = Planner::new(3, 32);
-        let vips = before.vips.iter().map(|(key, info)| (*key, *info)).collect();
-        let backends = before.backends.iter().map(|(id, entry)| (*id, *entry)).collect();
-        for op in bench.planner.adopt(vips, backends, bench.now, DRAIN) {
-            bench.kernel.apply(&op);
-        }
+        bench.restart(3, 32);
         for (number, hosts) in &wanted {
             prop_assert_eq!(bench.plan(vip(*number), hosts).ops, vec![]);
         }
         prop_assert_eq!(bench.kernel.backends, before.backends);
         prop_assert_eq!(bench.kernel.prefilter, before.prefilter);
     }
+
+    #[test]
+    fn an_agent_that_ends_between_any_two_operations_leaves_nothing_broken(
+        before in prop::collection::btree_set(1u8..8, 0..5),
+        after in prop::collection::btree_set(1u8..8, 0..5),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let hosts = |set: &BTreeSet<u8>| set.iter().copied().collect::<Vec<u8>>();
+        let mut bench = Bench::new(3, 32);
+        bench.plan(vip(1), &hosts(&before));
+        let kernel = bench.kernel.clone();
+        let ops = bench.plan(vip(1), &hosts(&after)).ops;
+        bench.kernel = kernel;
+        for op in &ops[..cut.index(ops.len() + 1)] {
+            bench.kernel.apply(op);
+        }
+        bench.restart(3, 32);
+        bench.plan(vip(1), &hosts(&after));
+        prop_assert_eq!(bench.kernel.serving(vip(1)), addresses(&hosts(&after)));
+        for key in bench.kernel.vips.keys() {
+            prop_assert!(bench.kernel.prefilter_knows(key.addr().ip(), VIP));
+        }
+        bench.plan(vip(1), &[]);
+        bench.now += DRAIN;
+        bench.plan(vip(1), &[]);
+        prop_assert!(bench.kernel.backends.is_empty() && bench.kernel.vips.is_empty());
+    }
+}
+
+#[test]
+fn an_id_never_comes_back_in_the_generation_it_left_in() {
+    let mut bench = Bench::new(4, 1);
+    let mut seen = BTreeSet::new();
+    for host in 1..=5 {
+        bench.plan(vip(1), &[host]);
+        assert!(
+            seen.insert(bench.kernel.backends[&1].generation),
+            "host {host}"
+        );
+        bench.plan(vip(1), &[]);
+        bench.now += DRAIN;
+        bench.plan(vip(1), &[]);
+        bench.restart(4, 1);
+    }
+}
+
+#[test]
+fn flows_end_when_the_gateways_address_towards_a_backend_changes() {
+    let mut bench = Bench::new(4, 16);
+    bench.plan(vip(1), &[1]);
+    let before = bench.kernel.backends[&1].generation;
+    let source = IpAddr::from([10, 0, 0, 253]);
+    bench
+        .next_hops
+        .insert(address(1).ip(), NextHop { source, ..hop(1) });
+    bench.plan(vip(1), &[1]);
+    assert_ne!(bench.kernel.backends[&1].generation, before);
+    assert!(bench.kernel.prefilter_knows(source, ANSWER));
 }
