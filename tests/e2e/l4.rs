@@ -136,3 +136,15 @@ fn flow_to(site: &Site, name: &str) -> TcpClient {
     })
     .unwrap()
 }
+
+#[test]
+fn a_backend_is_reached_again_after_its_neighbour_entry_was_flushed() {
+    let site = Site::running(1).unwrap();
+    for round in 0..3 {
+        site.lab.gateway.ip(&["neigh flush dev back"]).unwrap();
+        wait_for(&format!("a new connection after flush {round}"), || {
+            site.lab.client.run(|| client::tcp(ECHO_VIP)).ok()
+        })
+        .unwrap();
+    }
+}

@@ -3,15 +3,22 @@
 //! One task listens to rtnetlink and answers for every watched backend with an
 //! [`Event::NextHop`] whenever the answer changes: which interface, which hardware addresses, and which
 //! address of the gateway the backend will see. The kernel resolves and refreshes the neighbours
-//! (`NTF_EXT_MANAGED`, Linux 5.16), since XDP cannot send ARP requests of its own.
+//! (`NTF_EXT_MANAGED`, Linux 5.16), since XDP cannot send ARP requests of its own. Entries that an
+//! administrator made permanent are used and left alone.
+//!
+//! rtnetlink may lose notifications under load and says so; the task then reads everything again. It
+//! holds one entry for each watched backend and for each interface and neighbour of the host; the
+//! notifications that wait for it are bounded by the socket's receive buffer and what the connection
+//! task, which runs on the same thread, has read of it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::Context;
+use futures_channel::mpsc::UnboundedReceiver;
 use futures_util::{StreamExt, TryStreamExt};
-use rtnetlink::packet_core::NetlinkPayload;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
@@ -19,6 +26,7 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourState,
 };
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -40,9 +48,12 @@ pub struct NextHop {
 /// Routes change in bursts; all watched backends are looked up again this long after the first.
 const ROUTE_SETTLE: Duration = Duration::from_millis(50);
 
+/// Between two attempts at opening the socket anew.
+const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+
 /// Tells the task what to watch. Dropping it ends the task.
 pub struct Watcher {
-    /// Unbounded, but never longer than the list of backends, which `l4.limits.backends` bounds.
+    /// Unbounded, but never longer than the list of registered backends, which the route table bounds.
     commands: mpsc::UnboundedSender<Command>,
 }
 
@@ -57,23 +68,17 @@ impl Watcher {
     /// # Errors
     /// No rtnetlink socket can be had.
     pub fn start(inbox: mpsc::Sender<Event>) -> anyhow::Result<Watcher> {
-        let groups = [
-            MulticastGroup::Link,
-            MulticastGroup::Neigh,
-            MulticastGroup::Ipv4Route,
-        ];
-        let (connection, handle, messages) =
-            rtnetlink::new_multicast_connection(&groups).context("open a rtnetlink socket")?;
-        tokio::spawn(connection);
+        let connection = Connection::open()?;
         let (commands, receiver) = mpsc::unbounded_channel();
         let task = Task {
-            handle,
+            handle: connection.handle,
             inbox,
             watched: HashMap::new(),
             links: HashMap::new(),
             neighbours: HashMap::new(),
+            managed: HashSet::new(),
         };
-        tokio::spawn(task.run(receiver, messages.map(|(message, _)| message.payload)));
+        tokio::spawn(task.run(receiver, connection.messages));
         Ok(Watcher { commands })
     }
 
@@ -92,14 +97,44 @@ impl Watcher {
     }
 }
 
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
+
+/// A rtnetlink socket with the task that serves it.
+struct Connection {
+    handle: Handle,
+    messages: Messages,
+}
+
+impl Connection {
+    fn open() -> anyhow::Result<Connection> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+        ];
+        let (connection, handle, messages) =
+            rtnetlink::new_multicast_connection(&groups).context("open a rtnetlink socket")?;
+        tokio::spawn(connection);
+        Ok(Connection { handle, messages })
+    }
+}
+
 struct Task {
     handle: Handle,
     inbox: mpsc::Sender<Event>,
     watched: HashMap<IpAddr, Watched>,
     /// Hardware address by interface index.
     links: HashMap<u32, [u8; 6]>,
-    /// Hardware address by interface index and protocol address, while the kernel holds it valid.
-    neighbours: HashMap<(u32, IpAddr), [u8; 6]>,
+    /// By interface index and protocol address, while the kernel holds it valid.
+    neighbours: HashMap<(u32, IpAddr), Neighbour>,
+    /// Neighbours that the kernel keeps resolved at our request.
+    managed: HashSet<(u32, IpAddr)>,
+}
+
+#[derive(Clone, Copy)]
+struct Neighbour {
+    mac: [u8; 6],
+    permanent: bool,
 }
 
 #[derive(Default)]
@@ -118,13 +153,8 @@ struct Route {
 }
 
 impl Task {
-    async fn run(
-        mut self,
-        mut commands: mpsc::UnboundedReceiver<Command>,
-        messages: impl futures_util::Stream<Item = NetlinkPayload<RouteNetlinkMessage>>,
-    ) {
-        let mut messages = std::pin::pin!(messages);
-        self.read_links_and_neighbours().await;
+    async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>, mut messages: Messages) {
+        self.read_all().await;
         let mut routes_changed: Option<Instant> = None;
         loop {
             let settle = async {
@@ -140,17 +170,18 @@ impl Task {
                     Some(Command::Unwatch(backend)) => self.unwatch(backend).await,
                     None => return,
                 },
-                message = messages.next() => match message {
+                message = messages.next() => match message.map(|(message, _)| message.payload) {
                     Some(NetlinkPayload::InnerMessage(message)) => {
                         if self.take_in(message).await {
                             routes_changed.get_or_insert(Instant::now() + ROUTE_SETTLE);
                         }
                     }
-                    Some(_) => {}
-                    None => {
-                        tracing::error!("the rtnetlink socket has closed; next hops stay as they are");
-                        return;
+                    Some(NetlinkPayload::Overrun(_)) => {
+                        tracing::warn!("rtnetlink notifications were lost; reading everything again");
+                        self.read_all().await;
                     }
+                    Some(_) => {}
+                    None => messages = self.reconnect().await,
                 },
                 () = settle => {
                     routes_changed = None;
@@ -160,23 +191,42 @@ impl Task {
         }
     }
 
-    async fn read_links_and_neighbours(&mut self) {
-        let mut links = self.handle.link().get().execute();
-        loop {
-            match links.try_next().await {
-                Ok(Some(link)) => self.note_link(&link),
-                Ok(None) => break,
-                Err(error) => return tracing::error!("list interfaces: {error}"),
+    async fn reconnect(&mut self) -> Messages {
+        tracing::warn!("the rtnetlink socket has closed; opening another");
+        let messages = loop {
+            match Connection::open() {
+                Ok(connection) => {
+                    self.handle = connection.handle;
+                    break connection.messages;
+                }
+                Err(error) => tracing::error!("{error:#}; next hops stay as they are"),
             }
+            tokio::time::sleep(RECONNECT_AFTER).await;
+        };
+        self.read_all().await;
+        messages
+    }
+
+    /// Reads interfaces and neighbours anew and resolves every watched backend.
+    async fn read_all(&mut self) {
+        self.links.clear();
+        self.neighbours.clear();
+        if let Err(error) = self.read_links_and_neighbours().await {
+            tracing::error!("read interfaces and neighbours: {error}");
+        }
+        self.resolve_all().await;
+    }
+
+    async fn read_links_and_neighbours(&mut self) -> Result<(), rtnetlink::Error> {
+        let mut links = self.handle.link().get().execute();
+        while let Some(link) = links.try_next().await? {
+            self.note_link(&link);
         }
         let mut neighbours = self.handle.neighbours().get().execute();
-        loop {
-            match neighbours.try_next().await {
-                Ok(Some(neighbour)) => self.note_neighbour(&neighbour, true),
-                Ok(None) => break,
-                Err(error) => return tracing::error!("list neighbours: {error}"),
-            };
+        while let Some(neighbour) = neighbours.try_next().await? {
+            self.note_neighbour(&neighbour, true);
         }
+        Ok(())
     }
 
     /// Takes in one notification; true if routes may lead elsewhere now.
@@ -189,8 +239,11 @@ impl Task {
             }
             RouteNetlinkMessage::DelNeighbour(neighbour) => {
                 self.note_neighbour(&neighbour, false);
-                self.tell_users_of(&neighbour).await;
-                false
+                if let Some(key) = neighbour_key(&neighbour) {
+                    self.managed.remove(&key);
+                }
+                // Flushed, or gone with the carrier: whoever uses it asks for it again.
+                true
             }
             RouteNetlinkMessage::NewLink(link) => {
                 self.note_link(&link);
@@ -230,8 +283,11 @@ impl Task {
             neighbour.header.state,
             NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::None
         );
+        let permanent = neighbour.header.state == NeighbourState::Permanent;
         match mac {
-            Some(mac) if present && valid => self.neighbours.insert(key, mac),
+            Some(mac) if present && valid => {
+                self.neighbours.insert(key, Neighbour { mac, permanent })
+            }
             _ => self.neighbours.remove(&key),
         };
     }
@@ -258,19 +314,11 @@ impl Task {
     }
 
     async fn unwatch(&mut self, backend: IpAddr) {
-        let Some(Watched {
+        if let Some(Watched {
             route: Some(route), ..
         }) = self.watched.remove(&backend)
-        else {
-            return;
-        };
-        let shared = self.watched.values().any(|other| {
-            other.route.is_some_and(|other| {
-                other.neighbour == route.neighbour && other.ifindex == route.ifindex
-            })
-        });
-        if !shared && let Err(error) = self.release_neighbour(route).await {
-            tracing::debug!(%backend, "release its neighbour entry: {error}");
+        {
+            self.release_unused(route).await;
         }
     }
 
@@ -293,13 +341,16 @@ impl Task {
         let Some(watched) = self.watched.get_mut(&backend) else {
             return;
         };
-        let changed = watched.route != route;
-        watched.route = route;
+        let before = std::mem::replace(&mut watched.route, route);
         if let Some(route) = route
-            && changed
             && let Err(error) = self.manage_neighbour(route).await
         {
             tracing::warn!(%backend, "resolve its neighbour {}: {error}", route.neighbour);
+        }
+        if let Some(before) = before
+            && Some(before) != route
+        {
+            self.release_unused(before).await;
         }
         self.tell(backend).await;
     }
@@ -313,7 +364,7 @@ impl Task {
             Some(NextHop {
                 ifindex: route.ifindex,
                 source_mac: *self.links.get(&route.ifindex)?,
-                destination_mac: *self.neighbours.get(&(route.ifindex, route.neighbour))?,
+                destination_mac: self.neighbours.get(&route.neighbour_key())?.mac,
                 source: route.source,
             })
         });
@@ -340,7 +391,16 @@ impl Task {
         Ok(read_route(&answer, backend))
     }
 
-    async fn manage_neighbour(&self, route: Route) -> Result<(), rtnetlink::Error> {
+    /// Has the kernel keep a neighbour resolved, unless it does already.
+    async fn manage_neighbour(&mut self, route: Route) -> Result<(), rtnetlink::Error> {
+        let key = route.neighbour_key();
+        let permanent = self
+            .neighbours
+            .get(&key)
+            .is_some_and(|neighbour| neighbour.permanent);
+        if permanent || self.managed.contains(&key) {
+            return Ok(());
+        }
         let mut request = self
             .handle
             .neighbours()
@@ -350,13 +410,33 @@ impl Task {
             .replace();
         let managed = NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed);
         request.message_mut().attributes.push(managed);
-        request.execute().await
+        request.execute().await?;
+        self.managed.insert(key);
+        Ok(())
     }
 
-    async fn release_neighbour(&self, route: Route) -> Result<(), rtnetlink::Error> {
+    /// Gives a neighbour back to the kernel's own ageing if no watched backend needs it.
+    async fn release_unused(&mut self, route: Route) {
+        let key = route.neighbour_key();
+        let used = |watched: &Watched| {
+            watched
+                .route
+                .is_some_and(|route| route.neighbour_key() == key)
+        };
+        if self.watched.values().any(used) || !self.managed.remove(&key) {
+            return;
+        }
         let mut request = self.handle.neighbours().add(route.ifindex, route.neighbour);
         let message = request.message_mut().clone();
-        self.handle.neighbours().del(message).execute().await
+        if let Err(error) = self.handle.neighbours().del(message).execute().await {
+            tracing::debug!(neighbour = %route.neighbour, "release: {error}");
+        }
+    }
+}
+
+impl Route {
+    fn neighbour_key(&self) -> (u32, IpAddr) {
+        (self.ifindex, self.neighbour)
     }
 }
 
