@@ -64,9 +64,9 @@ pub fn of_client(
         }
         let slot = FlowSlot(slot);
         let (backend_id, nat_port) = (entry.backend, entry.nat_port);
-        if !over(slot, entry, backend, settings, now)
-            && !(packet.tcp.opens() && slot.state() as u8 == FlowState::Closing as u8)
-        {
+        let closed = slot.state() as u8 == FlowState::Closing as u8;
+        let another = packet.tcp.opens() && closed;
+        if !another && !over(slot, entry, backend, settings, now) {
             follow_client_mac(ctx, packet, entry, index);
             compiler_fence(Ordering::SeqCst);
             let again = FlowSlot(load(&slots.slots[way].0));
@@ -322,7 +322,7 @@ fn choose_backend(packet: &Packet) -> Result<Option<u32>, Verdict> {
         packet.key.proto,
     );
     // SAFETY: the value is read at once; the agent only ever replaces it whole.
-    let Some(vip) = (unsafe { maps::VIPS.get(&key) }) else {
+    let Some(vip) = (unsafe { maps::VIPS.get(key) }) else {
         return Ok(None);
     };
     if packet.key.proto == IPPROTO_TCP && !packet.tcp.opens() {

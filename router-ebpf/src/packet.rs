@@ -152,7 +152,7 @@ impl Packet {
 #[inline(never)]
 fn refuse(destination: Addr, bits: u64, verdict: Verdict) -> Verdict {
     // SAFETY: only whether the key is there matters.
-    if bits & 2 == 0 && unsafe { maps::VIP_ADDRESSES.get(&destination) }.is_some() {
+    if bits & 2 == 0 && unsafe { maps::VIP_ADDRESSES.get(destination) }.is_some() {
         return verdict;
     }
     Verdict::NotForUs
