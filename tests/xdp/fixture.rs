@@ -102,7 +102,8 @@ impl Gateway {
 
     /// Plans and writes the pool of a VIP at [`VIP`]'s address and port.
     pub fn set_pool(&mut self, proto: &str, hosts: &[u8]) {
-        self.set_vip(format!("{proto}/{VIP}").parse().unwrap(), hosts);
+        let vip = format!("{proto}/{VIP}").parse().expect("a VIP");
+        self.set_vip(vip, hosts);
     }
 
     pub fn set_vip(&mut self, vip: Vip, hosts: &[u8]) {

@@ -378,7 +378,7 @@ fn forged_datagrams_make_room_for_others() {
 fn sweep(gateway: &mut Gateway) -> SweepResult {
     let mut total = SweepResult::default();
     for share in 0..gateway.datapath.sweep_shares() {
-        let result = gateway.datapath.sweep(share).unwrap();
+        let result = gateway.datapath.sweep(share).expect("sweep");
         total.live += result.live;
         total.freed += result.freed;
     }
@@ -390,7 +390,7 @@ fn sweep_until_left(gateway: &mut Gateway, wanted: u32) {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         for id in [1, 2] {
-            gateway.datapath.flows_of(id).unwrap();
+            gateway.datapath.flows_of(id).expect("reset the counts");
         }
         let live = sweep(gateway).live;
         if live == wanted {

@@ -16,6 +16,7 @@ use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use router_common::{
     Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, LAYOUT, MAX_TICKS,
     RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
@@ -51,9 +52,6 @@ const PINNED_MAPS: [&str; 11] = [
 const JIFFIES_COUNTED: u64 = 10;
 /// The smallest frame that BPF_PROG_TEST_RUN takes is an Ethernet header.
 const EMPTY_FRAME: [u8; 64] = [0; 64];
-/// Kernel: include/uapi/linux/magic.h, `BPF_FS_MAGIC`.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-
 /// What the maps are made for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -646,7 +644,7 @@ fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
 }
 
 fn is_bpffs(path: &Path) -> bool {
-    nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
 /// A pinned map that another version or another configuration made would be misread.
