@@ -52,6 +52,8 @@ pub enum BadRequest {
     TransferEncoding,
     PathAboveRoot,
 }
+    /// The body's framing is broken, or it ends before its end.
+    Body,
 
 /// How the last backend that was tried failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +169,7 @@ impl Failure {
                 BackendFailure::TlsHandshake => "endpoint_failure (tls handshake)",
                 BackendFailure::TlsCertificate => "endpoint_failure (invalid certificate)",
             },
+            Failure::Bad(BadRequest::Body) => "invalid_body",
             Failure::BackendTimeout(timeout) => match timeout {
                 BackendTimeout::Connect => "endpoint_timeout (connect)",
                 BackendTimeout::RequestBody => "endpoint_timeout (request body)",
@@ -261,6 +264,7 @@ impl fmt::Display for Failure {
     }
 }
 
+                BadRequest::Body => "Invalid request body",
 fn gorouter_code(code: u16) -> StatusCode {
     StatusCode::from_u16(code).expect("525 and 526 are three digits")
 }

@@ -21,7 +21,7 @@ use crate::l7::backend::{Connection, Lease, RawBackend};
 use crate::l7::balance::PoolState;
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
-use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, Failure};
+use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
 use crate::l7::router;
 use crate::l7::tunnel::Switch;
@@ -264,6 +264,10 @@ impl Exchange<'_> {
             }
         };
         let failure = class_of(error.error());
+        if error.error().is_user() {
+            // The body is the client's: hyper could not read it, and the backend is not at fault.
+            return Err(Failure::Bad(BadRequest::Body));
+        }
         let mut unsent = error.take_message();
         // The backend closed an idle connection, as it may at any time: it has not failed.
         let stale = reused && failure == BackendFailure::Closed;

@@ -104,6 +104,29 @@ async fn a_request_body_that_stalls_is_408() {
 }
 
 #[tokio::test]
+async fn a_malformed_request_body_is_400_and_not_the_backends_fault() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut client = gateway.connect().await;
+    let half = "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n";
+    client.write_all(half.as_bytes()).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "2\r\nhi\r\n").await;
+    client.write_all(b"zz\r\n").await.unwrap();
+    let response = read_to_end(&mut client).await;
+    assert_status(&response, 400);
+    assert!(response.contains("x-cf-routererror: invalid_body\r\n"));
+    assert!(response.contains("connection: close\r\n"), "{response}");
+    assert_eq!(read_to_end(&mut stream).await, "", "no end of the body");
+    let totals = gateway.metrics.totals();
+    assert!(totals.errors.contains(&("bad_request", 1)));
+    assert_eq!((totals.retries, totals.ejections), (0, 0));
+    let backends =
+        poll_until(|| Some(gateway.metrics.backends()).filter(|it| !it.is_empty())).await;
+    assert_eq!(backends[&address].failures, 0);
+}
+
+#[tokio::test]
 async fn a_slow_or_idle_client_is_disconnected() {
     let gateway = Gateway::with_config(
         Snapshot::default(),
