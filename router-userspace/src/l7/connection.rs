@@ -133,6 +133,8 @@ pub(super) struct ClientState {
     /// When the phase began or last made progress.
     since: Cell<Instant>,
     waits_for_client: Cell<bool>,
+    /// The request's body has not all been read, whatever the phase.
+    body_is_open: Cell<bool>,
     expired: Cell<bool>,
     read_closed: Cell<bool>,
 }
@@ -171,6 +173,7 @@ impl ClientState {
             phase: Cell::new(Phase::Idle),
             since: Cell::new(worker.read_clock()),
             waits_for_client: Cell::new(false),
+            body_is_open: Cell::new(false),
             expired: Cell::new(false),
             read_closed: Cell::new(false),
         }
@@ -182,6 +185,7 @@ impl ClientState {
             Phase::Head => self.since.get(),
             _ => self.worker.now(),
         };
+        self.body_is_open.set(false);
         self.enter(Phase::Connecting, started);
         started
     }
@@ -193,11 +197,13 @@ impl ClientState {
         } else {
             Phase::Sending
         };
+        self.body_is_open.set(!whole);
         self.enter(phase, self.worker.now());
     }
 
     /// The request's body has ended. Called from the task of the backend's connection.
     pub(super) fn request_body_ended(&self) {
+        self.body_is_open.set(false);
         if self.phase.get() == Phase::Sending {
             self.enter(Phase::AwaitingResponse, self.worker.read_clock());
         }
@@ -246,6 +252,8 @@ impl ClientState {
             Phase::Idle => self.enter(Phase::Head, self.worker.now()),
             Phase::Head => self.phase.set(Phase::FurtherHead),
             Phase::Sending => self.since.set(self.worker.now()),
+            // The response began before the request had ended, and may wait for the rest of it.
+            Phase::Responding if self.body_is_open.get() => self.since.set(self.worker.now()),
             _ => {}
         }
     }
@@ -420,3 +428,6 @@ impl AsyncWrite for ClientIo {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,7 +184,7 @@ async fn sweep(worker: Rc<Worker>) {
 }
 
 impl Worker {
-    fn new(
+    pub(super) fn new(
         published: Published,
         settings: Arc<ArcSwap<Settings>>,
         metrics: Arc<WorkerMetrics>,
