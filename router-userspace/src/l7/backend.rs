@@ -18,6 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
 use rand::Rng;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -27,7 +28,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::body::RequestBody;
-use crate::l7::error::{BackendFailure, BackendTimeout, Failure};
+use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
 use crate::l7::metrics::BackendCounters;
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
@@ -234,7 +235,7 @@ impl Lease {
     /// A kept-alive connection unless `fresh`, else a new one.
     ///
     /// # Errors
-    /// The backend cannot be connected to, which ejects it.
+    /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
     pub(super) async fn connect(&mut self, fresh: bool) -> Result<&mut Connection, Failure> {
         let kept = if fresh {
             None
@@ -260,11 +261,12 @@ impl Lease {
             .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
         let opening = open(self.backend(), self.worker.tls.as_ref());
         let opened = match tokio::time::timeout(connect, opening).await {
-            Ok(opened) => opened.map_err(Failure::Backend),
+            Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
         };
         match &opened {
             Ok(_) => self.worker.metrics.backend_connections_opened.add(1),
+            Err(Failure::Gateway(_)) => {}
             Err(failure) => {
                 self.worker.metrics.ejections.add(1);
                 self.backend().eject(Instant::now() + ejection);
@@ -307,7 +309,7 @@ impl Drop for Lease {
 async fn open(
     backend: &BackendState,
     tls: Option<&BackendTlsClient>,
-) -> Result<Connection, BackendFailure> {
+) -> Result<Connection, Failure> {
     let stream = TcpStream::connect(backend.address)
         .await
         .map_err(|error| class_of(&error))?;
@@ -315,11 +317,10 @@ async fn open(
     let io = match &backend.tls {
         None => BackendIo::Tcp(stream),
         Some(wanted) => {
-            let tls = tls.ok_or(BackendFailure::TlsCertificate)?;
+            let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
             let name = wanted.server_name.as_deref();
-            BackendIo::Tls(Box::new(
-                tls.handshake(stream, name, backend.address.ip()).await?,
-            ))
+            let handshake = tls.handshake(stream, name, backend.address.ip());
+            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
         }
     };
     let (sender, connection) = hyper::client::conn::http1::Builder::new()
@@ -327,7 +328,7 @@ async fn open(
         .max_header_size(RESPONSE_HEADER_BYTES)
         .handshake::<_, RequestBody>(TokioIo::new(io))
         .await
-        .map_err(|_| BackendFailure::Closed)?;
+        .map_err(|_| Failure::Backend(BackendFailure::Closed))?;
     let upgrade = Rc::new(Cell::new(None));
     tokio::task::spawn_local(drive(connection, Rc::clone(&upgrade)));
     Ok(Connection {
@@ -358,12 +359,15 @@ async fn drive(
     }
 }
 
-fn class_of(error: &io::Error) -> BackendFailure {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
-            BackendFailure::Refused
-        }
-        _ => BackendFailure::Unreachable,
+/// What a failed connect(2), or the socket(2) before it, says and of whom.
+fn class_of(error: &io::Error) -> Failure {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    match errno {
+        Some(
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EADDRNOTAVAIL,
+        ) => Failure::Gateway(GatewayFailure::Resources),
+        Some(Errno::ECONNREFUSED | Errno::ECONNRESET) => Failure::Backend(BackendFailure::Refused),
+        _ => Failure::Backend(BackendFailure::Unreachable),
     }
 }
 
@@ -434,6 +438,27 @@ impl AsyncWrite for BackendIo {
                 ready!(Pin::new(stream).poll_shutdown(cx))?;
                 Poll::Ready(Ok(()))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_descriptors_and_ports_is_the_gateways_failure() {
+        let class = |errno: Errno| class_of(&io::Error::from(errno));
+        for errno in [Errno::EMFILE, Errno::ENOBUFS, Errno::EADDRNOTAVAIL] {
+            let gateway = Failure::Gateway(GatewayFailure::Resources);
+            assert_eq!(class(errno), gateway, "{errno}");
+        }
+        for (errno, failure) in [
+            (Errno::ECONNREFUSED, BackendFailure::Refused),
+            (Errno::EHOSTUNREACH, BackendFailure::Unreachable),
+            (Errno::ENETUNREACH, BackendFailure::Unreachable),
+        ] {
+            assert_eq!(class(errno), Failure::Backend(failure), "{errno}");
         }
     }
 }

@@ -40,6 +40,7 @@ pub enum Failure {
     RouteService,
     Backend(BackendFailure),
     BackendTimeout(BackendTimeout),
+    Gateway(GatewayFailure),
 }
 
 /// What is wrong with a request that is refused with 400 and a closed connection.
@@ -51,9 +52,9 @@ pub enum BadRequest {
     AuthorityMismatch,
     TransferEncoding,
     PathAboveRoot,
-}
     /// The body's framing is broken, or it ends before its end.
     Body,
+}
 
 /// How the last backend that was tried failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +69,18 @@ pub enum BackendFailure {
     UnexpectedUpgrade,
     /// The TLS handshake failed.
     TlsHandshake,
-    /// Its certificate does not verify, or the gateway has no roots to verify it with.
+    /// Its certificate does not verify.
     TlsCertificate,
+}
+
+/// What the gateway lacks to reach any backend of the kind. Says nothing about the backend, and
+/// another one would fare no better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatewayFailure {
+    /// No file descriptor, port or memory for one more connection.
+    Resources,
+    /// `http.backend_tls.ca_file` is not set, so no certificate can be verified.
+    TlsRoots,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +91,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 17] = [
+pub const REASONS: [&str; 19] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -97,11 +108,16 @@ pub const REASONS: [&str; 17] = [
     "endpoint_malformed",
     "endpoint_tls",
     "endpoint_timeout",
+    "gateway_resources",
+    "gateway_tls_roots",
     "unparsable",
 ];
 
+/// Indexes in [`REASONS`] of failures of the gateway itself.
+pub(super) const GATEWAY_FAILURES: [usize; 2] = [16, 17];
+
 /// Index in [`REASONS`] of requests that hyper could not parse and answered itself.
-pub(super) const UNPARSABLE: usize = 16;
+pub(super) const UNPARSABLE: usize = REASONS.len() - 1;
 
 impl Failure {
     pub fn status(&self) -> StatusCode {
@@ -113,7 +129,7 @@ impl Failure {
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
-            Failure::NoEndpoints { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Failure::NoEndpoints { .. } | Failure::Gateway(_) => StatusCode::SERVICE_UNAVAILABLE,
             // gorouter's own codes, outside the registry.
             Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
             Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
@@ -141,6 +157,8 @@ impl Failure {
             Failure::Backend(BackendFailure::Malformed | BackendFailure::UnexpectedUpgrade) => 13,
             Failure::Backend(BackendFailure::TlsHandshake | BackendFailure::TlsCertificate) => 14,
             Failure::BackendTimeout(_) => 15,
+            Failure::Gateway(GatewayFailure::Resources) => GATEWAY_FAILURES[0],
+            Failure::Gateway(GatewayFailure::TlsRoots) => GATEWAY_FAILURES[1],
         }
     }
 
@@ -151,6 +169,7 @@ impl Failure {
             Failure::Bad(BadRequest::TransferEncoding) => "invalid_transfer_encoding",
             Failure::Bad(BadRequest::Host | BadRequest::ManyHosts) => "invalid_host",
             Failure::Bad(BadRequest::AuthorityMismatch) => "host_mismatch",
+            Failure::Bad(BadRequest::Body) => "invalid_body",
             Failure::Bad(BadRequest::Target | BadRequest::PathAboveRoot) => "invalid_target",
             Failure::MethodNotAllowed => "method_not_allowed",
             Failure::TransferCoding => "unsupported_transfer_coding",
@@ -169,12 +188,13 @@ impl Failure {
                 BackendFailure::TlsHandshake => "endpoint_failure (tls handshake)",
                 BackendFailure::TlsCertificate => "endpoint_failure (invalid certificate)",
             },
-            Failure::Bad(BadRequest::Body) => "invalid_body",
             Failure::BackendTimeout(timeout) => match timeout {
                 BackendTimeout::Connect => "endpoint_timeout (connect)",
                 BackendTimeout::RequestBody => "endpoint_timeout (request body)",
                 BackendTimeout::ResponseHeaders => "endpoint_timeout (response headers)",
             },
+            Failure::Gateway(GatewayFailure::Resources) => "gateway_failure (out of resources)",
+            Failure::Gateway(GatewayFailure::TlsRoots) => "gateway_failure (no certificate roots)",
         }
     }
 
@@ -244,6 +264,7 @@ impl fmt::Display for Failure {
                 BadRequest::AuthorityMismatch => "Request target and Host header disagree",
                 BadRequest::TransferEncoding => "Invalid Transfer-Encoding header",
                 BadRequest::PathAboveRoot => "Path leaves the root",
+                BadRequest::Body => "Invalid request body",
             },
             Failure::MethodNotAllowed => "Method is not supported.",
             Failure::TransferCoding => "Transfer coding is not supported.",
@@ -259,12 +280,12 @@ impl fmt::Display for Failure {
             Failure::RouteService => "Support for route services is disabled.",
             Failure::Backend(_) => "Registered endpoint failed to handle the request.",
             Failure::BackendTimeout(_) => "Registered endpoint did not answer in time.",
+            Failure::Gateway(_) => "The gateway cannot reach any endpoint.",
         };
         f.write_str(text)
     }
 }
 
-                BadRequest::Body => "Invalid request body",
 fn gorouter_code(code: u16) -> StatusCode {
     StatusCode::from_u16(code).expect("525 and 526 are three digits")
 }

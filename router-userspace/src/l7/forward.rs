@@ -207,6 +207,7 @@ impl Exchange<'_> {
             headers::set_instance(request.headers_mut(), &lease.target().instance);
             let connection = match lease.connect(self.fresh).await {
                 Ok(connection) => connection,
+                Err(failure @ Failure::Gateway(_)) => return Err(failure),
                 Err(failure) => {
                     self.failed(index, &lease, failure)?;
                     continue;
@@ -263,11 +264,11 @@ impl Exchange<'_> {
                 return Err(failure);
             }
         };
-        let failure = class_of(error.error());
         if error.error().is_user() {
             // The body is the client's: hyper could not read it, and the backend is not at fault.
             return Err(Failure::Bad(BadRequest::Body));
         }
+        let failure = class_of(error.error());
         let mut unsent = error.take_message();
         // The backend closed an idle connection, as it may at any time: it has not failed.
         let stale = reused && failure == BackendFailure::Closed;

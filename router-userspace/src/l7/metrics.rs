@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::l7::error::REASONS;
+use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 
 /// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
 pub const LATENCY_BOUNDS_US: [u64; 14] = [
@@ -155,6 +155,14 @@ impl WorkerMetrics {
         let bucket = LATENCY_BOUNDS_US.iter().position(|&bound| us <= bound);
         self.latency_buckets[bucket.unwrap_or(BUCKET_COUNT - 1)].add(1);
         self.latency_sum_us.add(us);
+    }
+
+    /// Requests answered for by [`Failure::Gateway`](crate::l7::error::Failure::Gateway).
+    pub(super) fn gateway_failures(&self) -> u64 {
+        GATEWAY_FAILURES
+            .map(|reason| self.errors[reason].read())
+            .iter()
+            .sum()
     }
 
     /// Replaces the list of backends that readers see.

@@ -166,8 +166,18 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener) {
 
 async fn sweep(worker: Rc<Worker>) {
     let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+    let mut failures_before = 0;
     loop {
         ticks.tick().await;
+        let failures = worker.metrics.gateway_failures();
+        if failures > failures_before {
+            let requests = failures - failures_before;
+            tracing::warn!(
+                requests,
+                "answered 503 because the gateway itself could not reach out"
+            );
+            failures_before = failures;
+        }
         // Also lets go of a snapshot that no request has replaced.
         worker.snapshot(|_| ());
         worker.forget_clock();
