@@ -20,6 +20,7 @@ use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
 use rand::Rng;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -29,6 +30,7 @@ use tokio_rustls::client::TlsStream;
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
+use crate::l7::liveness;
 use crate::l7::metrics::BackendCounters;
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
@@ -310,10 +312,7 @@ async fn open(
     backend: &BackendState,
     tls: Option<&BackendTlsClient>,
 ) -> Result<Connection, Failure> {
-    let stream = TcpStream::connect(backend.address)
-        .await
-        .map_err(|error| class_of(&error))?;
-    let _ = stream.set_nodelay(true);
+    let stream = connect(backend).await?;
     let io = match &backend.tls {
         None => BackendIo::Tcp(stream),
         Some(wanted) => {
@@ -336,6 +335,16 @@ async fn open(
         upgrade,
         reused: false,
     })
+}
+
+async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
+    let stream = TcpStream::connect(backend.address)
+        .await
+        .map_err(|error| class_of(&error))?;
+    // A connection without these options still serves.
+    let _ = stream.set_nodelay(true);
+    let _ = liveness::keep_alive(SockRef::from(&stream));
+    Ok(stream)
 }
 
 /// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
@@ -375,6 +384,15 @@ fn class_of(error: &io::Error) -> Failure {
 pub(super) enum BackendIo {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl BackendIo {
+    pub(super) fn socket(&self) -> SockRef<'_> {
+        match self {
+            BackendIo::Tcp(stream) => SockRef::from(stream),
+            BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
+        }
+    }
 }
 
 impl AsyncRead for BackendIo {
@@ -445,6 +463,15 @@ impl AsyncWrite for BackendIo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::l7::tests::backend;
+
+    #[tokio::test]
+    async fn a_backend_that_vanishes_is_noticed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let state = BackendState::new(&backend(listener.local_addr().unwrap()));
+        let stream = connect(&state).await.unwrap();
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+    }
 
     #[test]
     fn want_of_descriptors_and_ports_is_the_gateways_failure() {

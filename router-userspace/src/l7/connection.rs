@@ -18,6 +18,7 @@ use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -364,6 +365,12 @@ impl<'a, D: Future<Output = ()>> Watch<'a, D> {
 pub(super) struct ClientIo {
     stream: TcpStream,
     client: Rc<ClientState>,
+}
+
+impl ClientIo {
+    pub(super) fn socket(&self) -> SockRef<'_> {
+        SockRef::from(&self.stream)
+    }
 }
 
 impl AsyncRead for ClientIo {
