@@ -52,12 +52,17 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, peer: SocketAdd
             forward::answer(Rc::clone(&worker), Rc::clone(&client), request)
         }
     });
-    let builder = worker.settings(|settings| server_builder(&settings.limits));
+    let mut builder = worker.settings(|settings| server_builder(&settings.limits));
+    // Accepted while the worker drains: good for one request.
+    let drains = worker.is_draining();
+    if drains {
+        builder.keep_alive(false);
+    }
     let mut connection = builder.serve_connection(io, service);
 
     let draining = pin!(worker.drain_notice());
     let ended = {
-        let mut watch = pin!(Watch::new(&worker, &client, draining));
+        let mut watch = pin!(Watch::new(&worker, &client, draining, drains));
         std::future::poll_fn(|cx| {
             worker.forget_clock();
             loop {
@@ -297,7 +302,12 @@ struct Watch<'a, D> {
 }
 
 impl<'a, D: Future<Output = ()>> Watch<'a, D> {
-    fn new(worker: &'a Worker, client: &'a ClientState, drain_notice: Pin<&'a mut D>) -> Self {
+    fn new(
+        worker: &'a Worker,
+        client: &'a ClientState,
+        drain_notice: Pin<&'a mut D>,
+        drains: bool,
+    ) -> Self {
         let first = worker.settings(|settings| settings.shortest_timeout());
         let timer = Box::pin(tokio::time::sleep(first));
         Watch {
@@ -307,7 +317,7 @@ impl<'a, D: Future<Output = ()>> Watch<'a, D> {
             timer_is_polled: false,
             drain_notice,
             listens: false,
-            drains: false,
+            drains,
         }
     }
 

@@ -3,10 +3,12 @@
 //! Nothing here is shared with another worker but the published snapshot and settings, both read
 //! through a cached pointer. Tasks of a worker: one acceptor for each listener, one for each client
 //! connection, one for each backend connection, and a sweep about once a second. When told to
-//! drain it stops accepting, lets each connection end after its request, and leaves what is left
-//! at the deadline.
+//! drain it accepts what has already connected and no more, lets each connection end after its
+//! request, and leaves what is left at the deadline.
 
 use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,7 +19,7 @@ use arc_swap::cache::Cache;
 use http::HeaderValue;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -132,36 +134,76 @@ async fn run(parts: WorkerParts) {
         Ok(deadline) => deadline.unwrap_or_else(Instant::now),
         Err(_) => Instant::now(),
     };
-    for acceptor in acceptors {
-        acceptor.abort();
-    }
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
-    let _ = tokio::time::timeout_at(deadline, worker.connections_ended()).await;
+    let ended = async {
+        for acceptor in acceptors {
+            let _ = acceptor.await;
+        }
+        worker.connections_ended().await;
+    };
+    let _ = tokio::time::timeout_at(deadline, ended).await;
     sweeper.abort();
     drop(alive);
 }
 
+/// Accepts until the worker drains, and then what the kernel has accepted in its name: closing the
+/// listener before would reset those connections.
 async fn accept(worker: Rc<Worker>, listener: TcpListener) {
-    loop {
-        worker.wait_for_room().await;
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                worker.metrics.connections_accepted.add(1);
-                let open = OpenConnection::new(&worker);
-                let worker = Rc::clone(&worker);
-                tokio::task::spawn_local(async move {
-                    connection::serve(worker, stream, peer).await;
-                    drop(open);
-                });
-            }
-            Err(error) => {
-                worker.metrics.accept_errors.add(1);
-                tracing::warn!(%error, "accept a client connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+    while !worker.is_draining() {
+        tokio::select! {
+            // Both may be dropped: a connection that was not handed over stays in the backlog.
+            () = worker.drain_notice() => {}
+            accepted = next_connection(&worker, &listener) => match accepted {
+                Ok((stream, peer)) => serve(&worker, stream, peer),
+                Err(error) => {
+                    refused(&worker, &error);
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
             }
         }
     }
+    if let Err(error) = accept_backlog(&worker, listener).await {
+        refused(&worker, &error);
+    }
+}
+
+async fn next_connection(
+    worker: &Worker,
+    listener: &TcpListener,
+) -> io::Result<(TcpStream, SocketAddr)> {
+    worker.wait_for_room().await;
+    listener.accept().await
+}
+
+async fn accept_backlog(worker: &Rc<Worker>, listener: TcpListener) -> io::Result<()> {
+    let listener = listener.into_std()?;
+    loop {
+        worker.wait_for_room().await;
+        match listener.accept() {
+            Ok((stream, peer)) => {
+                stream.set_nonblocking(true)?;
+                serve(worker, TcpStream::from_std(stream)?, peer);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+    worker.metrics.connections_accepted.add(1);
+    let open = OpenConnection::new(worker);
+    let worker = Rc::clone(worker);
+    tokio::task::spawn_local(async move {
+        connection::serve(worker, stream, peer).await;
+        drop(open);
+    });
+}
+
+fn refused(worker: &Worker, error: &io::Error) {
+    worker.metrics.accept_errors.add(1);
+    tracing::warn!(%error, "accept a client connection");
 }
 
 async fn sweep(worker: Rc<Worker>) {
@@ -331,7 +373,7 @@ impl Drop for OpenConnection {
             .open_connections
             .set(self.0.open_connections.get() - 1);
         self.0.metrics.connections_open.subtract(1);
-        self.0.connection_ended.notify_one();
+        self.0.connection_ended.notify_waiters();
     }
 }
 
