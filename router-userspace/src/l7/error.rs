@@ -33,6 +33,10 @@ pub enum Failure {
     UnknownRoute {
         host: String,
     },
+    /// The route has no backend that is the instance the request asks for.
+    UnknownInstance {
+        host: String,
+    },
     NoEndpoints {
         host: String,
     },
@@ -54,6 +58,10 @@ pub enum BadRequest {
     PathAboveRoot,
     /// The body's framing is broken, or it ends before its end.
     Body,
+    /// `X-CF-App-Instance` is not `UUID:INDEX`.
+    AppInstance,
+    /// `X-CF-Process-Instance` is neither `UUID` nor `UUID:INDEX`.
+    ProcessInstance,
 }
 
 /// How the last backend that was tried failed.
@@ -91,7 +99,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 19] = [
+pub const REASONS: [&str; 20] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -110,6 +118,7 @@ pub const REASONS: [&str; 19] = [
     "endpoint_timeout",
     "gateway_resources",
     "gateway_tls_roots",
+    "unknown_instance",
     "unparsable",
 ];
 
@@ -122,7 +131,9 @@ pub(super) const UNPARSABLE: usize = REASONS.len() - 1;
 impl Failure {
     pub fn status(&self) -> StatusCode {
         match self {
-            Failure::EmptyHost | Failure::Bad(_) => StatusCode::BAD_REQUEST,
+            Failure::EmptyHost | Failure::Bad(_) | Failure::UnknownInstance { .. } => {
+                StatusCode::BAD_REQUEST
+            }
             Failure::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Failure::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Failure::Expectation => StatusCode::EXPECTATION_FAILED,
@@ -159,6 +170,7 @@ impl Failure {
             Failure::BackendTimeout(_) => 15,
             Failure::Gateway(GatewayFailure::Resources) => GATEWAY_FAILURES[0],
             Failure::Gateway(GatewayFailure::TlsRoots) => GATEWAY_FAILURES[1],
+            Failure::UnknownInstance { .. } => 18,
         }
     }
 
@@ -170,13 +182,15 @@ impl Failure {
             Failure::Bad(BadRequest::Host | BadRequest::ManyHosts) => "invalid_host",
             Failure::Bad(BadRequest::AuthorityMismatch) => "host_mismatch",
             Failure::Bad(BadRequest::Body) => "invalid_body",
+            Failure::Bad(BadRequest::AppInstance) => "invalid_cf_app_instance_header",
+            Failure::Bad(BadRequest::ProcessInstance) => "invalid_cf_process_instance_header",
             Failure::Bad(BadRequest::Target | BadRequest::PathAboveRoot) => "invalid_target",
             Failure::MethodNotAllowed => "method_not_allowed",
             Failure::TransferCoding => "unsupported_transfer_coding",
             Failure::Expectation => "unsupported_expectation",
             Failure::UriTooLong => "uri_too_long",
             Failure::ClientTimeout => "client_timeout",
-            Failure::UnknownRoute { .. } => "unknown_route",
+            Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
             Failure::NoEndpoints { .. } => "no_endpoints",
             Failure::RouteService => "route_service_unsupported",
             Failure::Backend(failure) => match failure {
@@ -201,7 +215,11 @@ impl Failure {
     fn cache_control(&self) -> Option<&'static str> {
         match self {
             Failure::EmptyHost | Failure::NoEndpoints { .. } => Some("public,max-age=2"),
-            Failure::UnknownRoute { .. } => Some("no-cache, no-store"),
+            Failure::UnknownRoute { .. }
+            | Failure::UnknownInstance { .. }
+            | Failure::Bad(BadRequest::AppInstance | BadRequest::ProcessInstance) => {
+                Some("no-cache, no-store")
+            }
             _ => None,
         }
     }
@@ -265,6 +283,8 @@ impl fmt::Display for Failure {
                 BadRequest::TransferEncoding => "Invalid Transfer-Encoding header",
                 BadRequest::PathAboveRoot => "Path leaves the root",
                 BadRequest::Body => "Invalid request body",
+                BadRequest::AppInstance => "Invalid X-CF-App-Instance Header",
+                BadRequest::ProcessInstance => "Invalid X-CF-Process-Instance Header",
             },
             Failure::MethodNotAllowed => "Method is not supported.",
             Failure::TransferCoding => "Transfer coding is not supported.",
@@ -273,6 +293,9 @@ impl fmt::Display for Failure {
             Failure::ClientTimeout => "Request body did not arrive in time.",
             Failure::UnknownRoute { host } => {
                 return write!(f, "Requested route ('{host}') does not exist.");
+            }
+            Failure::UnknownInstance { host } => {
+                return write!(f, "Requested instance of route ('{host}') does not exist.");
             }
             Failure::NoEndpoints { host } => {
                 return write!(f, "Requested route ('{host}') has no available endpoints.");

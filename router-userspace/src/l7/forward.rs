@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
-use http::header::{ALLOW, HOST};
+use http::header::ALLOW;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::TrySendError;
@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::l7::backend::{Connection, Lease, RawBackend};
-use crate::l7::balance::PoolState;
+use crate::l7::balance::{PoolState, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
@@ -88,6 +88,7 @@ async fn forward(
     if pool.has_route_service {
         return Err(Failure::RouteService);
     }
+    let only = find_instance(&pool, &findings)?;
     let origin = headers::Origin {
         address: &client.forwarded_for,
         trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
@@ -102,8 +103,9 @@ async fn forward(
         findings: &findings,
         origin: &origin,
         repeatable: Head::of_repeatable(&request),
+        only,
         tried: Vec::new(),
-        attempts,
+        attempts: if only.is_some() { 1 } else { attempts },
         fresh: false,
     };
     let (response, lease, backend) = exchange.run(request).await?;
@@ -117,17 +119,34 @@ fn answer_options() -> Response<ResponseBody> {
 }
 
 fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolState>, Failure> {
-    let host = findings
-        .host
-        .as_ref()
-        .and_then(|host| host.to_str().ok())
-        .unwrap_or("");
+    let host = findings.host_str();
     worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
         Some(found) => Ok(worker.pool(found.pool)),
         None => Err(Failure::UnknownRoute {
             host: host.to_owned(),
         }),
     })
+}
+
+/// The index of the one target that may serve the request, if it asks for an instance.
+fn find_instance(pool: &PoolState, findings: &Findings) -> Result<Option<usize>, Failure> {
+    let (header, is_process) = match (&findings.app_instance, &findings.process_instance) {
+        (Some(app), _) => (app, false),
+        (None, Some(process)) => (process, true),
+        (None, None) => return Ok(None),
+    };
+    let (id, index) = validate::split_instance(header);
+    let wanted = WantedInstance {
+        id,
+        is_process,
+        index,
+    };
+    match pool.find(&wanted) {
+        Some(index) => Ok(Some(index)),
+        None => Err(Failure::UnknownInstance {
+            host: findings.host_str().to_owned(),
+        }),
+    }
 }
 
 /// The request as the backend gets it, but for its headers.
@@ -181,6 +200,8 @@ struct Exchange<'a> {
     origin: &'a headers::Origin<'a>,
     /// The request before its headers were rewritten, until it is used.
     repeatable: Option<Head>,
+    /// The index of the target the request asks for.
+    only: Option<usize>,
     /// Indexes of targets that failed.
     tried: Vec<usize>,
     /// How many are left.
@@ -200,8 +221,13 @@ impl Exchange<'_> {
     async fn run(&mut self, mut request: Request<RequestBody>) -> Result<Exchanged, Failure> {
         headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
         loop {
-            let Some(index) = self.worker.pick(self.pool, &self.tried) else {
-                return Err(no_endpoints(&request));
+            let index = self
+                .only
+                .or_else(|| self.worker.pick(self.pool, &self.tried));
+            let Some(index) = index else {
+                return Err(Failure::NoEndpoints {
+                    host: self.findings.host_str().to_owned(),
+                });
             };
             let mut lease = Lease::new(self.worker, self.pool, index);
             headers::set_instance(request.headers_mut(), &lease.target().instance);
@@ -359,16 +385,6 @@ fn class_of(error: &hyper::Error) -> BackendFailure {
         BackendFailure::Malformed
     } else {
         BackendFailure::Closed
-    }
-}
-
-fn no_endpoints(request: &Request<RequestBody>) -> Failure {
-    let host = request
-        .headers()
-        .get(HOST)
-        .and_then(|host| host.to_str().ok());
-    Failure::NoEndpoints {
-        host: host.unwrap_or("").to_owned(),
     }
 }
 
