@@ -5,7 +5,9 @@
 
 use std::fmt;
 
-use http::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 
 use crate::l7::body::ResponseBody;
@@ -33,6 +35,8 @@ pub enum Failure {
     UnknownRoute {
         host: String,
     },
+    /// No route has been learned since the gateway started, so nothing can be said of this one.
+    NoRoutes,
     /// The route has no backend that is the instance the request asks for.
     UnknownInstance {
         host: String,
@@ -99,7 +103,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 20] = [
+pub const REASONS: [&str; 21] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -119,6 +123,7 @@ pub const REASONS: [&str; 20] = [
     "gateway_resources",
     "gateway_tls_roots",
     "unknown_instance",
+    "no_routes",
     "unparsable",
 ];
 
@@ -140,7 +145,9 @@ impl Failure {
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
-            Failure::NoEndpoints { .. } | Failure::Gateway(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Failure::NoRoutes | Failure::NoEndpoints { .. } | Failure::Gateway(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             // gorouter's own codes, outside the registry.
             Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
             Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
@@ -171,6 +178,7 @@ impl Failure {
             Failure::Gateway(GatewayFailure::Resources) => GATEWAY_FAILURES[0],
             Failure::Gateway(GatewayFailure::TlsRoots) => GATEWAY_FAILURES[1],
             Failure::UnknownInstance { .. } => 18,
+            Failure::NoRoutes => 19,
         }
     }
 
@@ -191,6 +199,7 @@ impl Failure {
             Failure::UriTooLong => "uri_too_long",
             Failure::ClientTimeout => "client_timeout",
             Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
+            Failure::NoRoutes => "no_routes",
             Failure::NoEndpoints { .. } => "no_endpoints",
             Failure::RouteService => "route_service_unsupported",
             Failure::Backend(failure) => match failure {
@@ -215,7 +224,8 @@ impl Failure {
     fn cache_control(&self) -> Option<&'static str> {
         match self {
             Failure::EmptyHost | Failure::NoEndpoints { .. } => Some("public,max-age=2"),
-            Failure::UnknownRoute { .. }
+            Failure::NoRoutes
+            | Failure::UnknownRoute { .. }
             | Failure::UnknownInstance { .. }
             | Failure::Bad(BadRequest::AppInstance | BadRequest::ProcessInstance) => {
                 Some("no-cache, no-store")
@@ -260,6 +270,9 @@ impl Failure {
         if let Some(value) = self.cache_control() {
             headers.insert(CACHE_CONTROL, HeaderValue::from_static(value));
         }
+        if *self == Failure::NoRoutes {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
         if *self == Failure::MethodNotAllowed {
             headers.insert(ALLOW, ALLOWED_METHODS);
         }
@@ -294,6 +307,7 @@ impl fmt::Display for Failure {
             Failure::UnknownRoute { host } => {
                 return write!(f, "Requested route ('{host}') does not exist.");
             }
+            Failure::NoRoutes => "The gateway has no routes yet.",
             Failure::UnknownInstance { host } => {
                 return write!(f, "Requested instance of route ('{host}') does not exist.");
             }

@@ -122,6 +122,7 @@ fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolS
     let host = findings.host_str();
     worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
         Some(found) => Ok(worker.pool(found.pool)),
+        None if snapshot.revision == 0 => Err(Failure::NoRoutes),
         None => Err(Failure::UnknownRoute {
             host: host.to_owned(),
         }),

@@ -20,6 +20,17 @@ async fn the_host_chooses_the_backend() {
 }
 
 #[tokio::test]
+async fn before_the_first_route_no_host_is_said_not_to_exist() {
+    let gateway = Gateway::start(Snapshot::default());
+    let response = gateway.get("a.com").await;
+    assert_status(&response, 503);
+    assert!(response.contains("x-cf-routererror: no_routes\r\n"));
+    assert!(response.contains("retry-after: 1\r\n"), "{response}");
+    gateway.published.store(Arc::new(snapshot([])));
+    assert_status(&gateway.get("a.com").await, 404);
+}
+
+#[tokio::test]
 async fn a_published_snapshot_is_used_by_the_next_request_of_an_open_connection() {
     let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
     let gateway = Gateway::to([a.address]);
