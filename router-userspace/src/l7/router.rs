@@ -62,10 +62,7 @@ pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteM
 
 fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
     let (host, routes) = snapshot.hosts.get_key_value(host)?;
-    let (prefix, pool) = routes
-        .paths
-        .iter()
-        .find(|(prefix, _)| is_path_prefix(prefix, path))?;
+    let (prefix, pool) = longest_prefix(&routes.paths, path)?;
     Some(RouteMatch {
         host,
         path: prefix,
@@ -73,12 +70,31 @@ fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<Ro
     })
 }
 
-/// Whether `prefix`, lower case, covers `path` by whole segments.
-fn is_path_prefix(prefix: &str, path: &str) -> bool {
-    let (prefix, path) = (prefix.as_bytes(), path.as_bytes());
-    path.len() >= prefix.len()
-        && path[..prefix.len()].eq_ignore_ascii_case(prefix)
-        && (path.len() == prefix.len() || path[prefix.len()] == b'/')
+/// The longest of the paths, lower case and sorted as in [`HostRoutes`](crate::snapshot::HostRoutes), that covers `path` by whole
+/// segments: a binary search for each place where a segment of `path` ends.
+fn longest_prefix<'a>(
+    paths: &'a [(Arc<str>, Arc<Pool>)],
+    path: &str,
+) -> Option<&'a (Arc<str>, Arc<Pool>)> {
+    let path = path.as_bytes();
+    let before = |end: usize| path[..end].iter().rposition(|&byte| byte == b'/');
+    let longest = paths.first()?.0.len();
+    let mut end = if path.len() <= longest {
+        path.len()
+    } else {
+        before(longest + 1)?
+    };
+    loop {
+        let wanted = path[..end].iter().map(u8::to_ascii_lowercase);
+        let found = paths.binary_search_by(|(known, _)| {
+            end.cmp(&known.len())
+                .then_with(|| known.bytes().cmp(wanted.clone()))
+        });
+        match found {
+            Ok(at) => return Some(&paths[at]),
+            Err(_) => end = before(end)?,
+        }
+    }
 }
 
 /// The host of `host[:port]`, where an IPv6 literal keeps its brackets.

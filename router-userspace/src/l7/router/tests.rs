@@ -24,7 +24,7 @@ fn snapshot(routes: &[&str]) -> Snapshot {
         }
         host_routes
             .paths
-            .sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
+            .sort_by_key(|(path, _)| (std::cmp::Reverse(path.len()), Arc::clone(path)));
         snapshot.hosts.insert(host.into(), Arc::new(host_routes));
     }
     snapshot
