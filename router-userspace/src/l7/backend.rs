@@ -238,7 +238,7 @@ impl Lease {
     ///
     /// # Errors
     /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
-    pub(super) async fn connect(&mut self, fresh: bool) -> Result<&mut Connection, Failure> {
+    pub(super) async fn connect(&mut self, fresh: bool) -> Result<(), Failure> {
         let kept = if fresh {
             None
         } else {
@@ -254,7 +254,17 @@ impl Lease {
             }
             None => self.open().await?,
         };
-        Ok(self.connection.insert(connection))
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// The backend and the connection to it.
+    ///
+    /// # Panics
+    /// [`Lease::connect`] has not succeeded.
+    pub(super) fn connected(&mut self) -> (&Target, &mut Connection) {
+        let connection = self.connection.as_mut().expect("the lease is connected");
+        (&self.pool.targets[self.index], connection)
     }
 
     async fn open(&self) -> Result<Connection, Failure> {

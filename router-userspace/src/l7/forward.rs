@@ -23,7 +23,7 @@ use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
-use crate::l7::router;
+use crate::l7::router::{self, NoMatch};
 use crate::l7::tunnel::Switch;
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -102,7 +102,8 @@ async fn forward(
         pool: &pool,
         findings: &findings,
         origin: &origin,
-        repeatable: Head::of_repeatable(&request),
+        rewritten: false,
+        repeatable: None,
         only,
         tried: Vec::new(),
         attempts: if only.is_some() { 1 } else { attempts },
@@ -121,9 +122,10 @@ fn answer_options() -> Response<ResponseBody> {
 fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolState>, Failure> {
     let host = findings.host_str();
     worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
-        Some(found) => Ok(worker.pool(found.pool)),
-        None if snapshot.revision == 0 => Err(Failure::NoRoutes),
-        None => Err(Failure::UnknownRoute {
+        Ok(found) => Ok(worker.pool(found.pool)),
+        Err(NoMatch::PathAboveRoot) => Err(Failure::Bad(BadRequest::PathAboveRoot)),
+        Err(NoMatch::UnknownRoute) if snapshot.revision == 0 => Err(Failure::NoRoutes),
+        Err(NoMatch::UnknownRoute) => Err(Failure::UnknownRoute {
             host: host.to_owned(),
         }),
     })
@@ -199,7 +201,9 @@ struct Exchange<'a> {
     pool: &'a Rc<PoolState>,
     findings: &'a Findings,
     origin: &'a headers::Origin<'a>,
-    /// The request before its headers were rewritten, until it is used.
+    /// The request's headers are those for the backend.
+    rewritten: bool,
+    /// The request as it went out on a kept-alive connection, which may turn out to be closed.
     repeatable: Option<Head>,
     /// The index of the target the request asks for.
     only: Option<usize>,
@@ -220,7 +224,6 @@ type Exchanged = (
 
 impl Exchange<'_> {
     async fn run(&mut self, mut request: Request<RequestBody>) -> Result<Exchanged, Failure> {
-        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
         loop {
             let index = self
                 .only
@@ -231,21 +234,29 @@ impl Exchange<'_> {
                 });
             };
             let mut lease = Lease::new(self.worker, self.pool, index);
-            headers::set_instance(request.headers_mut(), &lease.target().instance);
-            let connection = match lease.connect(self.fresh).await {
-                Ok(connection) => connection,
+            match lease.connect(self.fresh).await {
+                Ok(()) => {}
                 Err(failure @ Failure::Gateway(_)) => return Err(failure),
                 Err(failure) => {
                     self.failed(index, &lease, failure)?;
                     continue;
                 }
-            };
+            }
+            let (target, connection) = lease.connected();
+            let reused = connection.reused;
+            self.repeatable = reused
+                .then(|| Head::of_repeatable(&request, self.rewritten))
+                .flatten();
+            if !self.rewritten {
+                headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
+                self.rewritten = true;
+            }
+            headers::set_instance(request.headers_mut(), &target.instance);
             let backend = self.findings.upgrade.then(|| {
                 let (deliver, backend) = oneshot::channel();
                 connection.upgrade.set(Some(deliver));
                 backend
             });
-            let reused = connection.reused;
             match self.send(connection, request).await {
                 Ok(response) => return Ok((response, lease, backend)),
                 Err(error) => request = self.after(error, index, &lease, reused)?,
@@ -314,9 +325,9 @@ impl Exchange<'_> {
 
     /// The request once more, if it may be repeated.
     fn repeat(&mut self) -> Option<Request<RequestBody>> {
-        let mut request = self.repeatable.take()?.into_request();
-        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
-        Some(request)
+        let head = self.repeatable.take()?;
+        self.rewritten = head.rewritten;
+        Some(head.into_request())
     }
 
     /// Notes a failed backend.
@@ -356,11 +367,12 @@ struct Head {
     method: Method,
     uri: Uri,
     headers: HeaderMap,
+    rewritten: bool,
 }
 
 impl Head {
     /// `None` if a backend that has seen the request might act on it twice (RFC 9110 §9.2.1).
-    fn of_repeatable(request: &Request<RequestBody>) -> Option<Head> {
+    fn of_repeatable(request: &Request<RequestBody>, rewritten: bool) -> Option<Head> {
         let safe = matches!(
             *request.method(),
             Method::GET | Method::HEAD | Method::OPTIONS
@@ -369,6 +381,7 @@ impl Head {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
+            rewritten,
         })
     }
 

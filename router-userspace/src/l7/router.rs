@@ -23,17 +23,30 @@ pub struct RouteMatch<'a> {
     pub pool: &'a Arc<Pool>,
 }
 
+/// Why there is no match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoMatch {
+    UnknownRoute,
+    /// The path's `..` segments lead out of the root.
+    PathAboveRoot,
+}
+
 /// Finds the route for a `Host` header value, with or without port, and the path of a request
 /// target, without query. Neither needs to be lower case.
-pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
+///
+/// # Errors
+/// Says why the request has no route.
+pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Result<RouteMatch<'a>, NoMatch> {
+    let path = without_dot_segments(path).ok_or(NoMatch::PathAboveRoot)?;
+    find_resolved(snapshot, host, &path).ok_or(NoMatch::UnknownRoute)
+}
+
+fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
     let name = strip_port(host);
     let name = name.strip_suffix('.').unwrap_or(name);
     if name.is_empty() || name.len() > MAX_HOST_LEN {
         return None;
     }
-    let path = without_dot_segments(path)?;
-    let path = path.as_ref();
-
     let mut buffer = [0; MAX_HOST_LEN];
     let key = &mut buffer[..name.len()];
     key.copy_from_slice(name.as_bytes());
@@ -109,7 +122,7 @@ fn strip_port(host: &str) -> &str {
 
 /// The path with `.` and `..` segments resolved, `%2e` read as a dot (RFC 3986 §5.2.4), so that the
 /// route is the one of the resource that the backend will serve. `None` if it climbs above the root.
-pub fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
+fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
     let may_have_dots = |pair: &[u8]| pair == b"/." || pair == b"/%";
     if !path.as_bytes().windows(2).any(may_have_dots) {
         return Some(Cow::Borrowed(path));

@@ -9,7 +9,7 @@ use http::uri::Scheme;
 use http::{HeaderValue, Method, Request, Version};
 
 use crate::l7::error::{BadRequest, Failure};
-use crate::l7::router::{MAX_HOST_LEN, without_dot_segments};
+use crate::l7::router::MAX_HOST_LEN;
 
 /// What a valid request carries.
 #[derive(Debug, Default)]
@@ -265,9 +265,6 @@ fn inspect_target<B>(
     let path = uri.path();
     if !path.starts_with('/') || contains_nul(path) {
         return Err(bad_target());
-    }
-    if without_dot_segments(path).is_none() {
-        return Err(Failure::Bad(BadRequest::PathAboveRoot));
     }
     Ok(())
 }
