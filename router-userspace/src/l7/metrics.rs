@@ -32,9 +32,9 @@ pub struct L7Metrics {
 /// Sums over all workers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct L7Totals {
-    /// Finished or aborted requests by first digit of their status: 1 to 5.
+    /// Requests whose response ended whole, by first digit of their status: 1 to 5.
     pub responses: [u64; 5],
-    /// The client left before its response had ended.
+    /// Requests whose response did not: the client left, the backend broke off, or a timeout cut it.
     pub aborted: u64,
     /// Answers of the gateway itself by reason, in the order of [`REASONS`].
     pub errors: Vec<(&'static str, u64)>,

@@ -170,16 +170,26 @@ async fn a_post_that_a_backend_may_have_acted_on_is_not_repeated() {
     let mut snapshot = snapshot([("a.com", pool([backend(address), backend(other.address)]))]);
     snapshot.unhealthy.insert(other.address);
     let gateway = Gateway::start(snapshot);
-    let post = gateway.exchange(
-        "POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi",
-    );
-    let drops = async {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        read_until(&mut stream, "\r\n\r\nhi").await;
-    };
-    let (response, ()) = tokio::join!(post, drops);
+    let mut client = gateway.connect().await;
+    let get = b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
+    client.write_all(get).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "\r\n\r\n").await;
+    let ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    stream.write_all(ok).await.unwrap();
+    read_until(&mut client, "ok").await;
+
+    // On the kept-alive connection, where a GET would be repeated.
+    let post =
+        b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
+    client.write_all(post).await.unwrap();
+    read_until(&mut stream, "\r\n\r\nhi").await;
+    drop(stream);
+    let response = read_to_end(&mut client).await;
     assert_status(&response, 502);
     assert!(response.contains("endpoint_failure (connection closed)"));
+    let totals = gateway.metrics.totals();
+    assert_eq!((totals.backend_connections_reused, totals.retries), (1, 0));
     assert!(other.seen().is_empty());
 }
 
