@@ -36,8 +36,11 @@ use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
 use crate::route::{Backend, BackendTls, Pool};
 
-/// Bytes of a response head, and of the read and write buffers of a backend connection.
 const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
+
+/// Most bytes read from a backend at once, and buffered towards it. A connection gets there only
+/// when its reads fill what it has; a body of 64 KiB then comes in one read with its head.
+const BUFFER_BYTES: usize = 128 * 1024;
 
 /// All backends that this worker has met and that a published pool still names.
 #[derive(Default)]
@@ -333,7 +336,7 @@ async fn open(
         }
     };
     let (sender, connection) = hyper::client::conn::http1::Builder::new()
-        .max_buf_size(RESPONSE_HEADER_BYTES)
+        .max_buf_size(BUFFER_BYTES)
         .max_header_size(RESPONSE_HEADER_BYTES)
         .handshake::<_, RequestBody>(TokioIo::new(io))
         .await
