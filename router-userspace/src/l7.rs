@@ -37,6 +37,7 @@ pub mod error;
 mod forward;
 mod headers;
 mod listen;
+mod liveness;
 pub mod metrics;
 pub mod router;
 mod tls;

@@ -23,7 +23,8 @@ pub struct Snapshot {
     pub unhealthy: imbl::HashSet<SocketAddr>,
 }
 
-/// The routes of one host, longest path first, so that the first that matches is the most specific.
+/// The routes of one host, longest path first and equally long ones in byte order: the most specific
+/// that matches is the first, and a path can be found by binary search.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostRoutes {
     pub paths: Vec<(Arc<str>, Arc<Pool>)>,

@@ -18,7 +18,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
 use rand::Rng;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -27,14 +29,18 @@ use tokio_rustls::client::TlsStream;
 
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::body::RequestBody;
-use crate::l7::error::{BackendFailure, BackendTimeout, Failure};
+use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
+use crate::l7::liveness;
 use crate::l7::metrics::BackendCounters;
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
 use crate::route::{Backend, BackendTls, Pool};
 
-/// Bytes of a response head, and of the read and write buffers of a backend connection.
 const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
+
+/// Most bytes read from a backend at once, and buffered towards it. A connection gets there only
+/// when its reads fill what it has; a body of 64 KiB then comes in one read with its head.
+const BUFFER_BYTES: usize = 128 * 1024;
 
 /// All backends that this worker has met and that a published pool still names.
 #[derive(Default)]
@@ -234,8 +240,8 @@ impl Lease {
     /// A kept-alive connection unless `fresh`, else a new one.
     ///
     /// # Errors
-    /// The backend cannot be connected to, which ejects it.
-    pub(super) async fn connect(&mut self, fresh: bool) -> Result<&mut Connection, Failure> {
+    /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
+    pub(super) async fn connect(&mut self, fresh: bool) -> Result<(), Failure> {
         let kept = if fresh {
             None
         } else {
@@ -251,7 +257,17 @@ impl Lease {
             }
             None => self.open().await?,
         };
-        Ok(self.connection.insert(connection))
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// The backend and the connection to it.
+    ///
+    /// # Panics
+    /// [`Lease::connect`] has not succeeded.
+    pub(super) fn connected(&mut self) -> (&Target, &mut Connection) {
+        let connection = self.connection.as_mut().expect("the lease is connected");
+        (&self.pool.targets[self.index], connection)
     }
 
     async fn open(&self) -> Result<Connection, Failure> {
@@ -260,11 +276,12 @@ impl Lease {
             .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
         let opening = open(self.backend(), self.worker.tls.as_ref());
         let opened = match tokio::time::timeout(connect, opening).await {
-            Ok(opened) => opened.map_err(Failure::Backend),
+            Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
         };
         match &opened {
             Ok(_) => self.worker.metrics.backend_connections_opened.add(1),
+            Err(Failure::Gateway(_)) => {}
             Err(failure) => {
                 self.worker.metrics.ejections.add(1);
                 self.backend().eject(Instant::now() + ejection);
@@ -307,27 +324,23 @@ impl Drop for Lease {
 async fn open(
     backend: &BackendState,
     tls: Option<&BackendTlsClient>,
-) -> Result<Connection, BackendFailure> {
-    let stream = TcpStream::connect(backend.address)
-        .await
-        .map_err(|error| class_of(&error))?;
-    let _ = stream.set_nodelay(true);
+) -> Result<Connection, Failure> {
+    let stream = connect(backend).await?;
     let io = match &backend.tls {
         None => BackendIo::Tcp(stream),
         Some(wanted) => {
-            let tls = tls.ok_or(BackendFailure::TlsCertificate)?;
+            let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
             let name = wanted.server_name.as_deref();
-            BackendIo::Tls(Box::new(
-                tls.handshake(stream, name, backend.address.ip()).await?,
-            ))
+            let handshake = tls.handshake(stream, name, backend.address.ip());
+            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
         }
     };
     let (sender, connection) = hyper::client::conn::http1::Builder::new()
-        .max_buf_size(RESPONSE_HEADER_BYTES)
+        .max_buf_size(BUFFER_BYTES)
         .max_header_size(RESPONSE_HEADER_BYTES)
         .handshake::<_, RequestBody>(TokioIo::new(io))
         .await
-        .map_err(|_| BackendFailure::Closed)?;
+        .map_err(|_| Failure::Backend(BackendFailure::Closed))?;
     let upgrade = Rc::new(Cell::new(None));
     tokio::task::spawn_local(drive(connection, Rc::clone(&upgrade)));
     Ok(Connection {
@@ -335,6 +348,16 @@ async fn open(
         upgrade,
         reused: false,
     })
+}
+
+async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
+    let stream = TcpStream::connect(backend.address)
+        .await
+        .map_err(|error| class_of(&error))?;
+    // A connection without these options still serves.
+    let _ = stream.set_nodelay(true);
+    let _ = liveness::keep_alive(SockRef::from(&stream));
+    Ok(stream)
 }
 
 /// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
@@ -358,12 +381,15 @@ async fn drive(
     }
 }
 
-fn class_of(error: &io::Error) -> BackendFailure {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
-            BackendFailure::Refused
-        }
-        _ => BackendFailure::Unreachable,
+/// What a failed connect(2), or the socket(2) before it, says and of whom.
+fn class_of(error: &io::Error) -> Failure {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    match errno {
+        Some(
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EADDRNOTAVAIL,
+        ) => Failure::Gateway(GatewayFailure::Resources),
+        Some(Errno::ECONNREFUSED | Errno::ECONNRESET) => Failure::Backend(BackendFailure::Refused),
+        _ => Failure::Backend(BackendFailure::Unreachable),
     }
 }
 
@@ -371,6 +397,15 @@ fn class_of(error: &io::Error) -> BackendFailure {
 pub(super) enum BackendIo {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl BackendIo {
+    pub(super) fn socket(&self) -> SockRef<'_> {
+        match self {
+            BackendIo::Tcp(stream) => SockRef::from(stream),
+            BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
+        }
+    }
 }
 
 impl AsyncRead for BackendIo {
@@ -434,6 +469,36 @@ impl AsyncWrite for BackendIo {
                 ready!(Pin::new(stream).poll_shutdown(cx))?;
                 Poll::Ready(Ok(()))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::l7::tests::backend;
+
+    #[tokio::test]
+    async fn a_backend_that_vanishes_is_noticed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let state = BackendState::new(&backend(listener.local_addr().unwrap()));
+        let stream = connect(&state).await.unwrap();
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+    }
+
+    #[test]
+    fn want_of_descriptors_and_ports_is_the_gateways_failure() {
+        let class = |errno: Errno| class_of(&io::Error::from(errno));
+        for errno in [Errno::EMFILE, Errno::ENOBUFS, Errno::EADDRNOTAVAIL] {
+            let gateway = Failure::Gateway(GatewayFailure::Resources);
+            assert_eq!(class(errno), gateway, "{errno}");
+        }
+        for (errno, failure) in [
+            (Errno::ECONNREFUSED, BackendFailure::Refused),
+            (Errno::EHOSTUNREACH, BackendFailure::Unreachable),
+            (Errno::ENETUNREACH, BackendFailure::Unreachable),
+        ] {
+            assert_eq!(class(errno), Failure::Backend(failure), "{errno}");
         }
     }
 }

@@ -32,6 +32,8 @@ pub(super) struct PoolState {
 pub(super) struct Target {
     pub backend: Rc<BackendState>,
     pub instance: InstanceHeaders,
+    /// The tag `process_id`.
+    process: Option<Arc<str>>,
     weight: u16,
 }
 
@@ -40,6 +42,14 @@ pub(super) struct InstanceHeaders {
     pub app: Option<HeaderValue>,
     pub id: Option<HeaderValue>,
     pub index: Option<HeaderValue>,
+}
+
+/// The one instance a request asks for: `X-CF-App-Instance` or `X-CF-Process-Instance`.
+pub(super) struct WantedInstance<'a> {
+    pub id: &'a [u8],
+    pub is_process: bool,
+    /// `None`: any of the process.
+    pub index: Option<&'a [u8]>,
 }
 
 /// What a choice depends on beside the pool.
@@ -63,6 +73,7 @@ impl PoolState {
             .map(|backend| Target {
                 backend: state_of(backend),
                 instance: InstanceHeaders::new(backend),
+                process: backend.tags.get("process_id").cloned(),
                 weight: backend.weight,
             })
             .collect();
@@ -118,6 +129,14 @@ impl PoolState {
         }
     }
 
+    /// The index of the instance wanted, of several a different one each time.
+    pub(super) fn find(&self, wanted: &WantedInstance<'_>) -> Option<usize> {
+        let turn = self.cursor.get();
+        self.cursor.set(turn.wrapping_add(1));
+        let start = turn.checked_rem(self.targets.len() as u64)? as usize;
+        self.scan(start, |index| self.targets[index].is(wanted))
+    }
+
     /// Weighted round robin without state but a counter: multiples of the golden ratio modulo 1
     /// fall evenly into the backends' shares, so that turns of a heavy backend are spread out.
     fn next_in_turn(&self) -> Option<usize> {
@@ -164,6 +183,18 @@ impl PoolState {
         };
         let second_is_less = load_of(second, first) < load_of(first, second);
         Some(if second_is_less { second } else { first })
+    }
+}
+
+impl Target {
+    fn is(&self, wanted: &WantedInstance<'_>) -> bool {
+        let id = if wanted.is_process {
+            self.process.as_deref().map(str::as_bytes)
+        } else {
+            self.instance.app.as_ref().map(HeaderValue::as_bytes)
+        };
+        let index = self.instance.index.as_ref().map(HeaderValue::as_bytes);
+        id == Some(wanted.id) && (wanted.index.is_none() || index == wanted.index)
     }
 }
 

@@ -18,6 +18,7 @@ use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -51,12 +52,17 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, peer: SocketAdd
             forward::answer(Rc::clone(&worker), Rc::clone(&client), request)
         }
     });
-    let builder = worker.settings(|settings| server_builder(&settings.limits));
+    let mut builder = worker.settings(|settings| server_builder(&settings.limits));
+    // Accepted while the worker drains: good for one request.
+    let drains = worker.is_draining();
+    if drains {
+        builder.keep_alive(false);
+    }
     let mut connection = builder.serve_connection(io, service);
 
     let draining = pin!(worker.drain_notice());
     let ended = {
-        let mut watch = pin!(Watch::new(&worker, &client, draining));
+        let mut watch = pin!(Watch::new(&worker, &client, draining, drains));
         std::future::poll_fn(|cx| {
             worker.forget_clock();
             loop {
@@ -133,6 +139,8 @@ pub(super) struct ClientState {
     /// When the phase began or last made progress.
     since: Cell<Instant>,
     waits_for_client: Cell<bool>,
+    /// The request's body has not all been read, whatever the phase.
+    body_is_open: Cell<bool>,
     expired: Cell<bool>,
     read_closed: Cell<bool>,
 }
@@ -171,6 +179,7 @@ impl ClientState {
             phase: Cell::new(Phase::Idle),
             since: Cell::new(worker.read_clock()),
             waits_for_client: Cell::new(false),
+            body_is_open: Cell::new(false),
             expired: Cell::new(false),
             read_closed: Cell::new(false),
         }
@@ -182,6 +191,7 @@ impl ClientState {
             Phase::Head => self.since.get(),
             _ => self.worker.now(),
         };
+        self.body_is_open.set(false);
         self.enter(Phase::Connecting, started);
         started
     }
@@ -193,11 +203,13 @@ impl ClientState {
         } else {
             Phase::Sending
         };
+        self.body_is_open.set(!whole);
         self.enter(phase, self.worker.now());
     }
 
     /// The request's body has ended. Called from the task of the backend's connection.
     pub(super) fn request_body_ended(&self) {
+        self.body_is_open.set(false);
         if self.phase.get() == Phase::Sending {
             self.enter(Phase::AwaitingResponse, self.worker.read_clock());
         }
@@ -246,6 +258,8 @@ impl ClientState {
             Phase::Idle => self.enter(Phase::Head, self.worker.now()),
             Phase::Head => self.phase.set(Phase::FurtherHead),
             Phase::Sending => self.since.set(self.worker.now()),
+            // The response began before the request had ended, and may wait for the rest of it.
+            Phase::Responding if self.body_is_open.get() => self.since.set(self.worker.now()),
             _ => {}
         }
     }
@@ -288,7 +302,12 @@ struct Watch<'a, D> {
 }
 
 impl<'a, D: Future<Output = ()>> Watch<'a, D> {
-    fn new(worker: &'a Worker, client: &'a ClientState, drain_notice: Pin<&'a mut D>) -> Self {
+    fn new(
+        worker: &'a Worker,
+        client: &'a ClientState,
+        drain_notice: Pin<&'a mut D>,
+        drains: bool,
+    ) -> Self {
         let first = worker.settings(|settings| settings.shortest_timeout());
         let timer = Box::pin(tokio::time::sleep(first));
         Watch {
@@ -298,7 +317,7 @@ impl<'a, D: Future<Output = ()>> Watch<'a, D> {
             timer_is_polled: false,
             drain_notice,
             listens: false,
-            drains: false,
+            drains,
         }
     }
 
@@ -356,6 +375,12 @@ impl<'a, D: Future<Output = ()>> Watch<'a, D> {
 pub(super) struct ClientIo {
     stream: TcpStream,
     client: Rc<ClientState>,
+}
+
+impl ClientIo {
+    pub(super) fn socket(&self) -> SockRef<'_> {
+        SockRef::from(&self.stream)
+    }
 }
 
 impl AsyncRead for ClientIo {
@@ -420,3 +445,6 @@ impl AsyncWrite for ClientIo {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests;

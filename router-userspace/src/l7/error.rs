@@ -5,7 +5,9 @@
 
 use std::fmt;
 
-use http::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 
 use crate::l7::body::ResponseBody;
@@ -33,6 +35,12 @@ pub enum Failure {
     UnknownRoute {
         host: String,
     },
+    /// No route has been learned since the gateway started, so nothing can be said of this one.
+    NoRoutes,
+    /// The route has no backend that is the instance the request asks for.
+    UnknownInstance {
+        host: String,
+    },
     NoEndpoints {
         host: String,
     },
@@ -40,6 +48,7 @@ pub enum Failure {
     RouteService,
     Backend(BackendFailure),
     BackendTimeout(BackendTimeout),
+    Gateway(GatewayFailure),
 }
 
 /// What is wrong with a request that is refused with 400 and a closed connection.
@@ -51,6 +60,12 @@ pub enum BadRequest {
     AuthorityMismatch,
     TransferEncoding,
     PathAboveRoot,
+    /// The body's framing is broken, or it ends before its end.
+    Body,
+    /// `X-CF-App-Instance` is not `UUID:INDEX`.
+    AppInstance,
+    /// `X-CF-Process-Instance` is neither `UUID` nor `UUID:INDEX`.
+    ProcessInstance,
 }
 
 /// How the last backend that was tried failed.
@@ -66,8 +81,18 @@ pub enum BackendFailure {
     UnexpectedUpgrade,
     /// The TLS handshake failed.
     TlsHandshake,
-    /// Its certificate does not verify, or the gateway has no roots to verify it with.
+    /// Its certificate does not verify.
     TlsCertificate,
+}
+
+/// What the gateway lacks to reach any backend of the kind. Says nothing about the backend, and
+/// another one would fare no better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatewayFailure {
+    /// No file descriptor, port or memory for one more connection.
+    Resources,
+    /// `http.backend_tls.ca_file` is not set, so no certificate can be verified.
+    TlsRoots,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +103,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 17] = [
+pub const REASONS: [&str; 21] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -95,23 +120,34 @@ pub const REASONS: [&str; 17] = [
     "endpoint_malformed",
     "endpoint_tls",
     "endpoint_timeout",
+    "gateway_resources",
+    "gateway_tls_roots",
+    "unknown_instance",
+    "no_routes",
     "unparsable",
 ];
 
+/// Indexes in [`REASONS`] of failures of the gateway itself.
+pub(super) const GATEWAY_FAILURES: [usize; 2] = [16, 17];
+
 /// Index in [`REASONS`] of requests that hyper could not parse and answered itself.
-pub(super) const UNPARSABLE: usize = 16;
+pub(super) const UNPARSABLE: usize = REASONS.len() - 1;
 
 impl Failure {
     pub fn status(&self) -> StatusCode {
         match self {
-            Failure::EmptyHost | Failure::Bad(_) => StatusCode::BAD_REQUEST,
+            Failure::EmptyHost | Failure::Bad(_) | Failure::UnknownInstance { .. } => {
+                StatusCode::BAD_REQUEST
+            }
             Failure::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Failure::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Failure::Expectation => StatusCode::EXPECTATION_FAILED,
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
-            Failure::NoEndpoints { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Failure::NoRoutes | Failure::NoEndpoints { .. } | Failure::Gateway(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             // gorouter's own codes, outside the registry.
             Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
             Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
@@ -139,6 +175,10 @@ impl Failure {
             Failure::Backend(BackendFailure::Malformed | BackendFailure::UnexpectedUpgrade) => 13,
             Failure::Backend(BackendFailure::TlsHandshake | BackendFailure::TlsCertificate) => 14,
             Failure::BackendTimeout(_) => 15,
+            Failure::Gateway(GatewayFailure::Resources) => GATEWAY_FAILURES[0],
+            Failure::Gateway(GatewayFailure::TlsRoots) => GATEWAY_FAILURES[1],
+            Failure::UnknownInstance { .. } => 18,
+            Failure::NoRoutes => 19,
         }
     }
 
@@ -149,13 +189,17 @@ impl Failure {
             Failure::Bad(BadRequest::TransferEncoding) => "invalid_transfer_encoding",
             Failure::Bad(BadRequest::Host | BadRequest::ManyHosts) => "invalid_host",
             Failure::Bad(BadRequest::AuthorityMismatch) => "host_mismatch",
+            Failure::Bad(BadRequest::Body) => "invalid_body",
+            Failure::Bad(BadRequest::AppInstance) => "invalid_cf_app_instance_header",
+            Failure::Bad(BadRequest::ProcessInstance) => "invalid_cf_process_instance_header",
             Failure::Bad(BadRequest::Target | BadRequest::PathAboveRoot) => "invalid_target",
             Failure::MethodNotAllowed => "method_not_allowed",
             Failure::TransferCoding => "unsupported_transfer_coding",
             Failure::Expectation => "unsupported_expectation",
             Failure::UriTooLong => "uri_too_long",
             Failure::ClientTimeout => "client_timeout",
-            Failure::UnknownRoute { .. } => "unknown_route",
+            Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
+            Failure::NoRoutes => "no_routes",
             Failure::NoEndpoints { .. } => "no_endpoints",
             Failure::RouteService => "route_service_unsupported",
             Failure::Backend(failure) => match failure {
@@ -172,13 +216,20 @@ impl Failure {
                 BackendTimeout::RequestBody => "endpoint_timeout (request body)",
                 BackendTimeout::ResponseHeaders => "endpoint_timeout (response headers)",
             },
+            Failure::Gateway(GatewayFailure::Resources) => "gateway_failure (out of resources)",
+            Failure::Gateway(GatewayFailure::TlsRoots) => "gateway_failure (no certificate roots)",
         }
     }
 
     fn cache_control(&self) -> Option<&'static str> {
         match self {
             Failure::EmptyHost | Failure::NoEndpoints { .. } => Some("public,max-age=2"),
-            Failure::UnknownRoute { .. } => Some("no-cache, no-store"),
+            Failure::NoRoutes
+            | Failure::UnknownRoute { .. }
+            | Failure::UnknownInstance { .. }
+            | Failure::Bad(BadRequest::AppInstance | BadRequest::ProcessInstance) => {
+                Some("no-cache, no-store")
+            }
             _ => None,
         }
     }
@@ -219,6 +270,9 @@ impl Failure {
         if let Some(value) = self.cache_control() {
             headers.insert(CACHE_CONTROL, HeaderValue::from_static(value));
         }
+        if *self == Failure::NoRoutes {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
         if *self == Failure::MethodNotAllowed {
             headers.insert(ALLOW, ALLOWED_METHODS);
         }
@@ -241,6 +295,9 @@ impl fmt::Display for Failure {
                 BadRequest::AuthorityMismatch => "Request target and Host header disagree",
                 BadRequest::TransferEncoding => "Invalid Transfer-Encoding header",
                 BadRequest::PathAboveRoot => "Path leaves the root",
+                BadRequest::Body => "Invalid request body",
+                BadRequest::AppInstance => "Invalid X-CF-App-Instance Header",
+                BadRequest::ProcessInstance => "Invalid X-CF-Process-Instance Header",
             },
             Failure::MethodNotAllowed => "Method is not supported.",
             Failure::TransferCoding => "Transfer coding is not supported.",
@@ -250,12 +307,17 @@ impl fmt::Display for Failure {
             Failure::UnknownRoute { host } => {
                 return write!(f, "Requested route ('{host}') does not exist.");
             }
+            Failure::NoRoutes => "The gateway has no routes yet.",
+            Failure::UnknownInstance { host } => {
+                return write!(f, "Requested instance of route ('{host}') does not exist.");
+            }
             Failure::NoEndpoints { host } => {
                 return write!(f, "Requested route ('{host}') has no available endpoints.");
             }
             Failure::RouteService => "Support for route services is disabled.",
             Failure::Backend(_) => "Registered endpoint failed to handle the request.",
             Failure::BackendTimeout(_) => "Registered endpoint did not answer in time.",
+            Failure::Gateway(_) => "The gateway cannot reach any endpoint.",
         };
         f.write_str(text)
     }

@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
-use http::header::{ALLOW, HOST};
+use http::header::ALLOW;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::TrySendError;
@@ -18,12 +18,12 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::l7::backend::{Connection, Lease, RawBackend};
-use crate::l7::balance::PoolState;
+use crate::l7::balance::{PoolState, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
-use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, Failure};
+use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
-use crate::l7::router;
+use crate::l7::router::{self, NoMatch};
 use crate::l7::tunnel::Switch;
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -88,6 +88,7 @@ async fn forward(
     if pool.has_route_service {
         return Err(Failure::RouteService);
     }
+    let only = find_instance(&pool, &findings)?;
     let origin = headers::Origin {
         address: &client.forwarded_for,
         trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
@@ -101,9 +102,11 @@ async fn forward(
         pool: &pool,
         findings: &findings,
         origin: &origin,
-        repeatable: Head::of_repeatable(&request),
+        rewritten: false,
+        repeatable: None,
+        only,
         tried: Vec::new(),
-        attempts,
+        attempts: if only.is_some() { 1 } else { attempts },
         fresh: false,
     };
     let (response, lease, backend) = exchange.run(request).await?;
@@ -117,17 +120,36 @@ fn answer_options() -> Response<ResponseBody> {
 }
 
 fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolState>, Failure> {
-    let host = findings
-        .host
-        .as_ref()
-        .and_then(|host| host.to_str().ok())
-        .unwrap_or("");
+    let host = findings.host_str();
     worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
-        Some(found) => Ok(worker.pool(found.pool)),
-        None => Err(Failure::UnknownRoute {
+        Ok(found) => Ok(worker.pool(found.pool)),
+        Err(NoMatch::PathAboveRoot) => Err(Failure::Bad(BadRequest::PathAboveRoot)),
+        Err(NoMatch::UnknownRoute) if snapshot.revision == 0 => Err(Failure::NoRoutes),
+        Err(NoMatch::UnknownRoute) => Err(Failure::UnknownRoute {
             host: host.to_owned(),
         }),
     })
+}
+
+/// The index of the one target that may serve the request, if it asks for an instance.
+fn find_instance(pool: &PoolState, findings: &Findings) -> Result<Option<usize>, Failure> {
+    let (header, is_process) = match (&findings.app_instance, &findings.process_instance) {
+        (Some(app), _) => (app, false),
+        (None, Some(process)) => (process, true),
+        (None, None) => return Ok(None),
+    };
+    let (id, index) = validate::split_instance(header);
+    let wanted = WantedInstance {
+        id,
+        is_process,
+        index,
+    };
+    match pool.find(&wanted) {
+        Some(index) => Ok(Some(index)),
+        None => Err(Failure::UnknownInstance {
+            host: findings.host_str().to_owned(),
+        }),
+    }
 }
 
 /// The request as the backend gets it, but for its headers.
@@ -179,8 +201,12 @@ struct Exchange<'a> {
     pool: &'a Rc<PoolState>,
     findings: &'a Findings,
     origin: &'a headers::Origin<'a>,
-    /// The request before its headers were rewritten, until it is used.
+    /// The request's headers are those for the backend.
+    rewritten: bool,
+    /// The request as it went out on a kept-alive connection, which may turn out to be closed.
     repeatable: Option<Head>,
+    /// The index of the target the request asks for.
+    only: Option<usize>,
     /// Indexes of targets that failed.
     tried: Vec<usize>,
     /// How many are left.
@@ -198,26 +224,39 @@ type Exchanged = (
 
 impl Exchange<'_> {
     async fn run(&mut self, mut request: Request<RequestBody>) -> Result<Exchanged, Failure> {
-        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
         loop {
-            let Some(index) = self.worker.pick(self.pool, &self.tried) else {
-                return Err(no_endpoints(&request));
+            let index = self
+                .only
+                .or_else(|| self.worker.pick(self.pool, &self.tried));
+            let Some(index) = index else {
+                return Err(Failure::NoEndpoints {
+                    host: self.findings.host_str().to_owned(),
+                });
             };
             let mut lease = Lease::new(self.worker, self.pool, index);
-            headers::set_instance(request.headers_mut(), &lease.target().instance);
-            let connection = match lease.connect(self.fresh).await {
-                Ok(connection) => connection,
+            match lease.connect(self.fresh).await {
+                Ok(()) => {}
+                Err(failure @ Failure::Gateway(_)) => return Err(failure),
                 Err(failure) => {
                     self.failed(index, &lease, failure)?;
                     continue;
                 }
-            };
+            }
+            let (target, connection) = lease.connected();
+            let reused = connection.reused;
+            self.repeatable = reused
+                .then(|| Head::of_repeatable(&request, self.rewritten))
+                .flatten();
+            if !self.rewritten {
+                headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
+                self.rewritten = true;
+            }
+            headers::set_instance(request.headers_mut(), &target.instance);
             let backend = self.findings.upgrade.then(|| {
                 let (deliver, backend) = oneshot::channel();
                 connection.upgrade.set(Some(deliver));
                 backend
             });
-            let reused = connection.reused;
             match self.send(connection, request).await {
                 Ok(response) => return Ok((response, lease, backend)),
                 Err(error) => request = self.after(error, index, &lease, reused)?,
@@ -263,6 +302,10 @@ impl Exchange<'_> {
                 return Err(failure);
             }
         };
+        if error.error().is_user() {
+            // The body is the client's: hyper could not read it, and the backend is not at fault.
+            return Err(Failure::Bad(BadRequest::Body));
+        }
         let failure = class_of(error.error());
         let mut unsent = error.take_message();
         // The backend closed an idle connection, as it may at any time: it has not failed.
@@ -282,9 +325,9 @@ impl Exchange<'_> {
 
     /// The request once more, if it may be repeated.
     fn repeat(&mut self) -> Option<Request<RequestBody>> {
-        let mut request = self.repeatable.take()?.into_request();
-        headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
-        Some(request)
+        let head = self.repeatable.take()?;
+        self.rewritten = head.rewritten;
+        Some(head.into_request())
     }
 
     /// Notes a failed backend.
@@ -324,11 +367,12 @@ struct Head {
     method: Method,
     uri: Uri,
     headers: HeaderMap,
+    rewritten: bool,
 }
 
 impl Head {
     /// `None` if a backend that has seen the request might act on it twice (RFC 9110 §9.2.1).
-    fn of_repeatable(request: &Request<RequestBody>) -> Option<Head> {
+    fn of_repeatable(request: &Request<RequestBody>, rewritten: bool) -> Option<Head> {
         let safe = matches!(
             *request.method(),
             Method::GET | Method::HEAD | Method::OPTIONS
@@ -337,6 +381,7 @@ impl Head {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
+            rewritten,
         })
     }
 
@@ -354,16 +399,6 @@ fn class_of(error: &hyper::Error) -> BackendFailure {
         BackendFailure::Malformed
     } else {
         BackendFailure::Closed
-    }
-}
-
-fn no_endpoints(request: &Request<RequestBody>) -> Failure {
-    let host = request
-        .headers()
-        .get(HOST)
-        .and_then(|host| host.to_str().ok());
-    Failure::NoEndpoints {
-        host: host.unwrap_or("").to_owned(),
     }
 }
 

@@ -12,6 +12,7 @@ use http::header::{
 use crate::l7::balance::InstanceHeaders;
 use crate::l7::validate::{Findings, is_plain_connection};
 
+const APP_INSTANCE: HeaderName = HeaderName::from_static("x-cf-app-instance");
 const APPLICATION_ID: HeaderName = HeaderName::from_static("x-cf-applicationid");
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
@@ -58,6 +59,9 @@ pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, orig
     if findings.expect {
         // hyper sends the 100 when the backend's connection first asks for the body.
         headers.remove(EXPECT);
+    }
+    if findings.app_instance.is_some() {
+        headers.remove(APP_INSTANCE);
     }
     if findings.underscores {
         remove_where(headers, |name| name.as_str().contains('_'));

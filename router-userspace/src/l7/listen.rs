@@ -2,16 +2,14 @@
 //! and no worker waits for another.
 
 use std::net::{SocketAddr, TcpListener};
-use std::time::Duration;
 
 use anyhow::Context;
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::l7::liveness;
 
 /// Connections that wait to be accepted, for each worker; the kernel caps it at `somaxconn`.
 const BACKLOG: i32 = 4096;
-
-/// A client that vanished is noticed after this long; upgraded connections have no other timeout.
-const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// Binds `count` sockets to one address. Port 0 takes a free port, the same for all.
 ///
@@ -51,7 +49,7 @@ fn socket(address: SocketAddr) -> anyhow::Result<Socket> {
     // Connections of an earlier process in TIME_WAIT must not be in the way.
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
+    liveness::keep_alive(SockRef::from(&socket))?;
     Ok(socket)
 }
 

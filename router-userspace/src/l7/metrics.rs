@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::l7::error::REASONS;
+use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 
 /// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
 pub const LATENCY_BOUNDS_US: [u64; 14] = [
@@ -32,9 +32,9 @@ pub struct L7Metrics {
 /// Sums over all workers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct L7Totals {
-    /// Finished or aborted requests by first digit of their status: 1 to 5.
+    /// Requests whose response ended whole, by first digit of their status: 1 to 5.
     pub responses: [u64; 5],
-    /// The client left before its response had ended.
+    /// Requests whose response did not: the client left, the backend broke off, or a timeout cut it.
     pub aborted: u64,
     /// Answers of the gateway itself by reason, in the order of [`REASONS`].
     pub errors: Vec<(&'static str, u64)>,
@@ -155,6 +155,14 @@ impl WorkerMetrics {
         let bucket = LATENCY_BOUNDS_US.iter().position(|&bound| us <= bound);
         self.latency_buckets[bucket.unwrap_or(BUCKET_COUNT - 1)].add(1);
         self.latency_sum_us.add(us);
+    }
+
+    /// Requests answered for by [`Failure::Gateway`](crate::l7::error::Failure::Gateway).
+    pub(super) fn gateway_failures(&self) -> u64 {
+        GATEWAY_FAILURES
+            .map(|reason| self.errors[reason].read())
+            .iter()
+            .sum()
     }
 
     /// Replaces the list of backends that readers see.

@@ -23,17 +23,30 @@ pub struct RouteMatch<'a> {
     pub pool: &'a Arc<Pool>,
 }
 
+/// Why there is no match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoMatch {
+    UnknownRoute,
+    /// The path's `..` segments lead out of the root.
+    PathAboveRoot,
+}
+
 /// Finds the route for a `Host` header value, with or without port, and the path of a request
 /// target, without query. Neither needs to be lower case.
-pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
+///
+/// # Errors
+/// Says why the request has no route.
+pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Result<RouteMatch<'a>, NoMatch> {
+    let path = without_dot_segments(path).ok_or(NoMatch::PathAboveRoot)?;
+    find_resolved(snapshot, host, &path).ok_or(NoMatch::UnknownRoute)
+}
+
+fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
     let name = strip_port(host);
     let name = name.strip_suffix('.').unwrap_or(name);
     if name.is_empty() || name.len() > MAX_HOST_LEN {
         return None;
     }
-    let path = without_dot_segments(path)?;
-    let path = path.as_ref();
-
     let mut buffer = [0; MAX_HOST_LEN];
     let key = &mut buffer[..name.len()];
     key.copy_from_slice(name.as_bytes());
@@ -62,10 +75,7 @@ pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteM
 
 fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
     let (host, routes) = snapshot.hosts.get_key_value(host)?;
-    let (prefix, pool) = routes
-        .paths
-        .iter()
-        .find(|(prefix, _)| is_path_prefix(prefix, path))?;
+    let (prefix, pool) = longest_prefix(&routes.paths, path)?;
     Some(RouteMatch {
         host,
         path: prefix,
@@ -73,12 +83,31 @@ fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<Ro
     })
 }
 
-/// Whether `prefix`, lower case, covers `path` by whole segments.
-fn is_path_prefix(prefix: &str, path: &str) -> bool {
-    let (prefix, path) = (prefix.as_bytes(), path.as_bytes());
-    path.len() >= prefix.len()
-        && path[..prefix.len()].eq_ignore_ascii_case(prefix)
-        && (path.len() == prefix.len() || path[prefix.len()] == b'/')
+/// The longest of the paths, lower case and sorted as in [`HostRoutes`](crate::snapshot::HostRoutes), that covers `path` by whole
+/// segments: a binary search for each place where a segment of `path` ends.
+fn longest_prefix<'a>(
+    paths: &'a [(Arc<str>, Arc<Pool>)],
+    path: &str,
+) -> Option<&'a (Arc<str>, Arc<Pool>)> {
+    let path = path.as_bytes();
+    let before = |end: usize| path[..end].iter().rposition(|&byte| byte == b'/');
+    let longest = paths.first()?.0.len();
+    let mut end = if path.len() <= longest {
+        path.len()
+    } else {
+        before(longest + 1)?
+    };
+    loop {
+        let wanted = path[..end].iter().map(u8::to_ascii_lowercase);
+        let found = paths.binary_search_by(|(known, _)| {
+            end.cmp(&known.len())
+                .then_with(|| known.bytes().cmp(wanted.clone()))
+        });
+        match found {
+            Ok(at) => return Some(&paths[at]),
+            Err(_) => end = before(end)?,
+        }
+    }
 }
 
 /// The host of `host[:port]`, where an IPv6 literal keeps its brackets.
@@ -93,7 +122,7 @@ fn strip_port(host: &str) -> &str {
 
 /// The path with `.` and `..` segments resolved, `%2e` read as a dot (RFC 3986 §5.2.4), so that the
 /// route is the one of the resource that the backend will serve. `None` if it climbs above the root.
-pub fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
+fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
     let may_have_dots = |pair: &[u8]| pair == b"/." || pair == b"/%";
     if !path.as_bytes().windows(2).any(may_have_dots) {
         return Some(Cow::Borrowed(path));

@@ -59,7 +59,10 @@ fn pool(backends: impl IntoIterator<Item = Backend>) -> Pool {
 }
 
 fn snapshot(routes: impl IntoIterator<Item = (&'static str, Pool)>) -> Snapshot {
-    let mut snapshot = Snapshot::default();
+    let mut snapshot = Snapshot {
+        revision: 1,
+        ..Snapshot::default()
+    };
     for (host, pool) in routes {
         let routes = HostRoutes {
             paths: vec![("".into(), Arc::new(pool))],

@@ -2,7 +2,7 @@
 //!
 //! Certificates are verified against `http.backend_tls.ca_file` alone; the system's roots vouch
 //! for the public web, not for a platform's instances. Without the file there is nothing to verify
-//! with, and such backends are answered for with 526.
+//! with, and requests for such backends are answered with 503.
 
 use std::io;
 use std::net::IpAddr;

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use crate::l7::backend::{Lease, RawBackend};
 use crate::l7::connection::ClientIo;
 use crate::l7::forward::RequestRecord;
+use crate::l7::liveness;
 use crate::l7::worker::Worker;
 
 /// Bytes buffered in each direction.
@@ -44,6 +45,9 @@ async fn relay(
     read_ahead: Bytes,
     mut backend: RawBackend,
 ) -> std::io::Result<()> {
+    for socket in [client.socket(), backend.io.socket()] {
+        liveness::limit_unacknowledged(socket)?;
+    }
     tokio::try_join!(
         client.write_all(&backend.read_ahead),
         backend.io.write_all(&read_ahead),

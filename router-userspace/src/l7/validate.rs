@@ -9,7 +9,7 @@ use http::uri::Scheme;
 use http::{HeaderValue, Method, Request, Version};
 
 use crate::l7::error::{BadRequest, Failure};
-use crate::l7::router::{MAX_HOST_LEN, without_dot_segments};
+use crate::l7::router::MAX_HOST_LEN;
 
 /// What a valid request carries.
 #[derive(Debug, Default)]
@@ -33,6 +33,17 @@ pub(super) struct Findings {
     pub forwarded: bool,
     pub request_id: bool,
     pub request_start: bool,
+    /// The client wants this instance and no other; well formed.
+    pub app_instance: Option<HeaderValue>,
+    pub process_instance: Option<HeaderValue>,
+}
+
+impl Findings {
+    /// The `Host` header, which was found to be ASCII.
+    pub(super) fn host_str(&self) -> &str {
+        let host = self.host.as_ref().and_then(|host| host.to_str().ok());
+        host.unwrap_or("")
+    }
 }
 
 /// # Errors
@@ -99,6 +110,18 @@ fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
             | "x-forwarded-client-cert" => findings.forwarded = true,
             "x-request-id" => findings.request_id = true,
             "x-request-start" => findings.request_start = true,
+            "x-cf-app-instance" if !value.is_empty() => {
+                if !is_instance(value, true) {
+                    return Err(Failure::Bad(BadRequest::AppInstance));
+                }
+                findings.app_instance = Some(value.clone());
+            }
+            "x-cf-process-instance" if !value.is_empty() => {
+                if !is_instance(value, false) {
+                    return Err(Failure::Bad(BadRequest::ProcessInstance));
+                }
+                findings.process_instance = Some(value.clone());
+            }
             name => findings.underscores |= name.as_bytes().contains(&b'_'),
         }
     }
@@ -153,6 +176,27 @@ fn is_reg_name(name: &[u8]) -> bool {
         };
     }
     true
+}
+
+/// A UUID in lower case, `:` and a number, which may be left out unless `indexed`.
+fn is_instance(value: &HeaderValue, indexed: bool) -> bool {
+    let (id, index) = split_instance(value);
+    let is_uuid = id.len() == 36
+        && id.iter().enumerate().all(|(i, byte)| match i {
+            8 | 13 | 18 | 23 => *byte == b'-',
+            _ => matches!(byte, b'0'..=b'9' | b'a'..=b'f'),
+        });
+    let is_index = |index: &[u8]| !index.is_empty() && index.iter().all(u8::is_ascii_digit);
+    is_uuid && index.map_or(!indexed, is_index)
+}
+
+/// `ID:INDEX` or `ID`.
+pub(super) fn split_instance(value: &HeaderValue) -> (&[u8], Option<&[u8]>) {
+    let bytes = value.as_bytes();
+    match bytes.iter().position(|&byte| byte == b':') {
+        Some(colon) => (&bytes[..colon], Some(&bytes[colon + 1..])),
+        None => (bytes, None),
+    }
 }
 
 /// Empty, or `:` and at most five digits up to 65535, possibly none (RFC 3986 §3.2.3).
@@ -221,9 +265,6 @@ fn inspect_target<B>(
     let path = uri.path();
     if !path.starts_with('/') || contains_nul(path) {
         return Err(bad_target());
-    }
-    if without_dot_segments(path).is_none() {
-        return Err(Failure::Bad(BadRequest::PathAboveRoot));
     }
     Ok(())
 }

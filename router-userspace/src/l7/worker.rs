@@ -3,10 +3,12 @@
 //! Nothing here is shared with another worker but the published snapshot and settings, both read
 //! through a cached pointer. Tasks of a worker: one acceptor for each listener, one for each client
 //! connection, one for each backend connection, and a sweep about once a second. When told to
-//! drain it stops accepting, lets each connection end after its request, and leaves what is left
-//! at the deadline.
+//! drain it accepts what has already connected and no more, lets each connection end after its
+//! request, and leaves what is left at the deadline.
 
 use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,10 +16,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
+use bytes::Bytes;
 use http::HeaderValue;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -41,6 +44,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long accepting pauses after the kernel refused a connection, for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Request ids made at once: 1152 bytes, freed when the last request that has one of them ends.
+const REQUEST_IDS_AT_ONCE: usize = 32;
+
 /// What a worker's thread is started with.
 pub(super) struct WorkerParts {
     pub listeners: Vec<std::net::TcpListener>,
@@ -61,6 +67,7 @@ pub(super) struct Worker {
     settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
     backends: RefCell<Backends>,
     rng: RefCell<SmallRng>,
+    request_ids: RefCell<Bytes>,
     clock: Cell<Option<Instant>>,
     request_start: RefCell<RequestStart>,
     scratch: RefCell<Vec<u8>>,
@@ -132,42 +139,92 @@ async fn run(parts: WorkerParts) {
         Ok(deadline) => deadline.unwrap_or_else(Instant::now),
         Err(_) => Instant::now(),
     };
-    for acceptor in acceptors {
-        acceptor.abort();
-    }
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
-    let _ = tokio::time::timeout_at(deadline, worker.connections_ended()).await;
+    let ended = async {
+        for acceptor in acceptors {
+            let _ = acceptor.await;
+        }
+        worker.connections_ended().await;
+    };
+    let _ = tokio::time::timeout_at(deadline, ended).await;
     sweeper.abort();
     drop(alive);
 }
 
+/// Accepts until the worker drains, and then what the kernel has accepted in its name: closing the
+/// listener before would reset those connections.
 async fn accept(worker: Rc<Worker>, listener: TcpListener) {
+    while !worker.is_draining() {
+        tokio::select! {
+            // Both may be dropped: a connection that was not handed over stays in the backlog.
+            () = worker.drain_notice() => {}
+            accepted = next_connection(&worker, &listener) => match accepted {
+                Ok((stream, peer)) => serve(&worker, stream, peer),
+                Err(error) => {
+                    refused(&worker, &error);
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+    if let Err(error) = accept_backlog(&worker, listener).await {
+        refused(&worker, &error);
+    }
+}
+
+async fn next_connection(
+    worker: &Worker,
+    listener: &TcpListener,
+) -> io::Result<(TcpStream, SocketAddr)> {
+    worker.wait_for_room().await;
+    listener.accept().await
+}
+
+async fn accept_backlog(worker: &Rc<Worker>, listener: TcpListener) -> io::Result<()> {
+    let listener = listener.into_std()?;
     loop {
         worker.wait_for_room().await;
-        match listener.accept().await {
+        match listener.accept() {
             Ok((stream, peer)) => {
-                worker.metrics.connections_accepted.add(1);
-                let open = OpenConnection::new(&worker);
-                let worker = Rc::clone(&worker);
-                tokio::task::spawn_local(async move {
-                    connection::serve(worker, stream, peer).await;
-                    drop(open);
-                });
+                stream.set_nonblocking(true)?;
+                serve(worker, TcpStream::from_std(stream)?, peer);
             }
-            Err(error) => {
-                worker.metrics.accept_errors.add(1);
-                tracing::warn!(%error, "accept a client connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }
 
+fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+    worker.metrics.connections_accepted.add(1);
+    let open = OpenConnection::new(worker);
+    let worker = Rc::clone(worker);
+    tokio::task::spawn_local(async move {
+        connection::serve(worker, stream, peer).await;
+        drop(open);
+    });
+}
+
+fn refused(worker: &Worker, error: &io::Error) {
+    worker.metrics.accept_errors.add(1);
+    tracing::warn!(%error, "accept a client connection");
+}
+
 async fn sweep(worker: Rc<Worker>) {
     let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+    let mut failures_before = 0;
     loop {
         ticks.tick().await;
+        let failures = worker.metrics.gateway_failures();
+        if failures > failures_before {
+            let requests = failures - failures_before;
+            tracing::warn!(
+                requests,
+                "answered 503 because the gateway itself could not reach out"
+            );
+            failures_before = failures;
+        }
         // Also lets go of a snapshot that no request has replaced.
         worker.snapshot(|_| ());
         worker.forget_clock();
@@ -184,7 +241,7 @@ async fn sweep(worker: Rc<Worker>) {
 }
 
 impl Worker {
-    fn new(
+    pub(super) fn new(
         published: Published,
         settings: Arc<ArcSwap<Settings>>,
         metrics: Arc<WorkerMetrics>,
@@ -197,6 +254,7 @@ impl Worker {
             settings: RefCell::new(Cache::new(settings)),
             backends: RefCell::default(),
             rng: RefCell::new(SmallRng::from_os_rng()),
+            request_ids: RefCell::default(),
             clock: Cell::new(None),
             request_start: RefCell::new(RequestStart::new(Instant::now())),
             scratch: RefCell::default(),
@@ -256,10 +314,12 @@ impl Worker {
 
     /// A random UUID. Unique, not secret: the generator is seeded from the system and fast.
     pub(super) fn new_request_id(&self) -> HeaderValue {
-        let id = uuid::Builder::from_random_bytes(self.rng.borrow_mut().random()).into_uuid();
-        let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
-        let text = id.hyphenated().encode_lower(&mut text);
-        HeaderValue::from_str(text).expect("hexadecimal digits and hyphens")
+        let mut unused = self.request_ids.borrow_mut();
+        if unused.is_empty() {
+            *unused = request_ids(&mut *self.rng.borrow_mut());
+        }
+        let id = unused.split_to(uuid::fmt::Hyphenated::LENGTH);
+        HeaderValue::from_maybe_shared(id).expect("hexadecimal digits and hyphens")
     }
 
     /// Milliseconds since the Unix epoch.
@@ -321,8 +381,19 @@ impl Drop for OpenConnection {
             .open_connections
             .set(self.0.open_connections.get() - 1);
         self.0.metrics.connections_open.subtract(1);
-        self.0.connection_ended.notify_one();
+        self.0.connection_ended.notify_waiters();
     }
+}
+
+/// UUIDs one behind the other. Cut from one buffer, they cost no allocation each, nor when cloned.
+fn request_ids(rng: &mut impl Rng) -> Bytes {
+    let mut text = Vec::with_capacity(REQUEST_IDS_AT_ONCE * uuid::fmt::Hyphenated::LENGTH);
+    for _ in 0..REQUEST_IDS_AT_ONCE {
+        let id = uuid::Builder::from_random_bytes(rng.random()).into_uuid();
+        let mut buffer = [0; uuid::fmt::Hyphenated::LENGTH];
+        text.extend_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes());
+    }
+    Bytes::from(text)
 }
 
 impl RequestStart {

@@ -104,6 +104,29 @@ async fn a_request_body_that_stalls_is_408() {
 }
 
 #[tokio::test]
+async fn a_malformed_request_body_is_400_and_not_the_backends_fault() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut client = gateway.connect().await;
+    let half = "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n";
+    client.write_all(half.as_bytes()).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "2\r\nhi\r\n").await;
+    client.write_all(b"zz\r\n").await.unwrap();
+    let response = read_to_end(&mut client).await;
+    assert_status(&response, 400);
+    assert!(response.contains("x-cf-routererror: invalid_body\r\n"));
+    assert!(response.contains("connection: close\r\n"), "{response}");
+    assert_eq!(read_to_end(&mut stream).await, "", "no end of the body");
+    let totals = gateway.metrics.totals();
+    assert!(totals.errors.contains(&("bad_request", 1)));
+    assert_eq!((totals.retries, totals.ejections), (0, 0));
+    let backends =
+        poll_until(|| Some(gateway.metrics.backends()).filter(|it| !it.is_empty())).await;
+    assert_eq!(backends[&address].failures, 0);
+}
+
+#[tokio::test]
 async fn a_slow_or_idle_client_is_disconnected() {
     let gateway = Gateway::with_config(
         Snapshot::default(),
@@ -147,16 +170,26 @@ async fn a_post_that_a_backend_may_have_acted_on_is_not_repeated() {
     let mut snapshot = snapshot([("a.com", pool([backend(address), backend(other.address)]))]);
     snapshot.unhealthy.insert(other.address);
     let gateway = Gateway::start(snapshot);
-    let post = gateway.exchange(
-        "POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi",
-    );
-    let drops = async {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        read_until(&mut stream, "\r\n\r\nhi").await;
-    };
-    let (response, ()) = tokio::join!(post, drops);
+    let mut client = gateway.connect().await;
+    let get = b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
+    client.write_all(get).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, "\r\n\r\n").await;
+    let ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    stream.write_all(ok).await.unwrap();
+    read_until(&mut client, "ok").await;
+
+    // On the kept-alive connection, where a GET would be repeated.
+    let post =
+        b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
+    client.write_all(post).await.unwrap();
+    read_until(&mut stream, "\r\n\r\nhi").await;
+    drop(stream);
+    let response = read_to_end(&mut client).await;
     assert_status(&response, 502);
     assert!(response.contains("endpoint_failure (connection closed)"));
+    let totals = gateway.metrics.totals();
+    assert_eq!((totals.backend_connections_reused, totals.retries), (1, 0));
     assert!(other.seen().is_empty());
 }
 

@@ -94,6 +94,35 @@ async fn connections_over_the_limit_wait_and_are_counted() {
 }
 
 #[tokio::test]
+async fn draining_serves_connections_that_waited_to_be_accepted() {
+    let a = TestBackend::named("a").await;
+    let mut config = config();
+    config.limits.connections = 1;
+    let gateway = Gateway::with_config(snapshot([("a.com", pool([backend(a.address)]))]), config);
+    let mut first = gateway.connect().await;
+    gateway.totals(|totals| totals.connections_full == 1).await;
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        let mut client = gateway.connect().await;
+        let request = b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        waiting.push(client);
+    }
+    let drained = tokio::spawn(gateway.proxy.drain(PATIENCE));
+    assert_eq!(read_to_end(&mut first).await, "");
+    drop(first);
+    for mut client in waiting {
+        let response = read_to_end(&mut client).await;
+        assert_status(&response, 200);
+        assert!(response.contains("connection: close\r\n"), "{response}");
+    }
+    tokio::time::timeout(PATIENCE, drained)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
 async fn a_reload_changes_settings_or_nothing() {
     let a = TestBackend::named("a").await;
     let gateway = Gateway::to([a.address]);

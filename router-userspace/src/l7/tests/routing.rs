@@ -20,6 +20,17 @@ async fn the_host_chooses_the_backend() {
 }
 
 #[tokio::test]
+async fn before_the_first_route_no_host_is_said_not_to_exist() {
+    let gateway = Gateway::start(Snapshot::default());
+    let response = gateway.get("a.com").await;
+    assert_status(&response, 503);
+    assert!(response.contains("x-cf-routererror: no_routes\r\n"));
+    assert!(response.contains("retry-after: 1\r\n"), "{response}");
+    gateway.published.store(Arc::new(snapshot([])));
+    assert_status(&gateway.get("a.com").await, 404);
+}
+
+#[tokio::test]
 async fn a_published_snapshot_is_used_by_the_next_request_of_an_open_connection() {
     let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
     let gateway = Gateway::to([a.address]);
@@ -159,4 +170,106 @@ async fn a_route_with_a_route_service_is_not_served_past_it() {
     assert_status(&response, 502);
     assert!(response.contains("x-cf-routererror: route_service_unsupported\r\n"));
     assert!(a.seen().is_empty());
+}
+
+const APP: &str = "5cdc7595-2e9b-4f62-8d5a-a86b92f2df0e";
+const PROCESS: &str = "0fa7de1c-0e3b-4c3c-9d5d-2d8a3b1c9f10";
+
+/// Two instances, `0` and `1`, of one app and process.
+async fn two_instances() -> Gateway {
+    let mut backends = Vec::new();
+    for index in ["0", "1"] {
+        backends.push(Backend {
+            app: Some(APP.into()),
+            instance_index: Some(index.into()),
+            tags: [("process_id".into(), PROCESS.into())].into(),
+            ..backend(TestBackend::named(index).await.address)
+        });
+    }
+    Gateway::start(snapshot([("a.com", pool(backends))]))
+}
+
+async fn get_instance(gateway: &Gateway, line: &str) -> String {
+    let request = format!("GET / HTTP/1.1\r\nHost: a.com\r\n{line}\r\nConnection: close\r\n\r\n");
+    gateway.exchange(request).await
+}
+
+#[tokio::test]
+async fn a_request_for_an_instance_reaches_that_one() {
+    let gateway = two_instances().await;
+    for _ in 0..3 {
+        let app = get_instance(&gateway, &format!("X-CF-App-Instance: {APP}:1")).await;
+        assert!(app.ends_with("\r\n\r\n1"), "{app}");
+        let process = get_instance(&gateway, &format!("X-CF-Process-Instance: {PROCESS}:0")).await;
+        assert!(process.ends_with("\r\n\r\n0"), "{process}");
+    }
+    let any = get_instance(&gateway, &format!("X-CF-Process-Instance: {PROCESS}")).await;
+    assert_status(&any, 200);
+}
+
+#[tokio::test]
+async fn an_instance_that_does_not_exist_is_400() {
+    let gateway = two_instances().await;
+    for line in [
+        format!("X-CF-App-Instance: {APP}:2"),
+        format!("X-CF-App-Instance: {PROCESS}:0"),
+        format!("X-CF-Process-Instance: {APP}:0"),
+        format!("X-CF-Process-Instance: {APP}"),
+    ] {
+        let response = get_instance(&gateway, &line).await;
+        assert_status(&response, 400);
+        assert!(
+            response.contains("x-cf-routererror: unknown_route\r\n"),
+            "{line}: {response}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_malformed_instance_is_400() {
+    let gateway = two_instances().await;
+    for value in [
+        "1",
+        ":1",
+        &APP[1..],
+        &format!("{APP}:"),
+        &format!("{APP}:x"),
+        &APP.to_uppercase(),
+    ] {
+        for name in ["app", "process"] {
+            let response = get_instance(&gateway, &format!("x-cf-{name}-instance: {value}")).await;
+            assert_status(&response, 400);
+            let error = format!("x-cf-routererror: invalid_cf_{name}_instance_header\r\n");
+            assert!(response.contains(&error), "{value}: {response}");
+        }
+    }
+    let response = get_instance(&gateway, &format!("X-CF-App-Instance: {APP}")).await;
+    assert!(
+        response.contains("invalid_cf_app_instance_header"),
+        "{response}"
+    );
+}
+
+#[tokio::test]
+async fn only_the_app_instance_is_kept_from_the_backend() {
+    let (listener, address) = scripted().await;
+    let instance = Backend {
+        app: Some(APP.into()),
+        instance_index: Some("0".into()),
+        ..backend(address)
+    };
+    let gateway = Gateway::start(snapshot([("a.com", pool([instance]))]));
+    let mut client = gateway.connect().await;
+    let request = format!(
+        "GET / HTTP/1.1\r\nHost: a.com\r\nX-CF-App-Instance: {APP}:0\r\n\
+         X-CF-Process-Instance: {PROCESS}\r\n\r\n"
+    );
+    client.write_all(request.as_bytes()).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let head = read_until(&mut stream, "\r\n\r\n").await;
+    assert!(!head.contains("x-cf-app-instance"), "{head}");
+    assert!(
+        head.contains(&format!("x-cf-process-instance: {PROCESS}\r\n")),
+        "{head}"
+    );
 }

@@ -80,12 +80,23 @@ async fn a_backend_whose_certificate_does_not_verify_is_526() {
         (Some("other.internal"), known()),
         (None, known()),
         (Some("app.internal"), Some(other_ca_file.path().to_owned())),
-        (Some("app.internal"), None),
     ] {
         let response = gateway(address, name, ca_file).get("a.com").await;
         assert_status(&response, 526);
         assert!(response.contains("x-cf-routererror: endpoint_failure (invalid certificate)\r\n"));
     }
+}
+
+#[tokio::test]
+async fn without_a_ca_file_the_gateway_is_at_fault_and_no_backend_ejected() {
+    let (address, _) = tls_backend().await;
+    let gateway = gateway(address, Some("app.internal"), None);
+    let response = gateway.get("a.com").await;
+    assert_status(&response, 503);
+    assert!(response.contains("x-cf-routererror: gateway_failure (no certificate roots)\r\n"));
+    let totals = gateway.metrics.totals();
+    assert!(totals.errors.contains(&("gateway_tls_roots", 1)));
+    assert_eq!((totals.retries, totals.ejections), (0, 0));
 }
 
 #[tokio::test]
