@@ -81,6 +81,25 @@ pub struct Backend {
     pub origin: Origin,
 }
 
+impl Backend {
+    /// A backend of which nothing is said but its address: HTTP/1 in clear, of the default weight.
+    pub fn new(address: SocketAddr, origin: Origin) -> Backend {
+        Backend {
+            address,
+            weight: wire::DEFAULT_WEIGHT,
+            tls: None,
+            protocol: HttpProtocol::Http1,
+            app: None,
+            instance_id: None,
+            instance_index: None,
+            availability_zone: None,
+            isolation_segment: None,
+            tags: BTreeMap::new(),
+            origin,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendTls {
     /// `server_cert_domain_san`; `None` checks the certificate against the backend's address.

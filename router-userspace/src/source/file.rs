@@ -227,7 +227,6 @@ impl From<HttpMatch> for RouteKey {
 impl From<FileBackend> for Backend {
     fn from(backend: FileBackend) -> Backend {
         Backend {
-            address: backend.address.0,
             weight: backend.weight.0,
             tls: backend.tls.map(|tls| BackendTls {
                 server_name: tls.server_name,
@@ -236,13 +235,7 @@ impl From<FileBackend> for Backend {
                 FileProtocol::Http1 => HttpProtocol::Http1,
                 FileProtocol::Http2 => HttpProtocol::Http2,
             },
-            app: None,
-            instance_id: None,
-            instance_index: None,
-            availability_zone: None,
-            isolation_segment: None,
-            tags: BTreeMap::new(),
-            origin: Origin::File,
+            ..Backend::new(backend.address.0, Origin::File)
         }
     }
 }

@@ -3,24 +3,14 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::route::HttpProtocol;
 use crate::route::expiry::TICK;
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
 fn backend(address: &str, weight: u16, origin: Origin) -> Arc<Backend> {
     Arc::new(Backend {
-        address: address.parse().unwrap(),
         weight,
-        tls: None,
-        protocol: HttpProtocol::Http1,
-        app: None,
-        instance_id: None,
-        instance_index: None,
-        availability_zone: None,
-        isolation_segment: None,
-        tags: BTreeMap::new(),
-        origin,
+        ..Backend::new(address.parse().unwrap(), origin)
     })
 }
 
