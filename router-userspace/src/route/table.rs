@@ -90,7 +90,7 @@ struct Entry {
     policy: Option<Box<Policy>>,
     renewed: Tick,
     lifetime: Tick,
-    /// The one visit of [`Expiry`] that counts; those of earlier owners of the slot do not.
+    /// When [`Expiry`] holds a visit of this entry; [`Tick::MAX`]: it holds none.
     scheduled: Tick,
 }
 
@@ -159,10 +159,8 @@ impl RouteTable {
     pub fn expire(&mut self, now: Instant) -> Change {
         let mut change = Change::default();
         let now = expiry::tick_before(self.epoch, now);
-        while let Some((at, ids)) = self.expiry.due(now) {
-            for id in ids {
-                self.visit(id, at, now, &mut change);
-            }
+        while let Some(id) = self.expiry.due(now) {
+            self.visit(id, now, &mut change);
         }
         change
     }
@@ -267,6 +265,7 @@ impl RouteTable {
             entry.lifetime = lifetime;
             let deadline = now.saturating_add(lifetime);
             if backend.origin != Origin::File && deadline < entry.scheduled {
+                self.expiry.cancel(id, entry.scheduled);
                 entry.scheduled = deadline;
                 self.expiry.schedule(id, deadline);
             }
@@ -419,6 +418,7 @@ impl RouteTable {
             .take()
             .expect("indexed entries are there");
         self.free.push(id);
+        self.expiry.cancel(id, entry.scheduled);
         self.by_origin[entry.backend.origin as usize].remove(&id);
         let address = entry.backend.address;
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
@@ -460,13 +460,10 @@ impl RouteTable {
     }
 
     /// Looks at an entry whose time may have come.
-    fn visit(&mut self, id: u32, at: Tick, now: Tick, change: &mut Change) {
-        let Some(entry) = self.entries[id as usize].as_mut() else {
-            return;
-        };
-        if entry.scheduled != at {
-            return;
-        }
+    fn visit(&mut self, id: u32, now: Tick, change: &mut Change) {
+        let entry = self.entries[id as usize]
+            .as_mut()
+            .expect("visits go with their entries");
         entry.scheduled = Tick::MAX;
         if entry.backend.origin == Origin::File {
             return;

@@ -317,6 +317,26 @@ fn a_shorter_lifetime_counts_from_its_registration() {
 }
 
 #[test]
+fn instances_that_come_and_go_leave_no_deadlines_behind() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let (routes, one) = (
+        [http("a.x", ""), vip("tcp/192.0.2.1:80")],
+        backend("10.0.0.1:80", 1, Origin::Nats),
+    );
+    for seconds in [120, 1, 60, 120].repeat(100) {
+        let mut lease = registration(&routes, &one);
+        lease.stale_after = Some(Duration::from_secs(seconds));
+        table.apply(RouteEvent::Register(lease), now);
+        assert_eq!(table.expiry.len(), routes.len());
+        if seconds == 60 {
+            table.apply(withdrawal(&routes, &one), now);
+            assert_eq!(table.expiry.len(), 0);
+        }
+    }
+}
+
+#[test]
 fn a_health_flip_names_the_vips_it_touches() {
     let now = Instant::now();
     let mut table = RouteTable::new(THRESHOLD, now);
@@ -414,6 +434,7 @@ fn check_invariants(table: &RouteTable) {
             );
         }
     }
+    assert!(table.expiry.len() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
     let http = table
         .next
