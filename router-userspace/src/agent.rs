@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::route::table::{Change, RouteTable};
 use crate::route::{Origin, RouteEvent};
 use crate::snapshot::Published;
+use crate::warning::WarningLimit;
 
 /// Events of one batch: about a millisecond of work, so that a burst is published as it arrives.
 const MAX_BATCH: usize = 1024;
@@ -31,6 +32,7 @@ pub struct Agent {
     l4: Option<L4>,
     metrics: Arc<Metrics>,
     tick: Duration,
+    full: WarningLimit,
 }
 
 impl Agent {
@@ -52,6 +54,7 @@ impl Agent {
             l4,
             metrics,
             tick,
+            full: WarningLimit::default(),
         };
         let adopted = agent.l4.as_ref().map(L4::adopted).unwrap_or_default();
         let mut change = Change::default();
@@ -138,6 +141,11 @@ impl Agent {
     /// Publishes the table if `change` says that it is another, then tells layer 4.
     fn publish(&mut self, change: Change, now: Instant) -> bool {
         self.metrics.table(&change, self.table.size());
+        if let Some(bound) = change.bound
+            && let Some(suppressed) = self.full.allow(now)
+        {
+            tracing::warn!(%bound, suppressed, "no room for a registration: refused whole");
+        }
         if !change.changed {
             return false;
         }

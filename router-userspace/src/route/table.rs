@@ -11,6 +11,7 @@
 //! takes an address over from NATS.
 
 use std::collections::{BTreeSet, HashSet};
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -49,8 +50,21 @@ pub struct Change {
     pub expired: u64,
     /// Left alone because the entry belongs to another source.
     pub shadowed: u64,
-    /// Refused by one of the bounds of this module.
+    /// Refused with their registration, which one of the bounds of this module kept out.
     pub full: u64,
+    /// The bound that refused a registration last.
+    pub bound: Option<Bound>,
+}
+
+/// What keeps a registration out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// [`MAX_ENTRIES`].
+    Entries,
+    /// [`MAX_POOL_BACKENDS`].
+    PoolBackends,
+    /// [`MAX_HOST_PATHS`].
+    HostPaths,
 }
 
 /// How much the table holds.
@@ -75,6 +89,8 @@ pub struct RouteTable {
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
     sources: [Source; 3],
+    /// What [`Self::register`] finds of each route; kept for its memory.
+    found: Vec<Option<u32>>,
     stale_threshold: Duration,
     epoch: Instant,
     http_routes: usize,
@@ -122,6 +138,7 @@ impl RouteTable {
                 connected: true,
                 since: 0,
             }; 3],
+            found: Vec::new(),
             stale_threshold,
             epoch: now,
             http_routes: 0,
@@ -226,7 +243,7 @@ impl RouteTable {
         }
     }
 
-    /// Upserts each route of a registration; `touched` learns the slots that are its source's.
+    /// Upserts each route of a registration, or none if not all have room; `touched` learns the slots that are its source's.
     fn register(
         &mut self,
         registration: Registration,
@@ -250,11 +267,21 @@ impl RouteTable {
             balance,
             route_service_url,
         };
-        for route in routes {
-            let found = self.find(&route, backend.address);
-            let id = match found {
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(routes.iter().map(|route| self.find(route, backend.address)));
+        if let Err(bound) = self.check_room(&routes, &found) {
+            change.full += routes.len() as u64;
+            change.bound = Some(bound);
+            self.found = found;
+            return;
+        }
+        for (route, known) in routes.into_iter().zip(&found) {
+            // A registration may name a route twice, and then the first adds it.
+            let known = known.or_else(|| self.find(&route, backend.address));
+            let id = match known {
                 Some(id) => self.update(id, &backend, &policy, change),
-                None => self.insert(route, &backend, &policy, change),
+                None => Some(self.insert(route, &backend, &policy, change)),
             };
             let Some(id) = id else { continue };
             touched(id);
@@ -270,6 +297,45 @@ impl RouteTable {
                 self.expiry.schedule(id, deadline);
             }
         }
+        self.found = found;
+    }
+
+    /// Whether the routes that are not found fit beside what is there. One that is named twice
+    /// counts twice against the number of entries.
+    fn check_room(&self, routes: &[RouteKey], found: &[Option<u32>]) -> Result<(), Bound> {
+        let new = || {
+            let pairs = routes.iter().zip(found);
+            pairs.filter_map(|(route, found)| found.is_none().then_some(route))
+        };
+        let count = new().count();
+        if self.index.len() + count > MAX_ENTRIES {
+            return Err(Bound::Entries);
+        }
+        for route in new() {
+            let pool = match route {
+                RouteKey::Vip(vip) => self.next.vips.get(vip),
+                RouteKey::Http(HttpMatch { host, path }) => {
+                    let Some(known) = self.next.hosts.get(&**host) else {
+                        continue;
+                    };
+                    match find_path(known, path) {
+                        Ok(at) => Some(&known.paths[at].1),
+                        Err(_) if known.paths.len() + count <= MAX_HOST_PATHS => None,
+                        Err(_)
+                            if known.paths.len() + new_paths(known, host, new())
+                                <= MAX_HOST_PATHS =>
+                        {
+                            None
+                        }
+                        Err(_) => return Err(Bound::HostPaths),
+                    }
+                }
+            };
+            if pool.is_some_and(|pool| pool.backends.len() >= MAX_POOL_BACKENDS) {
+                return Err(Bound::PoolBackends);
+            }
+        }
+        Ok(())
     }
 
     fn unregister(&mut self, gone: Unregistration, change: &mut Change) {
@@ -323,19 +389,17 @@ impl RouteTable {
         Some(id)
     }
 
-    /// Adds an entry; `None` if there is no room.
+    /// Adds an entry, for which there is room.
     fn insert(
         &mut self,
         route: RouteKey,
         backend: &Arc<Backend>,
         policy: &Policy,
         change: &mut Change,
-    ) -> Option<u32> {
-        let Some(route) = self.make_room(route) else {
-            change.full += 1;
-            return None;
-        };
-        put(pool_mut(&mut self.next, &route)?, backend, policy);
+    ) -> u32 {
+        let route = self.make_pool(route);
+        let pool = pool_mut(&mut self.next, &route).expect("the pool was made sure of");
+        put(pool, backend, policy);
         if let RouteKey::Vip(vip) = &route {
             self.vips_of.insert((backend.address, *vip));
         }
@@ -366,24 +430,18 @@ impl RouteTable {
         let (entries, hasher) = (&self.entries, &self.hasher);
         self.index
             .insert_unique(hash, id, |id| entry_hash(entries, hasher, *id));
-        Some(id)
+        id
     }
 
-    /// Makes sure of a pool with a free place for `route`, and returns the route in the strings that
-    /// the snapshot holds already.
-    fn make_room(&mut self, route: RouteKey) -> Option<RouteKey> {
-        if self.index.len() >= MAX_ENTRIES {
-            return None;
-        }
+    /// Makes sure of a pool for `route`, and returns the route in the strings that the snapshot holds
+    /// already.
+    fn make_pool(&mut self, route: RouteKey) -> RouteKey {
         let HttpMatch { host, path } = match route {
             RouteKey::Http(http) => http,
             RouteKey::Vip(vip) => {
-                let pool = self
-                    .next
-                    .vips
-                    .entry(vip)
-                    .or_insert_with(|| Arc::new(empty_pool()));
-                return (pool.backends.len() < MAX_POOL_BACKENDS).then_some(route);
+                let pool = self.next.vips.entry(vip);
+                pool.or_insert_with(|| Arc::new(empty_pool()));
+                return route;
             }
         };
         let host = match self.next.hosts.get_key_value(&*host) {
@@ -392,14 +450,7 @@ impl RouteTable {
         };
         let routes = self.next.hosts.entry(Arc::clone(&host)).or_default();
         let path = match find_path(routes, &path) {
-            Ok(at) => {
-                let (known, pool) = &routes.paths[at];
-                if pool.backends.len() >= MAX_POOL_BACKENDS {
-                    return None;
-                }
-                Arc::clone(known)
-            }
-            Err(_) if routes.paths.len() >= MAX_HOST_PATHS => return None,
+            Ok(at) => Arc::clone(&routes.paths[at].0),
             Err(at) => {
                 let pool = (Arc::clone(&path), Arc::new(empty_pool()));
                 Arc::make_mut(routes).paths.insert(at, pool);
@@ -407,7 +458,7 @@ impl RouteTable {
                 path
             }
         };
-        Some(RouteKey::Http(HttpMatch { host, path }))
+        RouteKey::Http(HttpMatch { host, path })
     }
 
     fn remove(&mut self, id: u32, change: &mut Change) {
@@ -506,6 +557,7 @@ impl Change {
         self.expired += later.expired;
         self.shadowed += later.shadowed;
         self.full += later.full;
+        self.bound = later.bound.or(self.bound);
     }
 
     fn touch(&mut self, route: &RouteKey) {
@@ -514,6 +566,32 @@ impl Change {
             self.vips.insert(*vip);
         }
     }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Bound::Entries => write!(f, "{MAX_ENTRIES} backends over all routes"),
+            Bound::PoolBackends => write!(f, "{MAX_POOL_BACKENDS} backends of one route"),
+            Bound::HostPaths => write!(f, "{MAX_HOST_PATHS} paths of one host"),
+        }
+    }
+}
+
+/// How many paths of `host` stand in `routes` and not in `known`.
+fn new_paths<'r>(
+    known: &HostRoutes,
+    host: &str,
+    routes: impl Iterator<Item = &'r RouteKey>,
+) -> usize {
+    let paths = routes.filter_map(|route| match route {
+        RouteKey::Http(http) if *http.host == *host => Some(&*http.path),
+        RouteKey::Http(_) | RouteKey::Vip(_) => None,
+    });
+    let new: BTreeSet<&str> = paths
+        .filter(|path| find_path(known, path).is_err())
+        .collect();
+    new.len()
 }
 
 /// Whether a source may change what another announced.

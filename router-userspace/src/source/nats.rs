@@ -24,6 +24,7 @@ use crate::config::{Config, NatsConfig};
 use crate::event::Event;
 use crate::route::{Origin, RouteEvent, wire};
 use crate::source::Context;
+use crate::warning::WarningLimit;
 
 /// Messages the client holds for this task; a message of 400 bytes makes that 100 MiB at worst.
 const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
@@ -338,26 +339,6 @@ impl Subjects {
             greet: subject("greet"),
             start: subject("start"),
         }
-    }
-}
-
-/// Lets one warning a second through: whoever floods the bus does not flood the log.
-#[derive(Default)]
-struct WarningLimit {
-    last: Option<Instant>,
-    suppressed: u64,
-}
-
-impl WarningLimit {
-    /// Whether to warn now, and how many warnings were held back before.
-    fn allow(&mut self, now: Instant) -> Option<u64> {
-        let recent = |last: Instant| now.saturating_duration_since(last) < Duration::from_secs(1);
-        if self.last.is_some_and(recent) {
-            self.suppressed += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.suppressed))
     }
 }
 

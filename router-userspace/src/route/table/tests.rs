@@ -391,6 +391,42 @@ fn a_full_pool_takes_no_more_and_serves_on() {
     check_invariants(&table);
 }
 
+#[test]
+fn a_registration_that_does_not_fit_is_refused_whole() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:1", 1, Origin::Nats);
+    let paths: Vec<RouteKey> = (1..MAX_HOST_PATHS)
+        .map(|path| http("a.x", &format!("/{path}")))
+        .collect();
+    table.apply(register(&paths, &one), now);
+    let before = served(&table);
+    let change = table.apply(
+        register(
+            &[http("b.x", ""), http("a.x", "/new"), http("a.x", "/newer")],
+            &one,
+        ),
+        now,
+    );
+    assert_eq!(
+        (change.changed, change.full, change.bound),
+        (false, 3, Some(Bound::HostPaths))
+    );
+    assert_eq!(served(&table), before);
+    let twice = [http("b.x", ""), http("a.x", "/new"), http("a.x", "/new")];
+    let change = table.apply(register(&twice, &one), now);
+    assert_eq!((change.added, change.refreshed, change.bound), (2, 1, None));
+
+    for port in 1..=MAX_POOL_BACKENDS {
+        let other = backend(&format!("10.0.0.2:{port}"), 1, Origin::Nats);
+        table.apply(register(&[http("full.x", "")], &other), now);
+    }
+    let change = table.apply(register(&[http("c.x", ""), http("full.x", "")], &one), now);
+    assert_eq!((change.full, change.bound), (2, Some(Bound::PoolBackends)));
+    assert!(!table.next.hosts.contains_key("c.x"));
+    check_invariants(&table);
+}
+
 fn check_invariants(table: &RouteTable) {
     let live = table.entries.iter().flatten().count();
     assert_eq!(table.index.len(), live);

@@ -20,16 +20,6 @@ fn backoff_grows_to_its_bound_and_varies() {
     assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
 }
 
-#[test]
-fn one_warning_a_second_tells_how_many_were_held_back() {
-    let now = Instant::now();
-    let mut limit = WarningLimit::default();
-    assert_eq!(limit.allow(now), Some(0));
-    assert_eq!(limit.allow(now), None);
-    assert_eq!(limit.allow(now), None);
-    assert_eq!(limit.allow(now + Duration::from_secs(1)), Some(2));
-}
-
 /// A real nats-server, ended with the test.
 struct Server {
     child: Child,
