@@ -110,6 +110,7 @@ impl Agent {
                     self.table.set_connected(origin, connected, now);
                 }
                 Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
+                Event::Release { budget, bytes } => budget.add_permits(bytes),
                 Event::Reload(config) => self.reload(&config),
             }
         }

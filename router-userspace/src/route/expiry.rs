@@ -45,7 +45,7 @@ impl Expiry {
     }
 
     #[cfg(test)]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.visits.len()
     }
 }
