@@ -106,16 +106,17 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
     let metrics = &admin.scrape.metrics;
     let snapshot = admin.scrape.published.load();
     let config = admin.config.borrow().clone();
+    let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
     let readiness = ready::judge(&Sources {
         draining: *admin.draining.borrow(),
         nats_configured: !config.nats.servers.is_empty(),
         nats_connected: metrics.nats_connected.get() == 1,
-        nats_connects: metrics.nats_connects.get(),
-        files_configured: config.file.paths.len() as u64,
-        files_read: metrics.file_loads.get() + metrics.file_rejects.get(),
+        nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
+        files_unread,
+        files_refused,
         has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
         uptime: admin.started.elapsed(),
-        grace: config.nats.minimum_register_interval,
+        grace: config.nats.startup_grace,
     });
     let status = if readiness.ready {
         StatusCode::OK

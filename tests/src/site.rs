@@ -7,6 +7,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use viaduct::config::{Attach, Config};
@@ -113,6 +114,8 @@ impl Site {
     /// What the agent is configured with unless a test says otherwise.
     pub fn config(&self) -> Config {
         let mut config = Config::default();
+        // Whoever starts a site waits for what it serves.
+        config.nats.startup_grace = Duration::ZERO;
         config.l4.interfaces = INTERFACES.map(str::to_owned).into();
         config.l4.attach = Attach::Native;
         config.l4.vip_ranges = [VIP_RANGE, VIP_RANGE_V6]

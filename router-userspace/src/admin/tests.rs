@@ -126,7 +126,7 @@ async fn the_api_answers_on_a_unix_socket() {
     let listener = bind(&address).unwrap();
     let published = Published::default();
     published.store(Arc::new(snapshot()));
-    let (_reload, config) = watch::channel(Arc::<Config>::default());
+    let (reload, config) = watch::channel(Arc::<Config>::default());
     let (_drain, draining) = watch::channel(false);
     let (metrics, l7) = (Arc::<Metrics>::default(), Arc::<L7Metrics>::default());
     let scrape = Scrape {
@@ -154,8 +154,14 @@ async fn the_api_answers_on_a_unix_socket() {
         refused.contains("503") && refused.contains("nats: not connected yet"),
         "{refused}"
     );
-    metrics.nats_connects.inc();
+    metrics.nats_first_connect.get_or_init(Instant::now);
     metrics.reject(wire::Reason::VipRange);
+    let refused = format!("{:#}", get("/readyz").await.unwrap_err());
+    assert!(
+        refused.contains("nats: routes are being collected"),
+        "{refused}"
+    );
+    reload.send_modify(|config| Arc::make_mut(config).nats.startup_grace = Duration::ZERO);
     assert!(get("/readyz").await.unwrap().contains("nats: disconnected"));
     let text = get("/metrics").await.unwrap();
     for line in [

@@ -38,10 +38,11 @@ pub struct Options {
 }
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 8] = [
+const RELOADABLE: [&str; 9] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
+    "nats.startup_grace",
     "file.",
     "http.",
     "l4.vip_ranges",
