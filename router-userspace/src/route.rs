@@ -10,6 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::L4Config;
+
 pub mod expiry;
 pub mod table;
 pub mod wire;
@@ -154,11 +156,16 @@ pub struct Unregistration {
 pub enum RouteEvent {
     Register(Registration),
     Unregister(Unregistration),
-    /// All that `origin` announces; whatever else came from it is gone.
-    Replace {
-        origin: Origin,
-        registrations: Vec<Registration>,
-    },
+}
+
+impl RouteKey {
+    /// Whether applications may claim it.
+    pub fn is_allowed(&self, config: &L4Config) -> bool {
+        match self {
+            RouteKey::Http(_) => true,
+            RouteKey::Vip(vip) => config.allows_vip(vip.address),
+        }
+    }
 }
 
 impl Proto {

@@ -10,7 +10,7 @@
 //! it, with two exceptions: an adopted entry goes to whoever speaks of it first, and a routes file
 //! takes an address over from NATS.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -78,13 +78,14 @@ pub struct Size {
 }
 
 pub struct RouteTable {
-    /// Slots that [`Self::index`], [`Self::by_origin`] and [`Self::expiry`] name by number.
+    /// Slots that [`Self::index`] and [`Self::expiry`] name by number.
     entries: Vec<Option<Entry>>,
     free: Vec<u32>,
     /// By (route, address).
     index: HashTable<u32>,
     hasher: RandomState,
-    by_origin: [HashSet<u32>; 3],
+    /// How many there are, in the order of [`Origin`]'s variants.
+    by_origin: [usize; 3],
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
@@ -131,7 +132,7 @@ impl RouteTable {
             free: Vec::new(),
             index: HashTable::new(),
             hasher: RandomState::new(),
-            by_origin: Default::default(),
+            by_origin: [0; 3],
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             sources: [Source {
@@ -150,23 +151,28 @@ impl RouteTable {
         let mut change = Change::default();
         match event {
             RouteEvent::Register(registration) => {
-                self.register(registration, now, &mut change, |_| {});
+                self.register(registration, now, &mut change);
             }
             RouteEvent::Unregister(unregistration) => self.unregister(unregistration, &mut change),
-            RouteEvent::Replace {
-                origin,
-                registrations,
-            } => {
-                let mut gone = self.by_origin[origin as usize].clone();
-                for registration in registrations {
-                    self.register(registration, now, &mut change, |id| {
-                        gone.remove(&id);
-                    });
-                }
-                for id in gone {
-                    self.remove(id, &mut change);
-                    change.removed += 1;
-                }
+        }
+        change
+    }
+
+    /// Removes the routes of VIPs that are not `allowed`.
+    pub fn retain_vips(&mut self, allowed: impl Fn(&Vip) -> bool) -> Change {
+        let mut change = Change::default();
+        let gone: Vec<(Vip, Arc<Pool>)> = self
+            .next
+            .vips
+            .iter()
+            .filter(|(vip, _)| !allowed(vip))
+            .map(|(vip, pool)| (*vip, Arc::clone(pool)))
+            .collect();
+        for (vip, pool) in gone {
+            for backend in &pool.backends {
+                let id = self.find(&RouteKey::Vip(vip), backend.address);
+                self.remove(id.expect("every member has an entry"), &mut change);
+                change.removed += 1;
             }
         }
         change
@@ -239,18 +245,12 @@ impl RouteTable {
         Size {
             http_routes: self.http_routes,
             vips: self.next.vips.len(),
-            entries: [0, 1, 2].map(|origin: usize| self.by_origin[origin].len()),
+            entries: self.by_origin,
         }
     }
 
-    /// Upserts each route of a registration, or none if not all have room; `touched` learns the slots that are its source's.
-    fn register(
-        &mut self,
-        registration: Registration,
-        now: Instant,
-        change: &mut Change,
-        mut touched: impl FnMut(u32),
-    ) {
+    /// Upserts each route of a registration, or none if not all have room.
+    fn register(&mut self, registration: Registration, now: Instant, change: &mut Change) {
         let Registration {
             routes,
             backend,
@@ -284,7 +284,6 @@ impl RouteTable {
                 None => Some(self.insert(route, &backend, &policy, change)),
             };
             let Some(id) = id else { continue };
-            touched(id);
             let entry = self.entries[id as usize]
                 .as_mut()
                 .expect("an upserted entry is there");
@@ -379,8 +378,8 @@ impl RouteTable {
         entry.backend = Arc::clone(backend);
         entry.policy = boxed(policy);
         if owner != backend.origin {
-            self.by_origin[owner as usize].remove(&id);
-            self.by_origin[backend.origin as usize].insert(id);
+            self.by_origin[owner as usize] -= 1;
+            self.by_origin[backend.origin as usize] += 1;
         }
         let pool = pool_mut(&mut self.next, &entry.route);
         put(pool.expect("an entry's route has a pool"), backend, policy);
@@ -426,7 +425,7 @@ impl RouteTable {
                 u32::try_from(self.entries.len() - 1).expect("MAX_ENTRIES fits u32")
             }
         };
-        self.by_origin[origin as usize].insert(id);
+        self.by_origin[origin as usize] += 1;
         let (entries, hasher) = (&self.entries, &self.hasher);
         self.index
             .insert_unique(hash, id, |id| entry_hash(entries, hasher, *id));
@@ -470,7 +469,7 @@ impl RouteTable {
             .expect("indexed entries are there");
         self.free.push(id);
         self.expiry.cancel(id, entry.scheduled);
-        self.by_origin[entry.backend.origin as usize].remove(&id);
+        self.by_origin[entry.backend.origin as usize] -= 1;
         let address = entry.backend.address;
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
         let at = pool
