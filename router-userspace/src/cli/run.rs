@@ -233,7 +233,7 @@ fn start_control(
             };
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
-            let agent = Agent::new(&config.nats, published, l4, metrics);
+            let agent = Agent::new(&config, published, l4, metrics);
             source::start(&context).await?;
             anyhow::Ok((agent, reader))
         };

@@ -95,11 +95,11 @@ impl Gateway {
         config.nats.stale_threshold = stale_threshold;
         config.nats.prune_interval = Duration::from_millis(50);
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
-        let nats = config.nats.clone();
+        let (nats, fixed) = (config.nats.clone(), config.clone());
         let (reload, config) = watch::channel(Arc::new(config));
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let (published, metrics) = (Published::default(), Arc::<Metrics>::default());
-        let agent = Agent::new(&nats, Arc::clone(&published), None, Arc::clone(&metrics));
+        let agent = Agent::new(&fixed, Arc::clone(&published), None, Arc::clone(&metrics));
         tokio::spawn(agent.run(events));
         start(
             &nats,
