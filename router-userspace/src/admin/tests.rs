@@ -169,6 +169,8 @@ async fn the_api_answers_on_a_unix_socket() {
         "viaduct_nats_connected 0",
         "viaduct_health_unhealthy_backends 1",
         "# TYPE viaduct_agent_publish_seconds histogram",
+        "viaduct_agent_publish_seconds_bucket{le=\"+Inf\"} 0",
+        "viaduct_http_request_seconds_bucket{le=\"+Inf\"} 0",
     ] {
         assert!(text.contains(line), "{text}\nlacks {line}");
     }
