@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Message, Subscriber};
+use async_nats::{Client, ConnectOptions, Message, Subscriber, ToServerAddrs};
 use futures_util::StreamExt;
 use rand::Rng;
 use serde::Serialize;
@@ -67,7 +67,7 @@ pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> 
         .max_reconnects(None)
         .connect(&config.servers[..])
         .await
-        .context("nats.servers")?;
+        .with_context(|| format!("nats.servers {:?}", config.servers))?;
     let wildcard = format!("{}.*", config.subject_prefix);
     let subscriber = client
         .subscribe(wildcard)
@@ -124,6 +124,20 @@ pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyho
         .with_context(|| format!("publish {subject} to {servers}"))
 }
 
+/// Checks all that can be checked without a server, but the certificate files.
+///
+/// # Errors
+/// Names the key.
+pub async fn check(config: &NatsConfig) -> anyhow::Result<()> {
+    config
+        .servers
+        .to_server_addrs()
+        .with_context(|| format!("nats.servers {:?}", config.servers))?;
+    let (events, _) = mpsc::channel(1);
+    options(config, events).await?;
+    Ok(())
+}
+
 /// What the configuration says of the connection, checked as far as it can be without one.
 ///
 /// # Errors
@@ -158,7 +172,9 @@ pub async fn options(
         options = options.token(secret("token", token)?);
     }
     if let Some(seed) = &config.nkey_seed {
-        options = options.nkey(secret("nkey_seed", seed)?);
+        let seed = secret("nkey_seed", seed)?;
+        nkeys::KeyPair::from_seed(&seed).context("nats.nkey_seed")?;
+        options = options.nkey(seed);
     }
     if let Some(path) = &config.credentials_file {
         options = options
