@@ -117,6 +117,10 @@ fn a_left_over_socket_is_replaced_and_a_living_one_is_not() {
     let living = bind(&address).unwrap();
     assert!(bind(&address).is_err());
     drop(living);
+    let file = directory.path().join("a file");
+    std::fs::write(&file, "kept").unwrap();
+    assert!(bind(&AdminListen::Unix(file.clone())).is_err());
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "kept");
 }
 
 #[tokio::test]
