@@ -12,10 +12,13 @@
 //! registration. There is nothing here that changes the gateway, and no authentication: it listens
 //! on loopback unless configured otherwise.
 
+use std::io::ErrorKind::ConnectionRefused;
 use std::net::TcpListener;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use axum::Router;
@@ -23,10 +26,12 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::admin::listing::PageRequest;
 use crate::admin::ready::Sources;
@@ -35,6 +40,15 @@ use crate::metrics::Scrape;
 
 pub mod listing;
 pub mod ready;
+
+/// Connections at once. Scrapers and operators are few.
+const MAX_CONNECTIONS: usize = 64;
+
+/// Answers in the making at once of those that walk over all routes or read the kernel's counters.
+static WALKS: Semaphore = Semaphore::const_new(2);
+
+/// From a connection, or the answer before, to the end of a request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the answers are made of.
 pub struct Admin {
@@ -64,9 +78,7 @@ pub fn bind(address: &AdminListen) -> anyhow::Result<Listener> {
             Ok(Listener::Tcp(listener))
         }
         AdminListen::Unix(path) => {
-            // A socket that nobody answers on is left over from an earlier run.
-            let left_over = path.exists() && UnixStream::connect(path).is_err();
-            if left_over {
+            if is_left_over(path) {
                 std::fs::remove_file(path).with_context(what)?;
             }
             let listener = UnixListener::bind(path).with_context(what)?;
@@ -76,18 +88,50 @@ pub fn bind(address: &AdminListen) -> anyhow::Result<Listener> {
     }
 }
 
+/// Whether a path is a socket of an earlier run, that nobody answers on.
+fn is_left_over(path: &Path) -> bool {
+    let is_socket =
+        std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    let refused =
+        || UnixStream::connect(path).is_err_and(|error| error.kind() == ConnectionRefused);
+    is_socket && refused()
+}
+
 /// Answers until dropped. Must be called inside a tokio runtime.
 pub async fn serve(listener: Listener, admin: Admin) -> anyhow::Result<()> {
     let router = router(admin);
     match listener {
         Listener::Tcp(listener) => {
-            axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await?;
+            accept(tokio::net::TcpListener::from_std(listener)?, router).await;
         }
         Listener::Unix(listener) => {
-            axum::serve(tokio::net::UnixListener::from_std(listener)?, router).await?;
+            accept(tokio::net::UnixListener::from_std(listener)?, router).await;
         }
     }
     Ok(())
+}
+
+/// Serves at most [`MAX_CONNECTIONS`]; further ones wait in the listen queue.
+async fn accept(mut listener: impl axum::serve::Listener, router: Router) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let permit = Arc::clone(&connections).acquire_owned().await;
+        let permit = permit.expect("the semaphore is never closed");
+        // Tries again by itself after an error.
+        let (stream, _) = listener.accept().await;
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .serve_connection(
+                TokioIo::new(stream),
+                TowerToHyperService::new(router.clone()),
+            );
+        tokio::spawn(async move {
+            // How a client leaves is its own affair.
+            let _ = connection.await;
+            drop(permit);
+        });
+    }
 }
 
 fn router(admin: Admin) -> Router {
@@ -106,16 +150,17 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
     let metrics = &admin.scrape.metrics;
     let snapshot = admin.scrape.published.load();
     let config = admin.config.borrow().clone();
+    let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
     let readiness = ready::judge(&Sources {
         draining: *admin.draining.borrow(),
         nats_configured: !config.nats.servers.is_empty(),
         nats_connected: metrics.nats_connected.get() == 1,
-        nats_connects: metrics.nats_connects.get(),
-        files_configured: config.file.paths.len() as u64,
-        files_read: metrics.file_loads.get() + metrics.file_rejects.get(),
+        nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
+        files_unread,
+        files_refused,
         has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
         uptime: admin.started.elapsed(),
-        grace: config.nats.minimum_register_interval,
+        grace: config.nats.startup_grace,
     });
     let status = if readiness.ready {
         StatusCode::OK
@@ -126,16 +171,19 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(admin.scrape.clone()));
-    let mut text = String::new();
-    // Encoding into a string fails only if a collector does, and ours do not.
-    match prometheus_client::encoding::text::encode(&mut text, &registry) {
-        Ok(()) => {
+    let text = off_runtime(&admin, |admin| {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(admin.scrape.clone()));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).map(|()| text)
+    });
+    match text.await {
+        Some(Ok(text)) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], text).into_response()
         }
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        // Encoding into a string fails only if a collector does, and ours do not.
+        Some(Err(_)) | None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
 
@@ -160,23 +208,40 @@ async fn backends(State(admin): State<Arc<Admin>>, Query(request): Query<PageReq
     .await
 }
 
-/// Makes a page off the runtime: one page of a million routes is a walk over all of them.
+/// Makes a page, which is a walk over all routes.
 async fn list<P: Serialize + Send + 'static>(
-    admin: &Admin,
+    admin: &Arc<Admin>,
     page: impl FnOnce(&Scrape) -> Result<P, String> + Send + 'static,
 ) -> Response {
-    let scrape = admin.scrape.clone();
-    match tokio::task::spawn_blocking(move || page(&scrape)).await {
-        Ok(Ok(page)) => Json(page).into_response(),
-        Ok(Err(error)) => {
+    match off_runtime(admin, |admin| page(&admin.scrape)).await {
+        Some(Ok(page)) => Json(page).into_response(),
+        Some(Err(error)) => {
             (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response()
         }
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
 
+/// Works on a thread of its own, so that health checks and probes of `/livez` do not wait. `None`
+/// after a panic.
+async fn off_runtime<T: Send + 'static>(
+    admin: &Arc<Admin>,
+    work: impl FnOnce(&Admin) -> T + Send + 'static,
+) -> Option<T> {
+    let _permit = WALKS.acquire().await.expect("never closed");
+    let admin = Arc::clone(admin);
+    tokio::task::spawn_blocking(move || work(&admin)).await.ok()
+}
+
 async fn stats(State(admin): State<Arc<Admin>>) -> Response {
-    let scrape = admin.scrape.clone();
+    match off_runtime(&admin, counters).await {
+        Some(counters) => Json(counters).into_response(),
+        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+fn counters(admin: &Admin) -> Value {
+    let scrape = &admin.scrape;
     let (metrics, snapshot) = (&scrape.metrics, scrape.published.load());
     let size = metrics.size();
     let l4 = match &scrape.l4 {
@@ -192,7 +257,7 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
                 .collect(),
         )
     };
-    Json(json!({
+    json!({
         "uptime_seconds": admin.started.elapsed().as_secs(),
         "revision": snapshot.revision,
         "http_routes": size.http_routes,
@@ -211,8 +276,7 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
         "changes": object(&mut metrics.changes().into_iter()),
         "l4": l4,
         "l7": scrape.l7.totals(),
-    }))
-    .into_response()
+    })
 }
 
 #[cfg(test)]

@@ -16,8 +16,9 @@ use crate::event::Event;
 use crate::l4::L4;
 use crate::metrics::Metrics;
 use crate::route::table::{Change, RouteTable};
-use crate::route::{Origin, RouteEvent};
+use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
 use crate::snapshot::Published;
+use crate::warning::WarningLimit;
 
 /// Events of one batch: about a millisecond of work, so that a burst is published as it arrives.
 const MAX_BATCH: usize = 1024;
@@ -31,31 +32,40 @@ pub struct Agent {
     l4: Option<L4>,
     metrics: Arc<Metrics>,
     tick: Duration,
+    full: WarningLimit,
 }
 
 impl Agent {
     /// Publishes what layer 4 adopted, so that it is served before any source speaks.
     pub fn new(
-        config: &NatsConfig,
+        config: &Config,
         published: Published,
         l4: Option<L4>,
         metrics: Arc<Metrics>,
     ) -> Agent {
         let now = now();
-        let mut table = RouteTable::new(config.stale_threshold, now);
-        let connected = config.servers.is_empty();
+        let mut table = RouteTable::new(config.nats.stale_threshold, now);
+        let connected = config.nats.servers.is_empty();
         table.set_connected(Origin::Nats, connected, now);
-        let tick = tick(config);
+        let tick = tick(&config.nats);
         let mut agent = Agent {
             table,
             published,
             l4,
             metrics,
             tick,
+            full: WarningLimit::default(),
         };
         let adopted = agent.l4.as_ref().map(L4::adopted).unwrap_or_default();
         let mut change = Change::default();
-        for registration in adopted {
+        // The ranges may be others than those of the agent that left the VIPs.
+        let (allowed, foreign): (Vec<_>, Vec<_>) = adopted.into_iter().partition(|adopted| {
+            let mut routes = adopted.routes.iter();
+            routes.all(|route| route.is_allowed(&config.l4))
+        });
+        change.vips.extend(foreign.iter().flat_map(vips));
+        change.changed = !foreign.is_empty();
+        for registration in allowed {
             change.merge(agent.table.apply(RouteEvent::Register(registration), now));
         }
         agent.publish(change, now);
@@ -107,7 +117,8 @@ impl Agent {
                     self.table.set_connected(origin, connected, now);
                 }
                 Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
-                Event::Reload(config) => self.reload(&config),
+                Event::Release { budget, bytes } => budget.add_permits(bytes),
+                Event::Reload(config) => change.merge(self.reload(&config)),
             }
         }
         if self.publish(change, now) {
@@ -138,6 +149,11 @@ impl Agent {
     /// Publishes the table if `change` says that it is another, then tells layer 4.
     fn publish(&mut self, change: Change, now: Instant) -> bool {
         self.metrics.table(&change, self.table.size());
+        if let Some(bound) = change.bound
+            && let Some(suppressed) = self.full.allow(now)
+        {
+            tracing::warn!(%bound, suppressed, "no room for a registration: refused whole");
+        }
         if !change.changed {
             return false;
         }
@@ -149,10 +165,25 @@ impl Agent {
         true
     }
 
-    fn reload(&mut self, config: &Config) {
+    fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
         self.tick = tick(&config.nats);
+        let change = self
+            .table
+            .retain_vips(|vip| config.l4.allows_vip(vip.address));
+        if change.removed > 0 {
+            let vips = change.vips.len();
+            tracing::warn!(vips, "dropped VIPs outside l4.vip_ranges");
+        }
+        change
     }
+}
+
+fn vips(registration: &Registration) -> impl Iterator<Item = Vip> {
+    registration.routes.iter().filter_map(|route| match route {
+        RouteKey::Vip(vip) => Some(*vip),
+        RouteKey::Http(_) => None,
+    })
 }
 
 fn tick(config: &NatsConfig) -> Duration {

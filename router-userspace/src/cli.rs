@@ -16,6 +16,7 @@ pub mod check;
 pub mod client;
 pub mod detach;
 pub mod list;
+pub mod resolve;
 pub mod run;
 pub mod table;
 

@@ -58,7 +58,8 @@ pub struct NatsConfig {
     pub client_key_file: Option<PathBuf>,
     /// First token of the subjects: `router.register`, `router.start`, ...
     pub subject_prefix: String,
-    /// How often expired registrations are looked for.
+    /// The longest an expired registration is served on: how often expired ones are looked for, at
+    /// least once a second.
     #[serde(with = "humantime_serde")]
     pub prune_interval: Duration,
     /// The longest a registration lives without being repeated.
@@ -67,6 +68,11 @@ pub struct NatsConfig {
     /// What instances are asked to repeat their registration at, in `router.start`.
     #[serde(with = "humantime_serde")]
     pub minimum_register_interval: Duration,
+    /// How long registrations are collected after the first connect before `/readyz` says ready: one
+    /// interval of the instances, so that each has spoken. Also how long a gateway that has routes
+    /// from elsewhere waits for NATS.
+    #[serde(with = "humantime_serde")]
+    pub startup_grace: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -284,6 +290,7 @@ impl Default for NatsConfig {
             prune_interval: Duration::from_secs(30),
             stale_threshold: Duration::from_secs(120),
             minimum_register_interval: Duration::from_secs(20),
+            startup_grace: Duration::from_secs(20),
         }
     }
 }

@@ -1,12 +1,16 @@
 //! Everything the agent reacts to: one closed list.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
 
 use crate::l4::next_hop::NextHop;
 use crate::route::{Origin, RouteEvent};
 
-/// Depth of the agent's inbox. A full inbox makes sources wait, which NATS turns into back-pressure
-/// on the socket; nothing is dropped. 8192 registrations are about 25 ms of the agent's work.
+/// Depth of the agent's inbox: a few milliseconds of its work. A full inbox makes sources wait, and
+/// is counted. The NATS source reads on while it waits and drops, and counts, what is beyond its
+/// budget of bytes; a routes file is sent as fast as the agent takes it in.
 pub const INBOX_DEPTH: usize = 8192;
 
 #[derive(Clone, Debug)]
@@ -26,6 +30,11 @@ pub enum Event {
     NextHop {
         backend: IpAddr,
         next_hop: Option<NextHop>,
+    },
+    /// The source that sent this may read so many bytes more: what it sent before is taken in.
+    Release {
+        budget: Arc<Semaphore>,
+        bytes: usize,
     },
     /// The configuration file was read again and is valid.
     Reload(Box<crate::config::Config>),

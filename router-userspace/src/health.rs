@@ -4,7 +4,8 @@
 //! sends [`Event::Health`] on a flip. Probes are tasks of their own, at most `[health].concurrency`
 //! at once; when that is too few for the interval, intervals stretch and nothing queues. It follows
 //! the snapshot once a second and forgets what left it. Backends that only serve UDP are not
-//! checked; those that speak TLS are checked by TCP connect whatever the kind of check.
+//! checked; those that speak TLS, or serve VIPs only, are checked by TCP connect whatever the kind of
+//! check.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -49,6 +50,7 @@ pub async fn run(
         targets: HashMap::new(),
         due: BTreeSet::new(),
         probes: JoinSet::new(),
+        generation: 0,
         revision: None,
         inbox,
         metrics,
@@ -62,8 +64,7 @@ pub async fn run(
                 checker.probe_due(Instant::now());
             }
             Some(probed) = checker.probes.join_next() => {
-                let (address, good) = probed.expect("a probe does not panic");
-                checker.probed(address, good).await;
+                checker.probed(probed.expect("a probe does not panic")).await;
             }
             _ = follow.tick() => checker.follow(published.load_full()).await,
             changed = config.changed() => {
@@ -82,18 +83,29 @@ struct Checker {
     targets: HashMap<SocketAddr, Target>,
     /// When each target that has no probe in flight is probed next.
     due: BTreeSet<(Instant, SocketAddr)>,
-    probes: JoinSet<(SocketAddr, bool)>,
+    probes: JoinSet<Probed>,
+    /// Of the latest target.
+    generation: u64,
     /// Of the snapshot that `targets` follow.
     revision: Option<u64>,
     inbox: mpsc::Sender<Event>,
     metrics: Arc<Metrics>,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Target {
+    /// Tells a target from an earlier one of the same address, whose probe may be in flight still.
+    generation: u64,
     state: State,
     /// Whether an `http` check can be made of it.
     plain_http: bool,
+}
+
+/// The end of a probe.
+struct Probed {
+    address: SocketAddr,
+    generation: u64,
+    good: bool,
 }
 
 impl Checker {
@@ -112,7 +124,7 @@ impl Checker {
             };
             let path = (self.health.check == HealthCheck::Http && target.plain_http)
                 .then(|| self.health.path.clone());
-            let timeout = self.health.timeout;
+            let (timeout, generation) = (self.health.timeout, target.generation);
             self.probes.spawn(async move {
                 let probe = async {
                     match path {
@@ -120,22 +132,29 @@ impl Checker {
                         None => TcpStream::connect(address).await.is_ok(),
                     }
                 };
-                (
+                Probed {
                     address,
-                    tokio::time::timeout(timeout, probe).await.unwrap_or(false),
-                )
+                    generation,
+                    good: tokio::time::timeout(timeout, probe).await.unwrap_or(false),
+                }
             });
         }
     }
 
-    async fn probed(&mut self, address: SocketAddr, good: bool) {
+    async fn probed(&mut self, probed: Probed) {
+        let Probed {
+            address,
+            generation,
+            good,
+        } = probed;
         let counter = if good {
             &self.metrics.probes_good
         } else {
             &self.metrics.probes_bad
         };
         counter.inc();
-        let Some(target) = self.targets.get_mut(&address) else {
+        let target = self.targets.get_mut(&address);
+        let Some(target) = target.filter(|target| target.generation == generation) else {
             return;
         };
         let flipped = target
@@ -197,9 +216,11 @@ impl Checker {
             if let Some(target) = self.targets.get_mut(&address) {
                 target.plain_http = plain_http;
             } else if self.targets.len() < MAX_TARGETS {
+                self.generation += 1;
                 self.targets.insert(
                     address,
                     Target {
+                        generation: self.generation,
                         state: State::default(),
                         plain_http,
                     },
@@ -218,7 +239,7 @@ impl Checker {
     }
 }
 
-/// Every backend that takes TCP connections, and whether it speaks HTTP in clear.
+/// Every backend that takes TCP connections, and whether it is known to speak HTTP in clear.
 fn backends(snapshot: &Snapshot) -> HashMap<SocketAddr, bool> {
     let mut backends = HashMap::new();
     let mut add = |pool: &Pool, http: bool| {
@@ -231,7 +252,7 @@ fn backends(snapshot: &Snapshot) -> HashMap<SocketAddr, bool> {
     }
     for (vip, pool) in &snapshot.vips {
         if vip.proto == Proto::Tcp {
-            add(pool, true);
+            add(pool, false);
         }
     }
     backends

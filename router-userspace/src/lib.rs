@@ -28,3 +28,4 @@ pub mod l7;
 
 pub mod admin;
 pub mod metrics;
+pub mod warning;

@@ -4,10 +4,12 @@
 //! [`Scrape`], which also asks both layers for their counters when it is scraped. Layers count for
 //! themselves: [`proxy`] puts names to what layer 7 counts.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -42,7 +44,11 @@ pub struct Metrics {
     rejects: [Counter; Reason::ALL.len()],
     pub nats_connected: Gauge,
     pub nats_connects: Counter,
+    pub nats_first_connect: OnceLock<Instant>,
     pub nats_slow_consumer: Counter,
+    /// Times a source found the agent's inbox full.
+    pub inbox_full: Counter,
+    pub files: Files,
     pub file_loads: Counter,
     pub file_rejects: Counter,
 
@@ -65,6 +71,37 @@ pub struct Metrics {
     pub probes_bad: Counter,
     pub health_targets: Gauge,
     pub health_unchecked: Gauge,
+}
+
+/// How the latest reading of each routes file ended: whether it was taken.
+#[derive(Debug, Default)]
+pub struct Files(Mutex<BTreeMap<PathBuf, bool>>);
+
+impl Files {
+    pub fn read(&self, path: &Path, taken: bool) {
+        self.lock().insert(path.to_owned(), taken);
+    }
+
+    /// Forgets files that are not configured any more.
+    pub fn retain(&self, configured: &[PathBuf]) {
+        self.lock().retain(|path, _| configured.contains(path));
+    }
+
+    /// How many of the configured files are unread, and how many refused.
+    pub fn judge(&self, configured: &[PathBuf]) -> (usize, usize) {
+        let files = self.lock();
+        let count = |state| {
+            configured
+                .iter()
+                .filter(|path| files.get(*path) == state)
+                .count()
+        };
+        (count(None), count(Some(&false)))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<PathBuf, bool>> {
+        self.0.lock().expect("nothing panics while it holds this")
+    }
 }
 
 impl Counter {
@@ -102,7 +139,10 @@ impl Default for Metrics {
             rejects: Default::default(),
             nats_connected: Gauge::default(),
             nats_connects: Counter::default(),
+            nats_first_connect: OnceLock::new(),
             nats_slow_consumer: Counter::default(),
+            inbox_full: Counter::default(),
+            files: Files::default(),
             file_loads: Counter::default(),
             file_rejects: Counter::default(),
             added: Counter::default(),
@@ -260,7 +300,7 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     )?;
     page.counter(
         "viaduct_nats_slow_consumer",
-        "Messages the NATS client dropped because the agent was too slow",
+        "Messages dropped because more came than could be taken in",
         metrics.nats_slow_consumer.get(),
     )?;
     page.counters(
@@ -304,6 +344,11 @@ fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_agent_events",
         "Events taken in by the agent",
         metrics.events.get(),
+    )?;
+    page.counter(
+        "viaduct_agent_inbox_full",
+        "Times a source waited because the agent's inbox was full",
+        metrics.inbox_full.get(),
     )?;
     page.counter(
         "viaduct_agent_batches",

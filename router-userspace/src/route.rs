@@ -10,6 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::L4Config;
+
 pub mod expiry;
 pub mod table;
 pub mod wire;
@@ -81,6 +83,25 @@ pub struct Backend {
     pub origin: Origin,
 }
 
+impl Backend {
+    /// A backend of which nothing is said but its address: HTTP/1 in clear, of the default weight.
+    pub fn new(address: SocketAddr, origin: Origin) -> Backend {
+        Backend {
+            address,
+            weight: wire::DEFAULT_WEIGHT,
+            tls: None,
+            protocol: HttpProtocol::Http1,
+            app: None,
+            instance_id: None,
+            instance_index: None,
+            availability_zone: None,
+            isolation_segment: None,
+            tags: BTreeMap::new(),
+            origin,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendTls {
     /// `server_cert_domain_san`; `None` checks the certificate against the backend's address.
@@ -135,11 +156,16 @@ pub struct Unregistration {
 pub enum RouteEvent {
     Register(Registration),
     Unregister(Unregistration),
-    /// All that `origin` announces; whatever else came from it is gone.
-    Replace {
-        origin: Origin,
-        registrations: Vec<Registration>,
-    },
+}
+
+impl RouteKey {
+    /// Whether applications may claim it.
+    pub fn is_allowed(&self, config: &L4Config) -> bool {
+        match self {
+            RouteKey::Http(_) => true,
+            RouteKey::Vip(vip) => config.allows_vip(vip.address),
+        }
+    }
 }
 
 impl Proto {

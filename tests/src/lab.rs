@@ -15,6 +15,7 @@
 //! a killed one left. Dropping the lab removes everything.
 
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fs, process};
@@ -208,11 +209,22 @@ impl Drop for Folder {
     }
 }
 
-/// Unmounting drops the pins, and with them the links: the programs leave the interfaces.
+/// Unmounting drops the pins, and with them the links: the programs leave the interfaces. A lab that
+/// was killed early may have mounted nothing.
 fn remove_folder(path: &Path) -> anyhow::Result<()> {
-    netns::output(process::Command::new("umount").arg(path.join(BPFFS)))?;
+    let bpffs = path.join(BPFFS);
+    if is_mount_point(&bpffs) {
+        netns::output(process::Command::new("umount").arg(bpffs))?;
+    }
     fs::remove_dir_all(path)?;
     Ok(())
+}
+
+/// Whether a folder lies on another file system than the one it is in.
+fn is_mount_point(path: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+    path.parent()
+        .is_some_and(|parent| device(path).is_some() && device(path) != device(parent))
 }
 
 fn backend_address(index: usize) -> Ipv4Addr {

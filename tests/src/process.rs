@@ -1,8 +1,10 @@
 //! Processes of a lab: started in a namespace, their output kept, gone when dropped.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,15 +22,21 @@ const POLL: Duration = Duration::from_millis(5);
 /// Lines of a log shown when a test fails.
 const LOG_LINES: usize = 60;
 
+/// Set by whoever takes signals: every wait ends.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
 /// Waits until `condition` returns something, and returns that.
 ///
 /// # Errors
-/// It did not within [`DEADLINE`]; the message says what was waited for.
+/// It did not within [`DEADLINE`], or [`INTERRUPTED`] was set; the message says what was waited for.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
     let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(value) = condition() {
             return Ok(value);
+        }
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            bail!("interrupted while waiting for {what}");
         }
         if Instant::now() > deadline {
             bail!("waited {DEADLINE:?} for {what}");
@@ -50,7 +58,9 @@ impl Process {
         let log = folder.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
+        // A group of its own: Ctrl-C is the lab's to handle, which ends its children in order.
         command
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file);

@@ -7,6 +7,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use viaduct::config::{Attach, Config};
@@ -81,18 +82,23 @@ impl Site {
 
     /// The same without waiting.
     pub fn spawn_gateway(&mut self, change: impl FnOnce(&mut Config)) -> anyhow::Result<()> {
-        let mut config = self.config();
-        change(&mut config);
-        let path = self.config_path();
-        let text = toml::to_string(&config).context("write a configuration")?;
-        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        self.write_config(change)?;
         let mut command = self.viaduct()?;
-        command.args(["run", "--config"]).arg(&path);
+        command.args(["run", "--config"]).arg(self.config_path());
         self.gateway = Some(Process::start("viaduct", command, self.lab.folder())?);
         Ok(())
     }
 
-    /// Where [`Site::spawn_gateway`] puts the configuration.
+    /// Writes the lab's configuration, changed by `change`, for a gateway that starts or reloads.
+    pub fn write_config(&self, change: impl FnOnce(&mut Config)) -> anyhow::Result<()> {
+        let mut config = self.config();
+        change(&mut config);
+        let path = self.config_path();
+        let text = toml::to_string(&config).context("write a configuration")?;
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Where [`Site::write_config`] puts the configuration.
     pub fn config_path(&self) -> PathBuf {
         self.lab.folder().join("viaduct.toml")
     }
@@ -113,6 +119,8 @@ impl Site {
     /// What the agent is configured with unless a test says otherwise.
     pub fn config(&self) -> Config {
         let mut config = Config::default();
+        // Whoever starts a site waits for what it serves.
+        config.nats.startup_grace = Duration::ZERO;
         config.l4.interfaces = INTERFACES.map(str::to_owned).into();
         config.l4.attach = Attach::Native;
         config.l4.vip_ranges = [VIP_RANGE, VIP_RANGE_V6]

@@ -75,8 +75,10 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Setup { bench: false } => setup::report(setup::BASE),
-        Command::Setup { bench: true } => setup::report(&[setup::BASE, setup::BENCH].concat()),
+        Command::Setup { bench: false } => setup::report(&[setup::BASE, setup::CI].concat()),
+        Command::Setup { bench: true } => {
+            setup::report(&[setup::BASE, setup::CI, setup::BENCH].concat())
+        }
         Command::Build => build(),
         Command::Run { check, agent_args } if agent_args.is_empty() => lab(check),
         Command::Run { agent_args, .. } => {
@@ -154,7 +156,7 @@ fn bench(which: Option<&str>, json: bool) -> anyhow::Result<()> {
 }
 
 fn ci() -> anyhow::Result<()> {
-    setup::ensure(setup::BASE)?;
+    setup::ensure(&[setup::BASE, setup::CI].concat())?;
     cargo::run(["fmt", "--all", "--check"])?;
     cargo::run([
         "clippy",
@@ -170,7 +172,11 @@ fn ci() -> anyhow::Result<()> {
 
 fn require_root(why: &str) -> anyhow::Result<()> {
     if !setup::is_root() {
-        bail!("root is needed: {why}; try `sudo -E env PATH=\"$PATH\" cargo xtask ...`");
+        let arguments: Vec<String> = std::env::args().skip(1).collect();
+        bail!(
+            "root is needed: {why}; type:\n  sudo -E env \"PATH=$PATH\" cargo xtask {}",
+            arguments.join(" ")
+        );
     }
     Ok(())
 }

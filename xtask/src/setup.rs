@@ -28,9 +28,9 @@ pub(crate) const BASE: &[Item] = &[
     Item {
         name: "bpf-linker",
         purpose: "links the XDP program",
-        find: || version("bpf-linker"),
+        find: bpf_linker,
         packages: &["llvm-22-dev", "g++"],
-        install: Some(CargoInstall {
+        install: Some(Install::Crate {
             package: "bpf-linker",
             version: "0.13.0",
             options: &["--no-default-features", "--features", "llvm-22"],
@@ -41,7 +41,7 @@ pub(crate) const BASE: &[Item] = &[
         purpose: "runs each test in a process, and so in network namespaces, of its own",
         find: || version("cargo-nextest"),
         packages: &[],
-        install: Some(CargoInstall {
+        install: Some(Install::Crate {
             package: "cargo-nextest",
             version: "0.9.143",
             // A test runner waits for tests: optimising it takes longer than it ever saves.
@@ -80,6 +80,24 @@ pub(crate) const BASE: &[Item] = &[
         find: || on_path("curl"),
         packages: &["curl"],
         install: None,
+    },
+];
+
+/// What `ci` needs besides.
+pub(crate) const CI: &[Item] = &[
+    Item {
+        name: "rustfmt",
+        purpose: "checks the format of the code",
+        find: || component("rustfmt"),
+        packages: &[],
+        install: Some(Install::Component("rustfmt")),
+    },
+    Item {
+        name: "clippy",
+        purpose: "checks the code",
+        find: || component("cargo-clippy"),
+        packages: &[],
+        install: Some(Install::Component("clippy")),
     },
 ];
 
@@ -123,14 +141,19 @@ pub(crate) struct Item {
     /// Says what was found.
     find: fn() -> Option<String>,
     packages: &'static [&'static str],
-    install: Option<CargoInstall>,
+    install: Option<Install>,
 }
 
+/// Where what no package brings comes from.
 #[derive(Clone, Copy)]
-struct CargoInstall {
-    package: &'static str,
-    version: &'static str,
-    options: &'static [&'static str],
+enum Install {
+    Crate {
+        package: &'static str,
+        version: &'static str,
+        options: &'static [&'static str],
+    },
+    /// Of the toolchain, by rustup.
+    Component(&'static str),
 }
 
 /// Installs what is missing of `items`, and says nothing when nothing is.
@@ -160,7 +183,18 @@ pub(crate) fn ensure(items: &[Item]) -> anyhow::Result<()> {
         install_packages(&packages)?;
     }
     for install in missing.iter().filter_map(|item| item.install) {
-        let mut command = cargo_install(install);
+        let mut command = match install {
+            Install::Crate {
+                package,
+                version,
+                options,
+            } => cargo_install(package, version, options),
+            Install::Component(name) => {
+                let mut rustup = Command::new("rustup");
+                rustup.args(["component", "add", name]);
+                rustup
+            }
+        };
         eprintln!("setup: {}", cargo::display(&command));
         cargo::status(&mut command)?;
     }
@@ -216,6 +250,28 @@ fn nightly_with_source() -> Option<String> {
     (core.is_dir() && same_llvm).then(|| format!("{sysroot} with rust-src"))
 }
 
+/// A linker of [`LLVM`]: ours, which was built with it, or one that is linked to it. Others do not
+/// say what they were built with.
+fn bpf_linker() -> Option<String> {
+    let path = on_path("bpf-linker")?;
+    let ours = Path::new(&path).starts_with(cargo::tools());
+    let linked = || output(Command::new("ldd").arg(&path)).unwrap_or_default();
+    let same_llvm = |text: String| {
+        text.contains(&format!("libLLVM.so.{LLVM}")) || text.contains(&format!("libLLVM-{LLVM}"))
+    };
+    (ours || same_llvm(linked()))
+        .then(|| version("bpf-linker"))
+        .flatten()
+}
+
+/// A program of the toolchain that cargo would start.
+fn component(program: &str) -> Option<String> {
+    let found = on_path(program)?;
+    // rustup's stand-in is there without the component, and fails.
+    let text = output(Command::new(&found).arg("--version"))?;
+    Some(format!("{found}, {text}"))
+}
+
 fn install_packages(packages: &[&str]) -> anyhow::Result<()> {
     if on_path("apt-get").is_none() {
         bail!(
@@ -229,7 +285,8 @@ fn install_packages(packages: &[&str]) -> anyhow::Result<()> {
         .args(packages);
     if !is_root() {
         bail!(
-            "root is needed to install packages; type:\n  sudo apt-get update && sudo {}",
+            "root is needed to install {}; type:\n  sudo apt-get update && sudo {}",
+            packages.join(", "),
             cargo::display(&install)
         );
     }
@@ -255,19 +312,22 @@ fn install_packages(packages: &[&str]) -> anyhow::Result<()> {
 /// Keeps package scripts from starting services while it lives.
 ///
 /// Debian asks `policy-rc.d` before any service action; exit code 101 forbids it. A policy that the
-/// administrator wrote is left as it is.
+/// administrator wrote is left as it is; one with our mark, left by a setup that was interrupted, is
+/// used and removed.
 struct ServiceGuard {
     ours: bool,
 }
 
 const POLICY: &str = "/usr/sbin/policy-rc.d";
+const POLICY_TEXT: &str = "#!/bin/sh\n# Viaduct's setup: removed when it ends.\nexit 101\n";
 
 impl ServiceGuard {
     fn set() -> anyhow::Result<ServiceGuard> {
         if Path::new(POLICY).exists() {
-            return Ok(ServiceGuard { ours: false });
+            let ours = fs::read_to_string(POLICY).is_ok_and(|text| text == POLICY_TEXT);
+            return Ok(ServiceGuard { ours });
         }
-        fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
+        fs::write(POLICY, POLICY_TEXT).with_context(|| format!("write {POLICY}"))?;
         fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))
             .with_context(|| format!("make {POLICY} executable"))?;
         Ok(ServiceGuard { ours: true })
@@ -284,20 +344,11 @@ impl Drop for ServiceGuard {
     }
 }
 
-fn cargo_install(install: CargoInstall) -> Command {
+fn cargo_install(package: &str, version: &str, options: &[&str]) -> Command {
     let llvm = format!("/usr/lib/llvm-{LLVM}");
     let mut command = cargo::cargo();
-    command.args([
-        "install",
-        install.package,
-        "--version",
-        install.version,
-        "--locked",
-    ]);
-    command
-        .args(install.options)
-        .arg("--root")
-        .arg(cargo::tools());
+    command.args(["install", package, "--version", version, "--locked"]);
+    command.args(options).arg("--root").arg(cargo::tools());
     // llvm-sys looks for llvm-config here before anywhere else.
     command.env("LLVM_PREFIX", &llvm);
     let mut path = std::ffi::OsString::from(format!("{llvm}/bin:"));

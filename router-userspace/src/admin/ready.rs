@@ -1,10 +1,11 @@
 //! Whether a load balancer in front should send traffic here. Pure.
 //!
 //! The gateway becomes ready when it has a reason to believe that it knows the routes: its routes
-//! files were read, and NATS was reached once. If NATS stays away, it is ready after the start-up
-//! grace all the same if it serves anything, from files or adopted from before the restart; with
-//! nothing to serve, another gateway answers better. It stays ready when NATS is lost later: routes
-//! stay as they are, and all gateways of a site lose NATS together. The loss is told as `degraded`.
+//! files were read, NATS was reached, and instances had the start-up grace to announce themselves. If
+//! NATS stays away, it is ready after the grace all the same if it serves anything, from files or
+//! adopted from before the restart; with nothing to serve, another gateway answers better. It stays
+//! ready when NATS is lost later: routes stay as they are, and all gateways of a site lose NATS
+//! together. The loss is told as `degraded`, and so is a routes file that was refused.
 
 use std::time::Duration;
 
@@ -16,13 +17,15 @@ pub struct Sources {
     pub draining: bool,
     pub nats_configured: bool,
     pub nats_connected: bool,
-    pub nats_connects: u64,
-    pub files_configured: u64,
-    /// Readings so far, good or bad.
-    pub files_read: u64,
+    /// Since the first connect; `None` before it.
+    pub nats_known_for: Option<Duration>,
+    /// Routes files that were not looked at yet.
+    pub files_unread: usize,
+    /// Routes files whose latest reading was refused.
+    pub files_refused: usize,
     pub has_routes: bool,
     pub uptime: Duration,
-    /// How long NATS may take after the start.
+    /// `nats.startup_grace`.
     pub grace: Duration,
 }
 
@@ -41,15 +44,25 @@ pub fn judge(sources: &Sources) -> Readiness {
     if sources.draining {
         waiting.push("draining");
     }
-    if sources.files_read < sources.files_configured {
+    if sources.files_unread > 0 {
         waiting.push("file: not read yet");
     }
-    if sources.nats_configured && !sources.nats_connected {
+    if sources.files_refused > 0 {
+        degraded.push("file: refused");
+    }
+    if sources.nats_configured {
         let serves_without = sources.has_routes && sources.uptime >= sources.grace;
-        if sources.nats_connects > 0 || serves_without {
-            degraded.push("nats: disconnected");
-        } else {
-            waiting.push("nats: not connected yet");
+        match sources.nats_known_for {
+            None if serves_without => degraded.push("nats: disconnected"),
+            None => waiting.push("nats: not connected yet"),
+            Some(known_for) => {
+                if known_for < sources.grace {
+                    waiting.push("nats: routes are being collected");
+                }
+                if !sources.nats_connected {
+                    degraded.push("nats: disconnected");
+                }
+            }
         }
     }
     Readiness {
@@ -73,60 +86,75 @@ mod tests {
         );
     }
 
+    const GRACE: Duration = Duration::from_secs(20);
+
     #[test]
-    fn it_waits_for_the_first_connect_and_bears_the_loss_of_a_later_one() {
+    fn it_waits_for_the_first_connect_and_a_grace_and_bears_the_loss_of_a_later_one() {
         let fresh = Sources {
             nats_configured: true,
+            grace: GRACE,
             ..Sources::default()
-        };
-        let fresh = Sources {
-            grace: Duration::from_secs(20),
-            ..fresh
         };
         check(Sources::default(), &[], &[]);
         check(fresh, &["nats: not connected yet"], &[]);
         let connected = Sources {
             nats_connected: true,
-            nats_connects: 1,
+            nats_known_for: Some(Duration::ZERO),
             ..fresh
         };
-        check(connected, &[], &[]);
+        check(connected, &["nats: routes are being collected"], &[]);
         check(
             Sources {
-                nats_connected: false,
+                grace: Duration::ZERO,
                 ..connected
             },
             &[],
-            &["nats: disconnected"],
+            &[],
         );
+        let settled = Sources {
+            nats_known_for: Some(GRACE),
+            ..connected
+        };
+        check(settled, &[], &[]);
+        let lost = Sources {
+            nats_connected: false,
+            ..settled
+        };
+        check(lost, &[], &["nats: disconnected"]);
+        let draining = Sources {
+            draining: true,
+            ..settled
+        };
+        check(draining, &["draining"], &[]);
+    }
+
+    #[test]
+    fn without_nats_it_serves_what_it_has_after_the_grace() {
         let late = Sources {
-            uptime: fresh.grace,
-            ..fresh
+            nats_configured: true,
+            grace: GRACE,
+            uptime: GRACE,
+            ..Sources::default()
         };
         check(late, &["nats: not connected yet"], &[]);
-        check(
-            Sources {
-                has_routes: true,
-                ..late
-            },
-            &[],
-            &["nats: disconnected"],
-        );
-        check(
-            Sources {
-                files_configured: 1,
-                ..connected
-            },
-            &["file: not read yet"],
-            &[],
-        );
-        check(
-            Sources {
-                draining: true,
-                ..connected
-            },
-            &["draining"],
-            &[],
-        );
+        let serving = Sources {
+            has_routes: true,
+            ..late
+        };
+        check(serving, &[], &["nats: disconnected"]);
+    }
+
+    #[test]
+    fn files_are_waited_for_and_a_refused_one_is_told() {
+        let unread = Sources {
+            files_unread: 1,
+            ..Sources::default()
+        };
+        check(unread, &["file: not read yet"], &[]);
+        let refused = Sources {
+            files_refused: 1,
+            ..Sources::default()
+        };
+        check(refused, &[], &["file: refused"]);
     }
 }

@@ -117,6 +117,10 @@ fn a_left_over_socket_is_replaced_and_a_living_one_is_not() {
     let living = bind(&address).unwrap();
     assert!(bind(&address).is_err());
     drop(living);
+    let file = directory.path().join("a file");
+    std::fs::write(&file, "kept").unwrap();
+    assert!(bind(&AdminListen::Unix(file.clone())).is_err());
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "kept");
 }
 
 #[tokio::test]
@@ -126,7 +130,7 @@ async fn the_api_answers_on_a_unix_socket() {
     let listener = bind(&address).unwrap();
     let published = Published::default();
     published.store(Arc::new(snapshot()));
-    let (_reload, config) = watch::channel(Arc::<Config>::default());
+    let (reload, config) = watch::channel(Arc::<Config>::default());
     let (_drain, draining) = watch::channel(false);
     let (metrics, l7) = (Arc::<Metrics>::default(), Arc::<L7Metrics>::default());
     let scrape = Scrape {
@@ -154,8 +158,14 @@ async fn the_api_answers_on_a_unix_socket() {
         refused.contains("503") && refused.contains("nats: not connected yet"),
         "{refused}"
     );
-    metrics.nats_connects.inc();
+    metrics.nats_first_connect.get_or_init(Instant::now);
     metrics.reject(wire::Reason::VipRange);
+    let refused = format!("{:#}", get("/readyz").await.unwrap_err());
+    assert!(
+        refused.contains("nats: routes are being collected"),
+        "{refused}"
+    );
+    reload.send_modify(|config| Arc::make_mut(config).nats.startup_grace = Duration::ZERO);
     assert!(get("/readyz").await.unwrap().contains("nats: disconnected"));
     let text = get("/metrics").await.unwrap();
     for line in [
@@ -163,6 +173,8 @@ async fn the_api_answers_on_a_unix_socket() {
         "viaduct_nats_connected 0",
         "viaduct_health_unhealthy_backends 1",
         "# TYPE viaduct_agent_publish_seconds histogram",
+        "viaduct_agent_publish_seconds_bucket{le=\"+Inf\"} 0",
+        "viaduct_http_request_seconds_bucket{le=\"+Inf\"} 0",
     ] {
         assert!(text.contains(line), "{text}\nlacks {line}");
     }

@@ -16,7 +16,8 @@ impl Gateway {
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let published = Published::default();
         let metrics = Arc::<Metrics>::default();
-        let config = NatsConfig::default();
+        let mut config = Config::default();
+        config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
         let agent = Agent::new(&config, Arc::clone(&published), None, Arc::clone(&metrics));
         tokio::spawn(agent.run(events));
         Gateway {
@@ -135,4 +136,15 @@ async fn a_reload_changes_the_lifetime_of_what_is_announced_next() {
         .await;
     gateway.send([register("10.0.0.1:1", "a.x")]).await;
     assert_eq!(gateway.after(Duration::from_secs(12)).await.hosts.len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_drops_vips_outside_the_new_ranges() {
+    let gateway = Gateway::start();
+    let snapshot = gateway.send([register("10.0.0.1:1", "a.x")]).await;
+    assert_eq!(snapshot.vips.len(), 1);
+    let mut config = Config::default();
+    config.l4.vip_ranges = vec!["192.0.2.128/25".parse().unwrap()];
+    let snapshot = gateway.send([Event::Reload(Box::new(config))]).await;
+    assert_eq!((snapshot.vips.len(), snapshot.hosts.len()), (0, 1));
 }

@@ -38,9 +38,9 @@ pub struct Options {
     /// Share of new flows and requests, 1..=1000 [default: 100]
     #[arg(long)]
     weight: Option<u16>,
-    /// http1 or http2
+    /// What it speaks [default: http1]
     #[arg(long)]
-    protocol: Option<String>,
+    protocol: Option<Protocol>,
     /// Application id
     #[arg(long)]
     app: Option<String>,
@@ -53,9 +53,22 @@ pub struct Options {
     /// Seconds until it is forgotten unless repeated
     #[arg(long, value_name = "SECONDS")]
     stale_after: Option<u32>,
-    /// round-robin or least-connection
+    /// How requests are spread over its pool [default: the gateway's]
     #[arg(long)]
-    balance: Option<String>,
+    balance: Option<Balance>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Protocol {
+    Http1,
+    Http2,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Balance {
+    RoundRobin,
+    #[value(alias = "least-connections")]
+    LeastConnection,
 }
 
 pub fn register(options: &Options) -> Result<(), Failure> {
@@ -101,7 +114,6 @@ fn message(options: &Options) -> Vec<u8> {
     }
     for (field, text) in [
         ("server_cert_domain_san", &options.server_name),
-        ("protocol", &options.protocol),
         ("app", &options.app),
         ("private_instance_id", &options.instance_id),
         ("private_instance_index", &options.instance_index),
@@ -116,7 +128,18 @@ fn message(options: &Options) -> Vec<u8> {
     if let Some(seconds) = options.stale_after {
         set("stale_threshold_in_seconds", json!(seconds));
     }
-    if let Some(balance) = &options.balance {
+    if let Some(protocol) = options.protocol {
+        let protocol = match protocol {
+            Protocol::Http1 => "http1",
+            Protocol::Http2 => "http2",
+        };
+        set("protocol", json!(protocol));
+    }
+    if let Some(balance) = options.balance {
+        let balance = match balance {
+            Balance::RoundRobin => "round-robin",
+            Balance::LeastConnection => "least-connection",
+        };
         set("options", json!({ "loadbalancing": balance }));
     }
     Value::Object(message).to_string().into_bytes()

@@ -1,8 +1,9 @@
-//! `viaduct check`: a configuration and its routes files are valid, and this is what they amount to.
+//! `viaduct check`: a configuration and all that it points to are valid, and this is what they amount
+//! to.
 
 use anyhow::Context as _;
 
-use crate::cli::{ConfigOption, Failure, print};
+use crate::cli::{ConfigOption, Failure, print, resolve};
 use crate::source;
 
 #[derive(Clone, Debug, clap::Args)]
@@ -15,7 +16,7 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let config = options.config.load()?;
+    let config = resolve::load(&options.config)?;
     for path in &config.file.paths {
         source::file::load(path, &config.l4.vip_ranges).map_err(Failure::Usage)?;
     }

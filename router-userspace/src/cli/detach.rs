@@ -1,20 +1,28 @@
 //! `viaduct detach`: removes what layer 4 pinned, for good.
 
-use crate::cli::{ConfigOption, Failure};
+use anyhow::anyhow;
+
+use crate::cli::{ConfigOption, Failure, block_on, client, print};
 use crate::l4;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     #[command(flatten)]
     config: ConfigOption,
+    /// Even while something answers at the gateway's admin address
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let config = options.config.load()?;
+    let admin = &config.admin.listen;
+    if !options.force && block_on(client::get(admin, "/livez")).is_ok() {
+        return Err(Failure::Failed(anyhow!(
+            "a gateway answers at {admin} and would go on without its programs: stop it first"
+        )));
+    }
     let removed = l4::detach(&config.l4.pin_path)?;
-    println!(
-        "{removed} pins removed from {}",
-        config.l4.pin_path.display()
-    );
-    Ok(())
+    let from = config.l4.pin_path.display();
+    Ok(print(&format!("{removed} pins removed from {from}\n"))?)
 }

@@ -3,22 +3,28 @@
 use serde_json::Value;
 
 use crate::cli::table::table;
-use crate::cli::{Failure, block_on, client, print};
+use crate::cli::{ConfigOption, Failure, block_on, client, print};
 use crate::config::AdminListen;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Admin address of the gateway: ADDRESS:PORT or unix:/PATH
-    #[arg(
-        long,
-        env = "VIADUCT_ADMIN",
-        default_value = "127.0.0.1:9901",
-        value_name = "ADDRESS"
-    )]
-    admin: AdminListen,
+    /// Admin address of the gateway, ADDRESS:PORT or unix:/PATH [default: the configured one]
+    #[arg(long, env = "VIADUCT_ADMIN", value_name = "ADDRESS")]
+    admin: Option<AdminListen>,
+    #[command(flatten)]
+    config: ConfigOption,
     /// Print JSON, one object a row
     #[arg(long)]
     json: bool,
+}
+
+impl Options {
+    fn admin(&self) -> Result<AdminListen, Failure> {
+        match &self.admin {
+            Some(admin) => Ok(admin.clone()),
+            None => Ok(self.config.load()?.admin.listen),
+        }
+    }
 }
 
 pub fn routes(options: &Options) -> Result<(), Failure> {
@@ -48,7 +54,7 @@ pub fn backends(options: &Options) -> Result<(), Failure> {
 }
 
 pub fn stats(options: &Options) -> Result<(), Failure> {
-    let body = block_on(client::get(&options.admin, "/v1/stats"))?;
+    let body = block_on(client::get(&options.admin()?, "/v1/stats"))?;
     let stats: Value = serde_json::from_slice(&body).map_err(anyhow::Error::from)?;
     if options.json {
         return Ok(print(&format!("{stats}\n"))?);
@@ -77,7 +83,8 @@ fn list<const N: usize>(
             &rows.iter().flat_map(&cells).collect::<Vec<_>>(),
         )),
     };
-    Ok(block_on(client::pages(&options.admin, path, print_page))?)
+    let admin = options.admin()?;
+    Ok(block_on(client::pages(&admin, path, print_page))?)
 }
 
 /// A row for each backend of a pool; the name stands on the first.

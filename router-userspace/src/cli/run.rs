@@ -4,7 +4,8 @@
 //! and health checks), the workers of layer 7, and this one, which waits for signals. A panic on
 //! `control` aborts the process: packets go on by the pinned programs, and the service manager starts
 //! the agent anew, where a gateway that learns nothing more would go on unseen. SIGHUP reads the
-//! configuration again; SIGTERM and SIGINT drain layer 7 and end, a second one ends at once.
+//! configuration again; SIGTERM, SIGINT and SIGUSR1, by which gorouter is drained, drain layer 7 and end; a second one
+//! ends at once. One that comes during the start is taken when it is over.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::admin::{self, Admin};
 use crate::agent::Agent;
-use crate::cli::{ConfigOption, Failure};
+use crate::cli::{ConfigOption, Failure, resolve};
 use crate::config::{self, Config, LogConfig, LogFormat, NatsConfig};
 use crate::event::{Event, INBOX_DEPTH};
 use crate::l4::{L4, L4Reader};
@@ -38,10 +39,11 @@ pub struct Options {
 }
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 8] = [
+const RELOADABLE: [&str; 9] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
+    "nats.startup_grace",
     "file.",
     "http.",
     "l4.vip_ranges",
@@ -50,10 +52,13 @@ const RELOADABLE: [&str; 8] = [
 ];
 
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let config = options.config.load()?;
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("start a runtime")?;
+    let signals = Signals::install(&runtime)?;
+    let config = resolve::load(&options.config)?;
     let log = start_log(&config.log).map_err(Failure::Usage)?;
     abort_on_control_panic();
-    let gateway = Gateway::start(config, log)?;
+    let gateway = Gateway::start(config, log, runtime, signals)?;
     gateway.run(options.config.path().as_deref())?;
     Ok(())
 }
@@ -72,11 +77,16 @@ struct Gateway {
     control: thread::JoinHandle<()>,
     /// For signals and the drain of layer 7.
     runtime: Runtime,
+    signals: Signals,
 }
 
 impl Gateway {
-    fn start(config: Config, log: LogFilter) -> anyhow::Result<Gateway> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+    fn start(
+        config: Config,
+        log: LogFilter,
+        runtime: Runtime,
+        signals: Signals,
+    ) -> anyhow::Result<Gateway> {
         let started = Instant::now();
         let published = Published::default();
         let metrics = Arc::<Metrics>::default();
@@ -137,24 +147,16 @@ impl Gateway {
             stop,
             control,
             runtime,
+            signals,
         })
     }
 
     fn run(mut self, path: Option<&Path>) -> anyhow::Result<()> {
-        let (mut hangup, mut terminate, mut interrupt) = {
-            let _inside = self.runtime.enter();
-            let on = |kind: SignalKind| signal(kind).context("listen for signals");
-            (
-                on(SignalKind::hangup())?,
-                on(SignalKind::terminate())?,
-                on(SignalKind::interrupt())?,
-            )
-        };
         loop {
             let stop = self.runtime.block_on(async {
                 tokio::select! {
-                    _ = hangup.recv() => false,
-                    () = either(&mut terminate, &mut interrupt) => true,
+                    _ = self.signals.hangup.recv() => false,
+                    () = any(&mut self.signals.stop) => true,
                 }
             });
             if stop {
@@ -175,7 +177,7 @@ impl Gateway {
             self.runtime.block_on(async {
                 tokio::select! {
                     () = proxy.drain(timeout) => {}
-                    () = either(&mut terminate, &mut interrupt) => {}
+                    () = any(&mut self.signals.stop) => {}
                 }
             });
         }
@@ -205,12 +207,13 @@ impl Gateway {
             proxy.reload(&new.http)?;
         }
         self.log.reload(filter).context("log.filter")?;
+        // Sources first: what they sent by the old configuration is before the event.
+        self.config.send_replace(Arc::new(new.clone()));
         // Waits at most for the agent to take in what is before it.
-        let event = Event::Reload(Box::new(new.clone()));
+        let event = Event::Reload(Box::new(new));
         self.runtime
             .block_on(self.inbox.send(event))
             .map_err(|_| anyhow!("the control thread has ended"))?;
-        self.config.send_replace(Arc::new(new));
         Ok(())
     }
 }
@@ -232,7 +235,7 @@ fn start_control(
             };
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
-            let agent = Agent::new(&config.nats, published, l4, metrics);
+            let agent = Agent::new(&config, published, l4, metrics);
             source::start(&context).await?;
             anyhow::Ok((agent, reader))
         };
@@ -292,10 +295,34 @@ fn abort_on_control_panic() {
     }));
 }
 
-async fn either(one: &mut Signal, other: &mut Signal) {
+/// Handlers that stand from the first moment, so that no signal ends a gateway half started.
+struct Signals {
+    hangup: Signal,
+    stop: [Signal; 3],
+}
+
+impl Signals {
+    fn install(runtime: &Runtime) -> anyhow::Result<Signals> {
+        let _inside = runtime.enter();
+        let on = |kind: SignalKind| signal(kind).context("listen for signals");
+        Ok(Signals {
+            hangup: on(SignalKind::hangup())?,
+            stop: [
+                on(SignalKind::terminate())?,
+                on(SignalKind::interrupt())?,
+                on(SignalKind::user_defined1())?,
+            ],
+        })
+    }
+}
+
+/// The next of some signals.
+async fn any(signals: &mut [Signal; 3]) {
+    let [one, two, three] = signals;
     tokio::select! {
         _ = one.recv() => {}
-        _ = other.recv() => {}
+        _ = two.recv() => {}
+        _ = three.recv() => {}
     }
 }
 
@@ -371,7 +398,7 @@ fn start_log(config: &LogConfig) -> anyhow::Result<LogFilter> {
     Ok(handle)
 }
 
-fn log_filter(config: &LogConfig) -> anyhow::Result<EnvFilter> {
+pub(crate) fn log_filter(config: &LogConfig) -> anyhow::Result<EnvFilter> {
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.filter.clone());
     // The client logs each of its events, which the source tells in its own words.
     EnvFilter::try_new(format!("async_nats=warn,{filter}"))

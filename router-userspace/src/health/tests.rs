@@ -107,10 +107,52 @@ fn only_backends_that_take_tcp_are_checked() {
         let registration = wire::register(json.as_bytes(), &ranges).unwrap();
         table.apply(RouteEvent::Register(registration), now);
     }
-    let mut ports: Vec<u16> = backends(&table.snapshot())
-        .keys()
-        .map(|address| address.port())
+    let mut checked: Vec<(u16, bool)> = backends(&table.snapshot())
+        .iter()
+        .map(|(address, plain_http)| (address.port(), *plain_http))
         .collect();
-    ports.sort_unstable();
-    assert_eq!(ports, [1, 3]);
+    checked.sort_unstable();
+    assert_eq!(
+        checked,
+        [(1, true), (3, false)],
+        "what serves a VIP need not speak HTTP"
+    );
+}
+
+#[tokio::test]
+async fn a_target_that_returns_during_its_probe_is_probed_once_at_a_time() {
+    let (inbox, _events) = mpsc::channel(8);
+    let address = "127.0.0.1:1".parse().unwrap();
+    let mut checker = Checker {
+        health: config(HealthCheck::Tcp).health,
+        targets: HashMap::new(),
+        due: BTreeSet::new(),
+        probes: JoinSet::new(),
+        generation: 0,
+        revision: None,
+        inbox,
+        metrics: Arc::default(),
+    };
+    let published = Published::default();
+    let mut table = publish(&published, address);
+    let there = published.load_full();
+    let gone = Arc::new(Snapshot {
+        revision: there.revision + 1,
+        ..Snapshot::default()
+    });
+    checker.follow(there).await;
+    checker.probe_due(Instant::now() + checker.health.interval);
+    assert_eq!((checker.probes.len(), checker.due.len()), (1, 0));
+    checker.follow(gone).await;
+    table.snapshot();
+    checker.follow(Arc::new(table.snapshot())).await;
+    assert_eq!(checker.due.len(), 1, "the new target has its own time");
+    let probed = checker.probes.join_next().await.unwrap().unwrap();
+    checker.probed(probed).await;
+    assert_eq!(
+        checker.due.len(),
+        1,
+        "the old target's probe schedules nothing"
+    );
+    assert!(checker.targets[&address].state.healthy());
 }

@@ -36,7 +36,7 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
         ),
         (
             "viaduct_http_retries",
-            "Requests sent to another backend",
+            "Attempts beyond the first of a request, at the same backend or another",
             totals.retries,
         ),
         (
@@ -113,7 +113,7 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
     let bounds = LATENCY_BOUNDS_US
         .iter()
         .map(|bound| *bound as f64 / 1e6)
-        .chain([f64::MAX]);
+        .chain([f64::INFINITY]);
     let buckets: Vec<(f64, u64)> = bounds.zip(totals.latency_buckets).collect();
     let count = totals.latency_buckets.iter().sum();
     let mut histogram = page.0.encode_descriptor(

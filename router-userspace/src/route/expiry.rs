@@ -2,9 +2,10 @@
 //!
 //! A renewed lease is not moved: when its old deadline comes, the route table sees that it was
 //! renewed and schedules it again. So a renewal costs nothing here, each lease is visited about once
-//! in its lifetime, and no visit scans the table. Pure: time is an argument, in [`Tick`]s.
+//! in its lifetime, and no visit scans the table. Each lease stands here once at most, and goes with
+//! its entry. Pure: time is an argument, in [`Tick`]s.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// Time since the table's epoch in units of [`TICK`]; wraps after 34 years.
@@ -13,26 +14,39 @@ pub type Tick = u32;
 /// How exact a deadline is.
 pub const TICK: Duration = Duration::from_millis(250);
 
-/// What is due when. Ids are the caller's; one may stand here more than once.
+/// What is due when. Ids are the caller's; 8 bytes each.
 #[derive(Debug, Default)]
 pub struct Expiry {
-    buckets: BTreeMap<Tick, Vec<u32>>,
+    visits: BTreeSet<(Tick, u32)>,
 }
 
 impl Expiry {
     pub fn schedule(&mut self, id: u32, at: Tick) {
-        self.buckets.entry(at).or_default().push(id);
+        self.visits.insert((at, id));
     }
 
-    /// Takes the earliest bucket if it is due: its time, and the ids scheduled for it.
-    pub fn due(&mut self, now: Tick) -> Option<(Tick, Vec<u32>)> {
-        let first = self.buckets.first_entry()?;
-        (*first.key() <= now).then(|| first.remove_entry())
+    /// Forgets a visit; one that is not planned is no error.
+    pub fn cancel(&mut self, id: u32, at: Tick) {
+        self.visits.remove(&(at, id));
+    }
+
+    /// Takes the earliest visit if it is due.
+    pub fn due(&mut self, now: Tick) -> Option<u32> {
+        let (at, _) = *self.visits.first()?;
+        if at > now {
+            return None;
+        }
+        self.visits.pop_first().map(|(_, id)| id)
     }
 
     #[cfg(test)]
     pub fn scheduled(&self, id: u32, at: Tick) -> bool {
-        self.buckets.get(&at).is_some_and(|ids| ids.contains(&id))
+        self.visits.contains(&(at, id))
+    }
+
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.visits.len()
     }
 }
 
@@ -62,15 +76,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_come_in_order_and_not_before_their_time() {
+    fn visits_come_in_order_and_not_before_their_time() {
         let mut expiry = Expiry::default();
         expiry.schedule(1, 20);
         expiry.schedule(2, 10);
         expiry.schedule(3, 10);
+        expiry.schedule(4, 10);
+        expiry.cancel(3, 10);
         assert_eq!(expiry.due(9), None);
-        assert_eq!(expiry.due(25), Some((10, vec![2, 3])));
-        assert_eq!(expiry.due(25), Some((20, vec![1])));
-        assert_eq!(expiry.due(25), None);
+        let mut due = || expiry.due(25);
+        assert_eq!(
+            [due(), due(), due(), due()],
+            [Some(2), Some(4), Some(1), None]
+        );
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! it, with two exceptions: an adopted entry goes to whoever speaks of it first, and a routes file
 //! takes an address over from NATS.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -49,8 +50,21 @@ pub struct Change {
     pub expired: u64,
     /// Left alone because the entry belongs to another source.
     pub shadowed: u64,
-    /// Refused by one of the bounds of this module.
+    /// Refused with their registration, which one of the bounds of this module kept out.
     pub full: u64,
+    /// The bound that refused a registration last.
+    pub bound: Option<Bound>,
+}
+
+/// What keeps a registration out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// [`MAX_ENTRIES`].
+    Entries,
+    /// [`MAX_POOL_BACKENDS`].
+    PoolBackends,
+    /// [`MAX_HOST_PATHS`].
+    HostPaths,
 }
 
 /// How much the table holds.
@@ -64,17 +78,20 @@ pub struct Size {
 }
 
 pub struct RouteTable {
-    /// Slots that [`Self::index`], [`Self::by_origin`] and [`Self::expiry`] name by number.
+    /// Slots that [`Self::index`] and [`Self::expiry`] name by number.
     entries: Vec<Option<Entry>>,
     free: Vec<u32>,
     /// By (route, address).
     index: HashTable<u32>,
     hasher: RandomState,
-    by_origin: [HashSet<u32>; 3],
+    /// How many there are, in the order of [`Origin`]'s variants.
+    by_origin: [usize; 3],
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
     sources: [Source; 3],
+    /// What [`Self::register`] finds of each route; kept for its memory.
+    found: Vec<Option<u32>>,
     stale_threshold: Duration,
     epoch: Instant,
     http_routes: usize,
@@ -90,7 +107,7 @@ struct Entry {
     policy: Option<Box<Policy>>,
     renewed: Tick,
     lifetime: Tick,
-    /// The one visit of [`Expiry`] that counts; those of earlier owners of the slot do not.
+    /// When [`Expiry`] holds a visit of this entry; [`Tick::MAX`]: it holds none.
     scheduled: Tick,
 }
 
@@ -115,13 +132,14 @@ impl RouteTable {
             free: Vec::new(),
             index: HashTable::new(),
             hasher: RandomState::new(),
-            by_origin: Default::default(),
+            by_origin: [0; 3],
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             sources: [Source {
                 connected: true,
                 since: 0,
             }; 3],
+            found: Vec::new(),
             stale_threshold,
             epoch: now,
             http_routes: 0,
@@ -133,23 +151,28 @@ impl RouteTable {
         let mut change = Change::default();
         match event {
             RouteEvent::Register(registration) => {
-                self.register(registration, now, &mut change, |_| {});
+                self.register(registration, now, &mut change);
             }
             RouteEvent::Unregister(unregistration) => self.unregister(unregistration, &mut change),
-            RouteEvent::Replace {
-                origin,
-                registrations,
-            } => {
-                let mut gone = self.by_origin[origin as usize].clone();
-                for registration in registrations {
-                    self.register(registration, now, &mut change, |id| {
-                        gone.remove(&id);
-                    });
-                }
-                for id in gone {
-                    self.remove(id, &mut change);
-                    change.removed += 1;
-                }
+        }
+        change
+    }
+
+    /// Removes the routes of VIPs that are not `allowed`.
+    pub fn retain_vips(&mut self, allowed: impl Fn(&Vip) -> bool) -> Change {
+        let mut change = Change::default();
+        let gone: Vec<(Vip, Arc<Pool>)> = self
+            .next
+            .vips
+            .iter()
+            .filter(|(vip, _)| !allowed(vip))
+            .map(|(vip, pool)| (*vip, Arc::clone(pool)))
+            .collect();
+        for (vip, pool) in gone {
+            for backend in &pool.backends {
+                let id = self.find(&RouteKey::Vip(vip), backend.address);
+                self.remove(id.expect("every member has an entry"), &mut change);
+                change.removed += 1;
             }
         }
         change
@@ -159,10 +182,8 @@ impl RouteTable {
     pub fn expire(&mut self, now: Instant) -> Change {
         let mut change = Change::default();
         let now = expiry::tick_before(self.epoch, now);
-        while let Some((at, ids)) = self.expiry.due(now) {
-            for id in ids {
-                self.visit(id, at, now, &mut change);
-            }
+        while let Some(id) = self.expiry.due(now) {
+            self.visit(id, now, &mut change);
         }
         change
     }
@@ -224,18 +245,12 @@ impl RouteTable {
         Size {
             http_routes: self.http_routes,
             vips: self.next.vips.len(),
-            entries: [0, 1, 2].map(|origin: usize| self.by_origin[origin].len()),
+            entries: self.by_origin,
         }
     }
 
-    /// Upserts each route of a registration; `touched` learns the slots that are its source's.
-    fn register(
-        &mut self,
-        registration: Registration,
-        now: Instant,
-        change: &mut Change,
-        mut touched: impl FnMut(u32),
-    ) {
+    /// Upserts each route of a registration, or none if not all have room.
+    fn register(&mut self, registration: Registration, now: Instant, change: &mut Change) {
         let Registration {
             routes,
             backend,
@@ -252,14 +267,23 @@ impl RouteTable {
             balance,
             route_service_url,
         };
-        for route in routes {
-            let found = self.find(&route, backend.address);
-            let id = match found {
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(routes.iter().map(|route| self.find(route, backend.address)));
+        if let Err(bound) = self.check_room(&routes, &found) {
+            change.full += routes.len() as u64;
+            change.bound = Some(bound);
+            self.found = found;
+            return;
+        }
+        for (route, known) in routes.into_iter().zip(&found) {
+            // A registration may name a route twice, and then the first adds it.
+            let known = known.or_else(|| self.find(&route, backend.address));
+            let id = match known {
                 Some(id) => self.update(id, &backend, &policy, change),
-                None => self.insert(route, &backend, &policy, change),
+                None => Some(self.insert(route, &backend, &policy, change)),
             };
             let Some(id) = id else { continue };
-            touched(id);
             let entry = self.entries[id as usize]
                 .as_mut()
                 .expect("an upserted entry is there");
@@ -267,10 +291,50 @@ impl RouteTable {
             entry.lifetime = lifetime;
             let deadline = now.saturating_add(lifetime);
             if backend.origin != Origin::File && deadline < entry.scheduled {
+                self.expiry.cancel(id, entry.scheduled);
                 entry.scheduled = deadline;
                 self.expiry.schedule(id, deadline);
             }
         }
+        self.found = found;
+    }
+
+    /// Whether the routes that are not found fit beside what is there. One that is named twice
+    /// counts twice against the number of entries.
+    fn check_room(&self, routes: &[RouteKey], found: &[Option<u32>]) -> Result<(), Bound> {
+        let new = || {
+            let pairs = routes.iter().zip(found);
+            pairs.filter_map(|(route, found)| found.is_none().then_some(route))
+        };
+        let count = new().count();
+        if self.index.len() + count > MAX_ENTRIES {
+            return Err(Bound::Entries);
+        }
+        for route in new() {
+            let pool = match route {
+                RouteKey::Vip(vip) => self.next.vips.get(vip),
+                RouteKey::Http(HttpMatch { host, path }) => {
+                    let Some(known) = self.next.hosts.get(&**host) else {
+                        continue;
+                    };
+                    match find_path(known, path) {
+                        Ok(at) => Some(&known.paths[at].1),
+                        Err(_) if known.paths.len() + count <= MAX_HOST_PATHS => None,
+                        Err(_)
+                            if known.paths.len() + new_paths(known, host, new())
+                                <= MAX_HOST_PATHS =>
+                        {
+                            None
+                        }
+                        Err(_) => return Err(Bound::HostPaths),
+                    }
+                }
+            };
+            if pool.is_some_and(|pool| pool.backends.len() >= MAX_POOL_BACKENDS) {
+                return Err(Bound::PoolBackends);
+            }
+        }
+        Ok(())
     }
 
     fn unregister(&mut self, gone: Unregistration, change: &mut Change) {
@@ -314,8 +378,8 @@ impl RouteTable {
         entry.backend = Arc::clone(backend);
         entry.policy = boxed(policy);
         if owner != backend.origin {
-            self.by_origin[owner as usize].remove(&id);
-            self.by_origin[backend.origin as usize].insert(id);
+            self.by_origin[owner as usize] -= 1;
+            self.by_origin[backend.origin as usize] += 1;
         }
         let pool = pool_mut(&mut self.next, &entry.route);
         put(pool.expect("an entry's route has a pool"), backend, policy);
@@ -324,19 +388,17 @@ impl RouteTable {
         Some(id)
     }
 
-    /// Adds an entry; `None` if there is no room.
+    /// Adds an entry, for which there is room.
     fn insert(
         &mut self,
         route: RouteKey,
         backend: &Arc<Backend>,
         policy: &Policy,
         change: &mut Change,
-    ) -> Option<u32> {
-        let Some(route) = self.make_room(route) else {
-            change.full += 1;
-            return None;
-        };
-        put(pool_mut(&mut self.next, &route)?, backend, policy);
+    ) -> u32 {
+        let route = self.make_pool(route);
+        let pool = pool_mut(&mut self.next, &route).expect("the pool was made sure of");
+        put(pool, backend, policy);
         if let RouteKey::Vip(vip) = &route {
             self.vips_of.insert((backend.address, *vip));
         }
@@ -363,28 +425,22 @@ impl RouteTable {
                 u32::try_from(self.entries.len() - 1).expect("MAX_ENTRIES fits u32")
             }
         };
-        self.by_origin[origin as usize].insert(id);
+        self.by_origin[origin as usize] += 1;
         let (entries, hasher) = (&self.entries, &self.hasher);
         self.index
             .insert_unique(hash, id, |id| entry_hash(entries, hasher, *id));
-        Some(id)
+        id
     }
 
-    /// Makes sure of a pool with a free place for `route`, and returns the route in the strings that
-    /// the snapshot holds already.
-    fn make_room(&mut self, route: RouteKey) -> Option<RouteKey> {
-        if self.index.len() >= MAX_ENTRIES {
-            return None;
-        }
+    /// Makes sure of a pool for `route`, and returns the route in the strings that the snapshot holds
+    /// already.
+    fn make_pool(&mut self, route: RouteKey) -> RouteKey {
         let HttpMatch { host, path } = match route {
             RouteKey::Http(http) => http,
             RouteKey::Vip(vip) => {
-                let pool = self
-                    .next
-                    .vips
-                    .entry(vip)
-                    .or_insert_with(|| Arc::new(empty_pool()));
-                return (pool.backends.len() < MAX_POOL_BACKENDS).then_some(route);
+                let pool = self.next.vips.entry(vip);
+                pool.or_insert_with(|| Arc::new(empty_pool()));
+                return route;
             }
         };
         let host = match self.next.hosts.get_key_value(&*host) {
@@ -393,14 +449,7 @@ impl RouteTable {
         };
         let routes = self.next.hosts.entry(Arc::clone(&host)).or_default();
         let path = match find_path(routes, &path) {
-            Ok(at) => {
-                let (known, pool) = &routes.paths[at];
-                if pool.backends.len() >= MAX_POOL_BACKENDS {
-                    return None;
-                }
-                Arc::clone(known)
-            }
-            Err(_) if routes.paths.len() >= MAX_HOST_PATHS => return None,
+            Ok(at) => Arc::clone(&routes.paths[at].0),
             Err(at) => {
                 let pool = (Arc::clone(&path), Arc::new(empty_pool()));
                 Arc::make_mut(routes).paths.insert(at, pool);
@@ -408,7 +457,7 @@ impl RouteTable {
                 path
             }
         };
-        Some(RouteKey::Http(HttpMatch { host, path }))
+        RouteKey::Http(HttpMatch { host, path })
     }
 
     fn remove(&mut self, id: u32, change: &mut Change) {
@@ -419,7 +468,8 @@ impl RouteTable {
             .take()
             .expect("indexed entries are there");
         self.free.push(id);
-        self.by_origin[entry.backend.origin as usize].remove(&id);
+        self.expiry.cancel(id, entry.scheduled);
+        self.by_origin[entry.backend.origin as usize] -= 1;
         let address = entry.backend.address;
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
         let at = pool
@@ -460,13 +510,10 @@ impl RouteTable {
     }
 
     /// Looks at an entry whose time may have come.
-    fn visit(&mut self, id: u32, at: Tick, now: Tick, change: &mut Change) {
-        let Some(entry) = self.entries[id as usize].as_mut() else {
-            return;
-        };
-        if entry.scheduled != at {
-            return;
-        }
+    fn visit(&mut self, id: u32, now: Tick, change: &mut Change) {
+        let entry = self.entries[id as usize]
+            .as_mut()
+            .expect("visits go with their entries");
         entry.scheduled = Tick::MAX;
         if entry.backend.origin == Origin::File {
             return;
@@ -509,6 +556,7 @@ impl Change {
         self.expired += later.expired;
         self.shadowed += later.shadowed;
         self.full += later.full;
+        self.bound = later.bound.or(self.bound);
     }
 
     fn touch(&mut self, route: &RouteKey) {
@@ -517,6 +565,32 @@ impl Change {
             self.vips.insert(*vip);
         }
     }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Bound::Entries => write!(f, "{MAX_ENTRIES} backends over all routes"),
+            Bound::PoolBackends => write!(f, "{MAX_POOL_BACKENDS} backends of one route"),
+            Bound::HostPaths => write!(f, "{MAX_HOST_PATHS} paths of one host"),
+        }
+    }
+}
+
+/// How many paths of `host` stand in `routes` and not in `known`.
+fn new_paths<'r>(
+    known: &HostRoutes,
+    host: &str,
+    routes: impl Iterator<Item = &'r RouteKey>,
+) -> usize {
+    let paths = routes.filter_map(|route| match route {
+        RouteKey::Http(http) if *http.host == *host => Some(&*http.path),
+        RouteKey::Http(_) | RouteKey::Vip(_) => None,
+    });
+    let new: BTreeSet<&str> = paths
+        .filter(|path| find_path(known, path).is_err())
+        .collect();
+    new.len()
 }
 
 /// Whether a source may change what another announced.

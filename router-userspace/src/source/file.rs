@@ -14,8 +14,11 @@
 //! tls = { server_name = "app.internal" } # {} checks the certificate against the address
 //! ```
 //!
-//! One task looks at the files' size and time of change, and reads them again when either differs or
-//! the configuration is reloaded. A file with an error keeps the routes it had.
+//! One task looks at the files' size and time of change, and reads one again when either differs or
+//! the configuration is reloaded; a file that is being written is left until two looks find it the
+//! same. A file with an error keeps the routes it had. Only what differs from before is sent, a route
+//! at a time and new ones first, so that a large file neither stalls the agent nor empties a pool on
+//! the way.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -32,7 +35,7 @@ use crate::config::HttpBalance;
 use crate::event::Event;
 use crate::route::{
     Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Origin, Registration, RouteEvent,
-    RouteKey, wire,
+    RouteKey, Unregistration, wire,
 };
 use crate::source::Context;
 
@@ -42,44 +45,50 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Watches the files of the configuration until the process ends.
 pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
+    let mut announced = Announced::new();
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         let mut changed = files.len();
         files.retain(|path, _| config.file.paths.contains(path));
+        context.metrics.files.retain(&config.file.paths);
         changed -= files.len();
         for path in &config.file.paths {
-            let version = version(path);
             let known = files.entry(path.clone()).or_default();
-            if known.version.as_ref() == Some(&version) {
+            let Some(read) = look(path, known, &config.l4.vip_ranges).await else {
                 continue;
-            }
-            known.version = Some(version);
-            let (path, ranges) = (path.clone(), config.l4.vip_ranges.clone());
-            let loaded = tokio::task::spawn_blocking(move || load(&path, &ranges)).await;
-            match loaded.expect("a file is read without a panic") {
+            };
+            let error = match read {
                 Ok(registrations) => {
-                    tracing::info!(registrations = registrations.len(), "routes file read");
+                    let path = path.display();
+                    tracing::info!(%path, registrations = registrations.len(), "routes file read");
                     known.registrations = registrations;
                     changed += 1;
-                    context.metrics.file_loads.inc();
+                    None
                 }
-                Err(error) => {
+                Err(error) => Some(format!("{error:#}")),
+            };
+            context.metrics.files.read(path, error.is_none());
+            match &error {
+                None => context.metrics.file_loads.inc(),
+                // One that stays unreadable is told once.
+                Some(error) if known.error.as_ref() != Some(error) => {
                     context.metrics.file_rejects.inc();
-                    let error = format!("{error:#}");
                     tracing::warn!(error, "routes file refused: its routes stay as they were");
                 }
+                Some(_) => {}
             }
+            known.error = error;
         }
+        // The agent dropped what a reload left outside.
+        announced.retain(|(route, _), _| route.is_allowed(&config.l4));
         if changed > 0 {
-            let registrations = files.values().flat_map(|file| file.registrations.clone());
-            let registrations = registrations.collect();
-            let event = RouteEvent::Replace {
-                origin: Origin::File,
-                registrations,
-            };
-            if context.inbox.send(Event::Route(event)).await.is_err() {
-                return;
+            let wanted = wanted(&files);
+            for event in differences(&announced, &wanted) {
+                if context.inbox.send(Event::Route(event)).await.is_err() {
+                    return;
+                }
             }
+            announced = wanted;
         }
         tokio::select! {
             () = tokio::time::sleep(config.file.poll_interval) => {}
@@ -88,11 +97,81 @@ pub async fn run(mut context: Context) {
                     return;
                 }
                 for known in files.values_mut() {
-                    known.version = None;
+                    known.read = None;
                 }
             }
         }
     }
+}
+
+/// Reads a file if there is something new in it, and nobody is writing it. One that cannot be read
+/// is tried again at the next look.
+async fn look(
+    path: &Path,
+    known: &mut Known,
+    vip_ranges: &[IpNet],
+) -> Option<anyhow::Result<Vec<Registration>>> {
+    let before = version(path);
+    // Without routes there are none that half a file could withdraw.
+    let settled = known.seen == before || known.registrations.is_empty();
+    known.seen = before;
+    if before.is_some() && (known.read == before || !settled) {
+        return None;
+    }
+    let (path, vip_ranges) = (path.to_owned(), vip_ranges.to_vec());
+    let read = tokio::task::spawn_blocking(move || {
+        let text = read(&path);
+        let after = version(&path);
+        let parsed = text.map(|text| parse_file(&path, &text, &vip_ranges));
+        (parsed, after)
+    });
+    let (parsed, after) = read.await.expect("a file is read without a panic");
+    if before != after {
+        return None;
+    }
+    match parsed {
+        Ok(parsed) => {
+            known.read = before;
+            Some(parsed)
+        }
+        Err(error) => Some(Err(error)),
+    }
+}
+
+/// What the files announce together; the last word on an address of a route counts.
+fn wanted(files: &BTreeMap<PathBuf, Known>) -> Announced {
+    let mut wanted = Announced::new();
+    for registration in files.values().flat_map(|file| &file.registrations) {
+        for route in &registration.routes {
+            let one = Registration {
+                routes: vec![route.clone()],
+                ..registration.clone()
+            };
+            wanted.insert((route.clone(), registration.backend.address), one);
+        }
+    }
+    wanted
+}
+
+fn differences<'a>(
+    from: &'a Announced,
+    to: &'a Announced,
+) -> impl Iterator<Item = RouteEvent> + 'a {
+    let added = to
+        .iter()
+        .filter(|(key, registration)| from.get(key) != Some(registration))
+        .map(|(_, registration)| RouteEvent::Register(registration.clone()));
+    let removed = from
+        .keys()
+        .filter(|key| !to.contains_key(key))
+        .map(|(route, address)| {
+            RouteEvent::Unregister(Unregistration {
+                routes: vec![route.clone()],
+                address: *address,
+                origin: Origin::File,
+            })
+        });
+    added.chain(removed)
 }
 
 /// Reads a routes file. VIPs are held against `vip_ranges`, as those of registrations are.
@@ -100,14 +179,21 @@ pub async fn run(mut context: Context) {
 /// # Errors
 /// One message with the file, line and key.
 pub fn load(path: &Path, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
+    parse_file(path, &read(path)?, vip_ranges)
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
     let name = path.display();
     let metadata = std::fs::metadata(path).with_context(|| format!("read {name}"))?;
     ensure!(
         metadata.len() <= MAX_FILE_BYTES,
         "read {name}: longer than {MAX_FILE_BYTES} bytes"
     );
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {name}"))?;
-    parse(&text, vip_ranges).with_context(|| format!("routes file {name}"))
+    std::fs::read_to_string(path).with_context(|| format!("read {name}"))
+}
+
+fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
+    parse(text, vip_ranges).with_context(|| format!("routes file {}", path.display()))
 }
 
 fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
@@ -148,17 +234,24 @@ fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> 
     Ok(registrations)
 }
 
+/// Registrations of one route each.
+type Announced = BTreeMap<(RouteKey, SocketAddr), Registration>;
+
 #[derive(Default)]
 struct Known {
-    /// `None`: to be read whatever it is.
-    version: Option<Version>,
+    /// At the latest look.
+    seen: Option<Version>,
+    /// Whose content was taken or refused; `None`: to be read again.
+    read: Option<Version>,
     registrations: Vec<Registration>,
+    error: Option<String>,
 }
 
-/// What changes when a file does; `None` while it cannot be looked at.
-type Version = Option<(SystemTime, u64)>;
+/// What changes when a file does: when it was written, and its length.
+type Version = (SystemTime, u64);
 
-fn version(path: &Path) -> Version {
+/// `None` while the file cannot be looked at.
+fn version(path: &Path) -> Option<Version> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.modified().ok()?, metadata.len()))
 }
@@ -227,7 +320,6 @@ impl From<HttpMatch> for RouteKey {
 impl From<FileBackend> for Backend {
     fn from(backend: FileBackend) -> Backend {
         Backend {
-            address: backend.address.0,
             weight: backend.weight.0,
             tls: backend.tls.map(|tls| BackendTls {
                 server_name: tls.server_name,
@@ -236,13 +328,7 @@ impl From<FileBackend> for Backend {
                 FileProtocol::Http1 => HttpProtocol::Http1,
                 FileProtocol::Http2 => HttpProtocol::Http2,
             },
-            app: None,
-            instance_id: None,
-            instance_index: None,
-            availability_zone: None,
-            isolation_segment: None,
-            tags: BTreeMap::new(),
-            origin: Origin::File,
+            ..Backend::new(backend.address.0, Origin::File)
         }
     }
 }

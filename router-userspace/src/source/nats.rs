@@ -4,32 +4,48 @@
 //! order. It announces the gateway by `<prefix>.start` after every connect, once the subscription is
 //! in place, and answers `<prefix>.greet`. The client reconnects for ever by itself.
 //!
-//! Back-pressure: this task empties the subscription whenever it runs and waits while the agent's
-//! inbox is full; the client's own buffer of [`SUBSCRIPTION_CAPACITY`] messages takes up bursts in
-//! between. The client drops what exceeds it, which is counted and logged, and repaired by the next
-//! heartbeats.
+//! Whether there is a connection is asked of the client, never taken from its events: those may be
+//! lost, and only wake the task.
+//!
+//! Nothing here waits for the agent with messages unread. The task empties the subscription whenever
+//! it runs and holds what the agent's inbox has no room for, [`BUDGET_BYTES`] with the inbox's part.
+//! What exceeds that is dropped, counted and logged, and repaired by the next heartbeats; so is what
+//! the client drops when more than [`SUBSCRIPTION_CAPACITY`] messages arrive before the task runs.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Message, Subscriber};
+use async_nats::{Client, ConnectOptions, Message, Subscriber, ToServerAddrs};
 use futures_util::StreamExt;
 use rand::Rng;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::config::{Config, NatsConfig};
 use crate::event::Event;
+use crate::route::wire::Reason;
 use crate::route::{Origin, RouteEvent, wire};
 use crate::source::Context;
+use crate::warning::WarningLimit;
 
-/// Messages the client holds for this task; a message of 400 bytes makes that 100 MiB at worst.
-const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
+/// Messages the client holds until this task runs. Both run on one thread, and the client reads at
+/// most a few MiB before it is this task's turn.
+const SUBSCRIPTION_CAPACITY: usize = 1 << 16;
 
-/// Events of the client that wait for this task. More are dropped: [`Source::reconcile`] makes up
-/// for a lost one within [`RECONCILE`].
+/// Bytes of messages that are read and not taken in by the agent yet, each counted with
+/// [`MESSAGE_OVERHEAD`]: about 100,000 registrations.
+const BUDGET_BYTES: usize = 64 << 20;
+const MESSAGE_OVERHEAD: usize = 256;
+
+/// Bytes that the agent is asked to give back at a time.
+const RELEASE_BYTES: usize = 1 << 20;
+
+/// Events of the client that wait for this task. More are dropped: [`Source::follow`] needs none of
+/// them and looks at least once in [`RECONCILE`].
 const CLIENT_EVENTS: usize = 64;
 
 const RECONCILE: Duration = Duration::from_secs(1);
@@ -45,65 +61,102 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A server name, secret or file of the configuration that cannot be used.
 pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> {
     let (events_in, events) = mpsc::channel(CLIENT_EVENTS);
-    let client = connect(config, Some(events_in)).await?;
+    let options = options(config, events_in).await?;
+    let client = options
+        .retry_on_initial_connect()
+        .max_reconnects(None)
+        .connect(&config.servers[..])
+        .await
+        .with_context(|| format!("nats.servers {:?}", config.servers))?;
     let wildcard = format!("{}.*", config.subject_prefix);
     let subscriber = client
         .subscribe(wildcard)
         .await
         .context("subscribe to NATS")?;
-    let source = Source {
-        subjects: Subjects::new(&config.subject_prefix),
-        id: format!("0-{}", uuid::Uuid::new_v4()),
-        client,
-        context,
-        connected: false,
-        warnings: WarningLimit::default(),
-    };
+    let source = Source::new(config, client, context);
     tokio::spawn(tokio::task::coop::unconstrained(
         source.run(subscriber, events),
     ));
     Ok(())
 }
 
-/// Publishes one message by hand and waits until the server has it.
+/// Publishes one message by hand and waits until the server has taken it: what comes back to an inbox
+/// of the same connection was handled after it.
 ///
 /// # Errors
-/// Also when no server answers within the timeout of a connect.
+/// Also when no server answers within the timeout of a connect, and what the server says against it.
 pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyhow::Result<()> {
     let servers = config.servers.join(", ");
-    let client = connect(config, None)
+    let (events_in, mut events) = mpsc::channel(CLIENT_EVENTS);
+    let options = options(config, events_in).await?;
+    let client = options
+        .connect(&config.servers[..])
         .await
         .with_context(|| format!("connect to {servers}"))?;
     let subject = format!("{}.{kind}", config.subject_prefix);
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await.context("subscribe")?;
     client
-        .publish(subject, payload.into())
+        .publish(subject.clone(), payload.into())
         .await
         .context("publish")?;
-    client.flush().await.context("publish")?;
+    client.publish(inbox, "".into()).await.context("publish")?;
+    let refused = async {
+        while let Some(event) = events.recv().await {
+            if let async_nats::Event::ServerError(error) = event {
+                return error;
+            }
+        }
+        std::future::pending().await
+    };
+    // The server's errors come before its answer, and so are looked at first.
+    let taken = async {
+        tokio::select! {
+            biased;
+            error = refused => bail!("{error}"),
+            _ = answers.next() => Ok(()),
+        }
+    };
+    tokio::time::timeout(CONNECT_TIMEOUT, taken)
+        .await
+        .map_err(|_| anyhow!("no answer within {CONNECT_TIMEOUT:?}"))
+        .flatten()
+        .with_context(|| format!("publish {subject} to {servers}"))
+}
+
+/// Checks all that can be checked without a server, but the certificate files.
+///
+/// # Errors
+/// Names the key.
+pub async fn check(config: &NatsConfig) -> anyhow::Result<()> {
+    config
+        .servers
+        .to_server_addrs()
+        .with_context(|| format!("nats.servers {:?}", config.servers))?;
+    let (events, _) = mpsc::channel(1);
+    options(config, events).await?;
     Ok(())
 }
 
-/// With `events` the client retries for ever, without it tries each server once.
-async fn connect(
+/// What the configuration says of the connection, checked as far as it can be without one.
+///
+/// # Errors
+/// Names the key.
+pub async fn options(
     config: &NatsConfig,
-    events: Option<mpsc::Sender<async_nats::Event>>,
-) -> anyhow::Result<Client> {
+    events: mpsc::Sender<async_nats::Event>,
+) -> anyhow::Result<ConnectOptions> {
     let mut options = ConnectOptions::new()
         .name("viaduct")
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .connection_timeout(CONNECT_TIMEOUT)
         .ping_interval(PING_INTERVAL)
-        .reconnect_delay_callback(backoff);
-    if let Some(events) = events {
-        options = options
-            .retry_on_initial_connect()
-            .max_reconnects(None)
-            .event_callback(move |event| {
-                // A full channel loses an event, not the order of those that fit.
-                let _ = events.try_send(event);
-                std::future::ready(())
-            });
-    }
+        .reconnect_delay_callback(backoff)
+        .event_callback(move |event| {
+            // A full channel loses an event, not the order of those that fit.
+            let _ = events.try_send(event);
+            std::future::ready(())
+        });
     let secret = |key: &str, secret: &crate::config::Secret| {
         secret.reveal().with_context(|| format!("nats.{key}"))
     };
@@ -119,7 +172,9 @@ async fn connect(
         options = options.token(secret("token", token)?);
     }
     if let Some(seed) = &config.nkey_seed {
-        options = options.nkey(secret("nkey_seed", seed)?);
+        let seed = secret("nkey_seed", seed)?;
+        nkeys::KeyPair::from_seed(&seed).context("nats.nkey_seed")?;
+        options = options.nkey(seed);
     }
     if let Some(path) = &config.credentials_file {
         options = options
@@ -135,10 +190,7 @@ async fn connect(
     {
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
-    options
-        .connect(&config.servers[..])
-        .await
-        .context("nats.servers")
+    Ok(options)
 }
 
 /// The wait before an attempt: doubling from 10 ms, half of it by chance, so that the gateways of a
@@ -160,8 +212,30 @@ struct Source {
     id: String,
     client: Client,
     context: Context,
+    /// As the agent was told.
     connected: bool,
-    warnings: WarningLimit,
+    /// Connections of the client that the agent was told of.
+    connects: u64,
+    /// Read, and not in the agent's inbox yet.
+    queue: VecDeque<Message>,
+    /// Bytes that may still be read; the agent gives back those it has taken in.
+    budget: Arc<Semaphore>,
+    /// Bytes of the budget that are through here and not asked back of the agent yet; never much
+    /// above [`RELEASE_BYTES`].
+    taken_in: usize,
+    /// Messages that came out of the subscription.
+    received: u64,
+    /// Messages that the client is known to have dropped.
+    dropped: u64,
+    warnings: Warnings,
+}
+
+#[derive(Default)]
+struct Warnings {
+    rejects: [WarningLimit; Reason::ALL.len()],
+    dropped: WarningLimit,
+    client: WarningLimit,
+    server: WarningLimit,
 }
 
 struct Subjects {
@@ -182,29 +256,120 @@ struct Start<'a> {
 }
 
 impl Source {
+    fn new(config: &NatsConfig, client: Client, context: Context) -> Source {
+        Source {
+            subjects: Subjects::new(&config.subject_prefix),
+            id: format!("0-{}", uuid::Uuid::new_v4()),
+            client,
+            context,
+            connected: false,
+            connects: 0,
+            queue: VecDeque::new(),
+            budget: Arc::new(Semaphore::new(BUDGET_BYTES)),
+            taken_in: 0,
+            received: 0,
+            dropped: 0,
+            warnings: Warnings::default(),
+        }
+    }
+
     async fn run(
         mut self,
         mut subscriber: Subscriber,
         mut events: mpsc::Receiver<async_nats::Event>,
     ) {
         let mut reconcile = tokio::time::interval(RECONCILE);
+        let inbox = self.context.inbox.clone();
+        let mut waiting = false;
         loop {
-            // All three are cancel safe; what is done with them is not part of the select.
+            let full = !self.queue.is_empty() && inbox.capacity() == 0;
+            if full && !waiting {
+                self.context.metrics.inbox_full.inc();
+            }
+            waiting = full;
+            // All are cancel safe; what is done with them is not part of the select. In this order:
+            // the subscription is empty wherever another branch is taken.
             tokio::select! {
+                biased;
                 message = subscriber.next() => {
-                    let message = message.expect("the client reconnects for ever");
-                    self.take(message).await;
+                    self.enqueue(message.expect("the client reconnects for ever"));
                 }
                 event = events.recv() => {
-                    let event = event.expect("the client reports as long as it lives");
-                    self.react(event).await;
+                    self.react(event.expect("the client reports as long as it lives"));
+                    self.follow().await;
                 }
-                _ = reconcile.tick() => self.reconcile().await,
+                _ = reconcile.tick() => {
+                    self.count_dropped();
+                    self.follow().await;
+                }
+                permit = inbox.reserve(), if !self.queue.is_empty() => {
+                    // The agent outlives its sources but for the moment of shutdown.
+                    let Ok(permit) = permit else { return };
+                    if let Some(event) = self.next_event().await {
+                        permit.send(event);
+                    }
+                }
             }
         }
     }
 
-    async fn take(&mut self, message: Message) {
+    /// Holds a message for the agent, or drops it.
+    fn enqueue(&mut self, message: Message) {
+        self.received += 1;
+        let Ok(permit) = self.budget.try_acquire_many(cost(&message)) else {
+            self.warn_dropped(1);
+            return;
+        };
+        permit.forget();
+        self.queue.push_back(message);
+    }
+
+    /// Works on what is queued until there is something for the agent.
+    async fn next_event(&mut self) -> Option<Event> {
+        // Asked for in the inbox's order, so that it is given back when what it stands for is taken in.
+        if self.taken_in >= RELEASE_BYTES {
+            return Some(self.release());
+        }
+        while let Some(message) = self.queue.pop_front() {
+            self.taken_in += cost(&message) as usize;
+            if let Some(event) = self.take(message).await {
+                return Some(Event::Route(event));
+            }
+        }
+        (self.taken_in > 0).then(|| self.release())
+    }
+
+    fn release(&mut self) -> Event {
+        Event::Release {
+            budget: Arc::clone(&self.budget),
+            bytes: std::mem::take(&mut self.taken_in),
+        }
+    }
+
+    /// Asks the client for what it dropped: all that it received and did not hand over. Right while
+    /// the subscription is empty.
+    fn count_dropped(&mut self) {
+        let received = self.client.statistics().in_messages.load(Ordering::Relaxed);
+        let dropped = received.saturating_sub(self.received);
+        if dropped > self.dropped {
+            self.warn_dropped(dropped - self.dropped);
+            self.dropped = dropped;
+        }
+    }
+
+    fn warn_dropped(&mut self, count: u64) {
+        self.context.metrics.nats_slow_consumer.add(count);
+        if let Some(suppressed) = self.warnings.dropped.allow(Instant::now()) {
+            tracing::warn!(
+                count,
+                suppressed,
+                "NATS messages dropped: more than can be taken in"
+            );
+        }
+    }
+
+    /// Decodes a message, or answers it.
+    async fn take(&mut self, message: Message) -> Option<RouteEvent> {
         let metrics = &self.context.metrics;
         let subject = message.subject.as_str();
         let event = if subject == self.subjects.register {
@@ -219,14 +384,15 @@ impl Source {
                 metrics.greets.inc();
                 self.greet(message).await;
             }
-            return;
+            return None;
         };
         match event {
-            Ok(event) => self.send(Event::Route(event)).await,
+            Ok(event) => Some(event),
             Err(reject) => {
                 metrics.reject(reject.reason);
                 let payload = &message.payload[..message.payload.len().min(256)];
-                if let Some(suppressed) = self.warnings.allow(Instant::now()) {
+                let limit = &mut self.warnings.rejects[reject.reason as usize];
+                if let Some(suppressed) = limit.allow(Instant::now()) {
                     tracing::warn!(
                         subject,
                         reason = reject.reason.as_str(),
@@ -236,71 +402,80 @@ impl Source {
                         "refused a message"
                     );
                 }
+                None
             }
         }
     }
 
-    async fn react(&mut self, event: async_nats::Event) {
+    fn react(&mut self, event: async_nats::Event) {
+        let now = Instant::now();
         match event {
-            async_nats::Event::Connected => self.connected(true).await,
-            async_nats::Event::Disconnected => self.connected(false).await,
-            async_nats::Event::SlowConsumer(_) => {
-                self.context.metrics.nats_slow_consumer.inc();
-                if let Some(suppressed) = self.warnings.allow(Instant::now()) {
-                    tracing::warn!(
-                        suppressed,
-                        "NATS messages dropped: more than can be taken in"
-                    );
+            async_nats::Event::ServerError(error) => {
+                if let Some(suppressed) = self.warnings.server.allow(now) {
+                    tracing::warn!(%error, suppressed, "NATS server");
                 }
             }
-            async_nats::Event::ServerError(error) => tracing::warn!(%error, "NATS server"),
             async_nats::Event::ClientError(error) => {
-                if let Some(suppressed) = self.warnings.allow(Instant::now()) {
+                if let Some(suppressed) = self.warnings.client.allow(now) {
                     tracing::warn!(%error, suppressed, "NATS");
                 }
             }
             async_nats::Event::LameDuckMode
             | async_nats::Event::Draining
             | async_nats::Event::Closed => tracing::info!(%event, "NATS"),
+            async_nats::Event::Connected
+            | async_nats::Event::Disconnected
+            | async_nats::Event::SlowConsumer(_) => {}
         }
     }
 
-    /// Makes up for events that found the channel full.
-    async fn reconcile(&mut self) {
-        let connected = self.client.connection_state() == State::Connected;
-        if connected != self.connected {
-            self.connected(connected).await;
+    /// Tells the agent of every connection that came or went since it was told last, and the server
+    /// of a new one that there is a gateway.
+    async fn follow(&mut self) {
+        let connects = self.client.statistics().connects.load(Ordering::Relaxed);
+        let up = self.client.connection_state() == State::Connected;
+        // A connection that came after one that was never seen to go.
+        let replaced = connects > self.connects;
+        if self.connected && (!up || replaced) {
+            tracing::warn!("NATS lost: routes stay as they are until it is back");
+            self.set_connected(false).await;
+        }
+        if !(up && replaced) {
+            return;
+        }
+        self.context
+            .metrics
+            .nats_connects
+            .add(connects - self.connects);
+        self.connects = connects;
+        self.context
+            .metrics
+            .nats_first_connect
+            .get_or_init(Instant::now);
+        let server = self.client.server_info();
+        tracing::info!(
+            server = server.server_name,
+            version = server.version,
+            "NATS connected"
+        );
+        self.set_connected(true).await;
+        // The client has put its subscriptions before anything published from here on.
+        let subject = self.subjects.start.clone();
+        let start = self.start_message();
+        if let Err(error) = self.client.publish(subject, start.into()).await {
+            tracing::warn!(%error, "publish the start message");
         }
     }
 
-    async fn connected(&mut self, connected: bool) {
+    async fn set_connected(&mut self, connected: bool) {
         let metrics = &self.context.metrics;
         metrics.nats_connected.set(usize::from(connected));
-        if connected {
-            metrics.nats_connects.inc();
-            let server = self.client.server_info();
-            tracing::info!(
-                server = server.server_name,
-                version = server.version,
-                "NATS connected"
-            );
-        } else if self.connected {
-            tracing::warn!("NATS lost: routes stay as they are until it is back");
-        }
         self.connected = connected;
-        self.send(Event::SourceConnected {
+        let event = Event::SourceConnected {
             origin: Origin::Nats,
             connected,
-        })
-        .await;
-        if connected {
-            // The client has put its subscriptions before anything published from here on.
-            let subject = self.subjects.start.clone();
-            let start = self.start_message();
-            if let Err(error) = self.client.publish(subject, start.into()).await {
-                tracing::warn!(%error, "publish the start message");
-            }
-        }
+        };
+        let _ = self.context.inbox.send(event).await;
     }
 
     async fn greet(&self, message: Message) {
@@ -322,11 +497,11 @@ impl Source {
         };
         serde_json::to_vec(&start).expect("strings and numbers are JSON")
     }
+}
 
-    async fn send(&self, event: Event) {
-        // The agent outlives its sources but for the moment of shutdown.
-        let _ = self.context.inbox.send(event).await;
-    }
+/// What a message takes of the budget.
+fn cost(message: &Message) -> u32 {
+    u32::try_from(message.payload.len() + MESSAGE_OVERHEAD).expect("a message fits u32")
 }
 
 impl Subjects {
@@ -338,26 +513,6 @@ impl Subjects {
             greet: subject("greet"),
             start: subject("start"),
         }
-    }
-}
-
-/// Lets one warning a second through: whoever floods the bus does not flood the log.
-#[derive(Default)]
-struct WarningLimit {
-    last: Option<Instant>,
-    suppressed: u64,
-}
-
-impl WarningLimit {
-    /// Whether to warn now, and how many warnings were held back before.
-    fn allow(&mut self, now: Instant) -> Option<u64> {
-        let recent = |last: Instant| now.saturating_duration_since(last) < Duration::from_secs(1);
-        if self.last.is_some_and(recent) {
-            self.suppressed += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.suppressed))
     }
 }
 

@@ -3,24 +3,14 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::route::HttpProtocol;
 use crate::route::expiry::TICK;
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
 fn backend(address: &str, weight: u16, origin: Origin) -> Arc<Backend> {
     Arc::new(Backend {
-        address: address.parse().unwrap(),
         weight,
-        tls: None,
-        protocol: HttpProtocol::Http1,
-        app: None,
-        instance_id: None,
-        instance_index: None,
-        availability_zone: None,
-        isolation_segment: None,
-        tags: BTreeMap::new(),
-        origin,
+        ..Backend::new(address.parse().unwrap(), origin)
     })
 }
 
@@ -232,13 +222,11 @@ fn an_entry_belongs_to_its_source() {
         !table.expire(now + THRESHOLD * 9).changed,
         "a file's routes do not expire"
     );
-    table.apply(
-        RouteEvent::Replace {
-            origin: Origin::File,
-            registrations: Vec::new(),
-        },
+    let change = table.apply(
+        withdrawal(&route, &backend("10.0.0.1:80", 1, Origin::File)),
         now,
     );
+    assert_eq!(change.removed, 1);
     assert_eq!(served(&table), [""; 0]);
     check_invariants(&table);
 }
@@ -257,25 +245,22 @@ fn an_adopted_backend_may_be_withdrawn_by_anyone() {
 }
 
 #[test]
-fn replace_keeps_what_is_named_again() {
+fn vips_that_are_not_allowed_any_more_go_and_the_rest_stays() {
     let now = Instant::now();
     let mut table = RouteTable::new(THRESHOLD, now);
-    let (one, two) = (
-        backend("10.0.0.1:80", 1, Origin::File),
-        backend("10.0.0.2:80", 1, Origin::File),
-    );
-    let replace = |registrations| RouteEvent::Replace {
-        origin: Origin::File,
-        registrations,
-    };
-    let a = [http("a.x", "")];
-    table.apply(
-        replace(vec![registration(&a, &one), registration(&a, &two)]),
-        now,
-    );
-    let change = table.apply(replace(vec![registration(&a, &two)]), now);
-    assert_eq!((change.refreshed, change.removed, change.added), (1, 1, 0));
-    assert_eq!(served(&table), ["a.x 10.0.0.2:80*1@file"]);
+    let routes = [
+        http("a.x", ""),
+        vip("tcp/192.0.2.1:80"),
+        vip("udp/198.51.100.1:80"),
+    ];
+    for port in 1..=3 {
+        let one = backend(&format!("10.0.0.1:{port}"), 1, Origin::Nats);
+        table.apply(register(&routes, &one), now);
+    }
+    let change = table.retain_vips(|vip| vip.proto == Proto::Tcp);
+    assert_eq!((change.removed, change.vips.len()), (3, 1));
+    assert_eq!((table.size().http_routes, table.size().vips), (1, 1));
+    check_invariants(&table);
 }
 
 #[test]
@@ -324,6 +309,26 @@ fn a_shorter_lifetime_counts_from_its_registration() {
         "held to the gateway's threshold"
     );
     assert_eq!(table.expire(now + THRESHOLD * 200), Change::default());
+}
+
+#[test]
+fn instances_that_come_and_go_leave_no_deadlines_behind() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let (routes, one) = (
+        [http("a.x", ""), vip("tcp/192.0.2.1:80")],
+        backend("10.0.0.1:80", 1, Origin::Nats),
+    );
+    for seconds in [120, 1, 60, 120].repeat(100) {
+        let mut lease = registration(&routes, &one);
+        lease.stale_after = Some(Duration::from_secs(seconds));
+        table.apply(RouteEvent::Register(lease), now);
+        assert_eq!(table.expiry.count(), routes.len());
+        if seconds == 60 {
+            table.apply(withdrawal(&routes, &one), now);
+            assert_eq!(table.expiry.count(), 0);
+        }
+    }
 }
 
 #[test]
@@ -381,18 +386,54 @@ fn a_full_pool_takes_no_more_and_serves_on() {
     check_invariants(&table);
 }
 
+#[test]
+fn a_registration_that_does_not_fit_is_refused_whole() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:1", 1, Origin::Nats);
+    let paths: Vec<RouteKey> = (1..MAX_HOST_PATHS)
+        .map(|path| http("a.x", &format!("/{path}")))
+        .collect();
+    table.apply(register(&paths, &one), now);
+    let before = served(&table);
+    let change = table.apply(
+        register(
+            &[http("b.x", ""), http("a.x", "/new"), http("a.x", "/newer")],
+            &one,
+        ),
+        now,
+    );
+    assert_eq!(
+        (change.changed, change.full, change.bound),
+        (false, 3, Some(Bound::HostPaths))
+    );
+    assert_eq!(served(&table), before);
+    let twice = [http("b.x", ""), http("a.x", "/new"), http("a.x", "/new")];
+    let change = table.apply(register(&twice, &one), now);
+    assert_eq!((change.added, change.refreshed, change.bound), (2, 1, None));
+
+    for port in 1..=MAX_POOL_BACKENDS {
+        let other = backend(&format!("10.0.0.2:{port}"), 1, Origin::Nats);
+        table.apply(register(&[http("full.x", "")], &other), now);
+    }
+    let change = table.apply(register(&[http("c.x", ""), http("full.x", "")], &one), now);
+    assert_eq!((change.full, change.bound), (2, Some(Bound::PoolBackends)));
+    assert!(!table.next.hosts.contains_key("c.x"));
+    check_invariants(&table);
+}
+
 fn check_invariants(table: &RouteTable) {
     let live = table.entries.iter().flatten().count();
     assert_eq!(table.index.len(), live);
     assert_eq!(table.free.len() + live, table.entries.len());
-    assert_eq!(table.size().entries.iter().sum::<usize>(), live);
+    let mut by_origin = [0; 3];
     let mut vips_of = BTreeSet::new();
     for (id, entry) in table.entries.iter().enumerate() {
         let Some(entry) = entry else { continue };
         let id = u32::try_from(id).unwrap();
         let address = entry.backend.address;
         assert_eq!(table.find(&entry.route, address), Some(id));
-        assert!(table.by_origin[entry.backend.origin as usize].contains(&id));
+        by_origin[entry.backend.origin as usize] += 1;
         let pool = match &entry.route {
             RouteKey::Vip(vip) => {
                 vips_of.insert((address, *vip));
@@ -424,6 +465,8 @@ fn check_invariants(table: &RouteTable) {
             );
         }
     }
+    assert_eq!(table.size().entries, by_origin);
+    assert!(table.expiry.count() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
     let http = table
         .next
@@ -535,11 +578,6 @@ enum Step {
         address: u8,
         origin: Origin,
     },
-    Replace {
-        origin: Origin,
-        routes: Vec<usize>,
-        address: u8,
-    },
     Wait {
         ticks: u32,
     },
@@ -562,10 +600,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (routes.clone(), 1u8..5, 1u16..3, origin.clone(), 1u32..60).prop_map(
             |(routes, address, weight, origin, lifetime)| Step::Register { routes, address, weight, origin, lifetime }),
-        2 => (routes.clone(), 1u8..5, origin.clone())
+        2 => (routes, 1u8..5, origin)
             .prop_map(|(routes, address, origin)| Step::Unregister { routes, address, origin }),
-        1 => (origin, routes, 1u8..5)
-            .prop_map(|(origin, routes, address)| Step::Replace { origin, routes, address }),
         3 => (0u32..40).prop_map(|ticks| Step::Wait { ticks }),
         1 => any::<bool>().prop_map(|connected| Step::Connected { connected }),
         1 => (1u8..5, any::<bool>()).prop_map(|(address, healthy)| Step::Health { address, healthy }),
@@ -620,19 +656,6 @@ proptest! {
                         }
                     }
                     table.apply(withdrawal(&routes, &backend), now)
-                }
-                Step::Replace { origin, routes, address } => {
-                    let routes: Vec<RouteKey> = routes.into_iter().map(route).collect();
-                    let backend = backend(&format!("10.0.0.{address}:80"), 1, origin);
-                    model.entries.retain(|(route, address), entry| {
-                        entry.origin != origin || (routes.contains(route) && *address == backend.address)
-                    });
-                    for route in &routes {
-                        let key = (route.clone(), backend.address);
-                        model.register(key, 1, origin, TICK * 50, now);
-                    }
-                    let registrations = vec![registration(&routes, &backend)];
-                    table.apply(RouteEvent::Replace { origin, registrations }, now)
                 }
                 Step::Wait { ticks } => {
                     now += TICK * ticks;

@@ -87,15 +87,18 @@ fn a_mistake_is_named_by_line_and_key() {
     }
 }
 
+fn text(uris: &[&str]) -> String {
+    let route = |uri| {
+        format!("[[route]]\nuris = [{uri:?}]\n[[route.backend]]\naddress = \"10.0.0.1:80\"\n")
+    };
+    uris.iter().map(route).collect()
+}
+
 #[tokio::test]
-async fn a_bad_file_keeps_the_routes_it_had() {
+async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("routes.toml");
-    let write = |uri: &str| {
-        let text =
-            format!("[[route]]\nuris = [{uri:?}]\n[[route.backend]]\naddress = \"10.0.0.1:80\"\n");
-        std::fs::write(&path, text).unwrap();
-    };
+    let write = |uris: &[&str]| std::fs::write(&path, text(uris)).unwrap();
     let mut config = Config::default();
     config.file.paths = vec![path.clone()];
     config.file.poll_interval = Duration::from_millis(5);
@@ -107,29 +110,57 @@ async fn a_bad_file_keeps_the_routes_it_had() {
         metrics: Arc::clone(&metrics),
         config,
     }));
-
-    while metrics.file_rejects.get() < 1 {
-        tokio::task::yield_now().await;
-    }
-    write("a.x");
-    let replaced = async |events: &mut mpsc::Receiver<Event>| match events.recv().await.unwrap() {
-        Event::Route(RouteEvent::Replace {
-            origin: Origin::File,
-            registrations,
-        }) => registrations,
+    let mut next = async || match events.recv().await.unwrap() {
+        Event::Route(RouteEvent::Register(registration)) => format!("+{}", registration.routes[0]),
+        Event::Route(RouteEvent::Unregister(gone)) => format!("-{}", gone.routes[0]),
         event => panic!("{event:?}"),
     };
-    assert_eq!(replaced(&mut events).await[0].routes[0].to_string(), "a.x");
-    let rejects = metrics.file_rejects.get();
-    write("not a host");
-    while metrics.file_rejects.get() == rejects {
-        tokio::task::yield_now().await;
-    }
-    write("changed.x");
-    assert_eq!(
-        replaced(&mut events).await[0].routes[0].to_string(),
-        "changed.x"
-    );
+    let refused = async |count: u64| {
+        while metrics.file_rejects.get() < count {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (0, 1));
+    };
+
+    assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (1, 0));
+    refused(1).await;
+    write(&["a.x", "b.x"]);
+    assert_eq!([next().await, next().await], ["+a.x", "+b.x"]);
+    // The mark is made before the routes are sent.
+    assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (0, 0));
+    write(&["not a host"]);
+    refused(2).await;
+    write(&["b.x", "new.example.com"]);
+    assert_eq!([next().await, next().await], ["+new.example.com", "-a.x"]);
+    std::fs::remove_file(&path).unwrap();
+    refused(3).await;
     reload.send_modify(|config| Arc::make_mut(config).file.paths.clear());
-    assert!(replaced(&mut events).await.is_empty());
+    assert_eq!([next().await, next().await], ["-b.x", "-new.example.com"]);
+}
+
+#[tokio::test]
+async fn a_file_that_is_being_written_is_left_until_it_rests() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("routes.toml");
+    std::fs::write(&path, text(&["a.x", "b.x"])).unwrap();
+    let mut known = Known::default();
+    let first = look(&path, &mut known, &[]).await.unwrap().unwrap();
+    assert_eq!(first.len(), 2);
+    known.registrations = first;
+    assert!(look(&path, &mut known, &[]).await.is_none(), "nothing new");
+    // Half of it is a good file too.
+    std::fs::write(&path, text(&["a.x"])).unwrap();
+    assert!(look(&path, &mut known, &[]).await.is_none());
+    std::fs::write(&path, text(&["a.x", "b.x", "c.x"])).unwrap();
+    assert!(look(&path, &mut known, &[]).await.is_none());
+    let rested = look(&path, &mut known, &[]).await.unwrap().unwrap();
+    assert_eq!(rested.len(), 3);
+    std::fs::remove_file(&path).unwrap();
+    for _ in 0..2 {
+        let error = look(&path, &mut known, &[]).await.unwrap().unwrap_err();
+        assert!(
+            format!("{error:#}").contains("routes.toml"),
+            "it is tried again"
+        );
+    }
 }

@@ -20,16 +20,6 @@ fn backoff_grows_to_its_bound_and_varies() {
     assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
 }
 
-#[test]
-fn one_warning_a_second_tells_how_many_were_held_back() {
-    let now = Instant::now();
-    let mut limit = WarningLimit::default();
-    assert_eq!(limit.allow(now), Some(0));
-    assert_eq!(limit.allow(now), None);
-    assert_eq!(limit.allow(now), None);
-    assert_eq!(limit.allow(now + Duration::from_secs(1)), Some(2));
-}
-
 /// A real nats-server, ended with the test.
 struct Server {
     child: Child,
@@ -39,11 +29,16 @@ struct Server {
 impl Server {
     /// On a port the server finds by itself, or on that of an earlier one.
     async fn start(port: Option<u16>) -> Server {
+        Server::start_with(port, &[]).await
+    }
+
+    async fn start_with(port: Option<u16>, arguments: &[&str]) -> Server {
         let directory = tempfile::tempdir().unwrap();
         let port = port.map_or("-1".to_owned(), |port| port.to_string());
         let child = Command::new("nats-server")
             .args(["-a", "127.0.0.1", "-p", &port, "--ports_file_dir"])
             .arg(directory.path())
+            .args(arguments)
             .stderr(Stdio::null())
             .spawn()
             .expect("nats-server is installed");
@@ -91,16 +86,20 @@ struct Gateway {
 
 impl Gateway {
     async fn start(server: SocketAddr) -> Gateway {
+        Gateway::start_with(server, Duration::from_secs(2)).await
+    }
+
+    async fn start_with(server: SocketAddr, stale_threshold: Duration) -> Gateway {
         let mut config = Config::default();
         config.nats.servers = vec![format!("nats://{server}")];
-        config.nats.stale_threshold = Duration::from_secs(2);
+        config.nats.stale_threshold = stale_threshold;
         config.nats.prune_interval = Duration::from_millis(50);
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
-        let nats = config.nats.clone();
+        let (nats, fixed) = (config.nats.clone(), config.clone());
         let (reload, config) = watch::channel(Arc::new(config));
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let (published, metrics) = (Published::default(), Arc::<Metrics>::default());
-        let agent = Agent::new(&nats, Arc::clone(&published), None, Arc::clone(&metrics));
+        let agent = Agent::new(&fixed, Arc::clone(&published), None, Arc::clone(&metrics));
         tokio::spawn(agent.run(events));
         start(
             &nats,
@@ -187,8 +186,20 @@ async fn registrations_are_taken_in_withdrawn_and_pruned() {
         .until("it is gone", |snapshot, _| snapshot.hosts.is_empty())
         .await;
 
-    let burst = (0..5000).map(|i| format!(r#"{{"host":"10.0.0.1","port":80,"uris":["h{i}.x"]}}"#));
-    for payload in burst {
+    publish(&client, "router.register", ONE).await;
+    gateway.until("it is served again", served).await;
+    gateway
+        .until("it is pruned", |snapshot, _| snapshot.hosts.is_empty())
+        .await;
+}
+
+#[tokio::test]
+async fn a_burst_is_taken_in_whole() {
+    let server = Server::start(None).await;
+    let gateway = Gateway::start_with(server.address, Duration::from_secs(3600)).await;
+    let client = client(server.address).await;
+    for i in 0..5000 {
+        let payload = format!(r#"{{"host":"10.0.0.1","port":80,"uris":["h{i}.x"]}}"#);
         client
             .publish("router.register", payload.into())
             .await
@@ -198,10 +209,157 @@ async fn registrations_are_taken_in_withdrawn_and_pruned() {
     gateway
         .until("all are served", |snapshot, _| snapshot.hosts.len() == 5000)
         .await;
-    gateway
-        .until("all are pruned", |snapshot, _| snapshot.hosts.is_empty())
-        .await;
     assert_eq!(gateway.metrics.nats_slow_consumer.get(), 0);
+}
+
+/// A source whose agent is the test, and does not read yet.
+async fn stalled(server: SocketAddr) -> (mpsc::Receiver<Event>, Arc<Metrics>) {
+    let mut config = Config::default();
+    config.nats.servers = vec![format!("nats://{server}")];
+    let nats = config.nats.clone();
+    let (_, config) = watch::channel(Arc::new(config));
+    let (inbox, events) = mpsc::channel(4);
+    let metrics = Arc::<Metrics>::default();
+    let context = Context {
+        inbox,
+        metrics: Arc::clone(&metrics),
+        config,
+    };
+    start(&nats, context).await.unwrap();
+    (events, metrics)
+}
+
+#[tokio::test]
+async fn what_exceeds_the_budget_is_dropped_and_counted_and_the_rest_arrives() {
+    const MESSAGES: u64 = 100;
+    let server = Server::start(None).await;
+    let (mut events, metrics) = stalled(server.address).await;
+    let client = client(server.address).await;
+    // Just below the server's limit of 1 MiB, by a field that is passed over.
+    let payload = format!(
+        r#"{{"host":"10.0.0.1","port":80,"uris":["a.x"],"other":"{}"}}"#,
+        "x".repeat(1_000_000)
+    );
+    for _ in 0..MESSAGES {
+        client
+            .publish("router.register", payload.clone().into())
+            .await
+            .unwrap();
+    }
+    client.flush().await.unwrap();
+    until("the budget is used up", || {
+        let fit = (BUDGET_BYTES / (payload.len() + MESSAGE_OVERHEAD)) as u64;
+        (metrics.registers.get() > 0 && metrics.nats_slow_consumer.get() >= MESSAGES - fit)
+            .then_some(())
+    })
+    .await;
+    assert!(metrics.inbox_full.get() >= 1);
+
+    // As the agent would.
+    let mut route = async || loop {
+        match events.recv().await.unwrap() {
+            Event::Route(_) => return,
+            Event::Release { budget, bytes } => budget.add_permits(bytes),
+            _ => {}
+        }
+    };
+    let dropped = metrics.nats_slow_consumer.get();
+    for _ in dropped..MESSAGES {
+        route().await;
+    }
+    // What was given back is there for more.
+    for _ in 0..MESSAGES {
+        client
+            .publish("router.register", payload.clone().into())
+            .await
+            .unwrap();
+        client.flush().await.unwrap();
+        route().await;
+    }
+    assert_eq!(metrics.nats_slow_consumer.get(), dropped);
+}
+
+#[tokio::test]
+async fn a_reconnect_is_told_as_a_loss_and_a_return_with_one_start_each() {
+    let server = Server::start(None).await;
+    let observer = async_nats::connect(server.address.to_string())
+        .await
+        .unwrap();
+    let mut starts = observer.subscribe("router.start").await.unwrap();
+    observer.flush().await.unwrap();
+    let (inbox, mut events) = mpsc::channel(INBOX_DEPTH);
+    let mut config = Config::default();
+    config.nats.servers = vec![format!("nats://{}", server.address)];
+    let (events_in, client_events) = mpsc::channel(1);
+    let client = options(&config.nats, events_in)
+        .await
+        .unwrap()
+        .connect(&config.nats.servers[..])
+        .await
+        .unwrap();
+    let (_reload, config) = watch::channel(Arc::new(config));
+    let mut source = Source::new(
+        &NatsConfig::default(),
+        client.clone(),
+        Context {
+            inbox,
+            metrics: Arc::default(),
+            config,
+        },
+    );
+    // No event arrives: all the same every connection is noticed, however often it is looked.
+    drop(client_events);
+    for connects in 1..=3 {
+        until("the client is connected", || {
+            let connected = client.connection_state() == State::Connected;
+            (connected && client.statistics().connects.load(Ordering::Relaxed) == connects)
+                .then_some(())
+        })
+        .await;
+        source.follow().await;
+        source.follow().await;
+        next(&mut starts).await;
+        client.force_reconnect().await.unwrap();
+    }
+    let mut told = Vec::new();
+    while let Ok(Event::SourceConnected { connected, .. }) = events.try_recv() {
+        told.push(connected);
+    }
+    assert_eq!(told, [true, false, true, false, true]);
+    let more = observer.request("router.greet", "".into()).await;
+    assert!(more.is_err(), "nobody answers: only starts were published");
+    assert!(futures_util::FutureExt::now_or_never(starts.next()).is_none());
+}
+
+#[tokio::test]
+async fn a_message_by_hand_is_published_when_the_server_has_taken_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nats.conf");
+    std::fs::write(
+        &path,
+        r#"authorization { users = [
+            { user: "all", password: "p" }
+            { user: "some", password: "p", permissions: { publish: { deny: "router.>" } } }
+        ] }"#,
+    )
+    .unwrap();
+    let server = Server::start_with(None, &["--config", path.to_str().unwrap()]).await;
+    let config = |user: &str| {
+        let text = format!(
+            "[nats]\nservers = [\"nats://{}\"]\nuser = {user:?}\npassword = \"p\"\n",
+            server.address
+        );
+        crate::config::parse(&text).unwrap().nats
+    };
+    super::publish(&config("all"), "register", ONE.into())
+        .await
+        .unwrap();
+    let error = super::publish(&config("some"), "register", ONE.into()).await;
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(
+        error.contains("router.register") && error.to_lowercase().contains("permissions"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

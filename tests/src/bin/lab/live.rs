@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use router_tests::app::{App, HOST, Presence, VIP, VIP_ECHO_PORT, VIP_HTTP_PORT};
 use router_tests::lab::FRONT;
+use router_tests::process::INTERRUPTED;
 use router_tests::site::{self, Exchange, Site};
 
 /// How often the view is drawn.
@@ -68,6 +69,7 @@ pub(crate) fn interrupts() -> anyhow::Result<Receiver<()>> {
                 _ = terminate.recv() => {}
             }
         });
+        INTERRUPTED.store(true, Ordering::Relaxed);
         // Nobody listens any more when the lab ends on its own.
         let _ = sender.send(());
     };
