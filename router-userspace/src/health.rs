@@ -247,7 +247,7 @@ fn backends(snapshot: &Snapshot) -> HashMap<SocketAddr, bool> {
             *backends.entry(backend.address).or_insert(false) |= http && backend.tls.is_none();
         }
     };
-    for routes in snapshot.hosts.values() {
+    for (_, routes) in snapshot.hosts.iter() {
         routes.paths.iter().for_each(|(_, pool)| add(pool, true));
     }
     for (vip, pool) in &snapshot.vips {

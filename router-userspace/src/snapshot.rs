@@ -8,7 +8,11 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
+pub use crate::snapshot::hosts::Hosts;
+
 use crate::route::{Pool, Vip};
+
+mod hosts;
 
 /// Routes and health at one revision.
 #[derive(Clone, Debug, Default)]
@@ -16,7 +20,7 @@ pub struct Snapshot {
     /// Grows by one with every published change.
     pub revision: u64,
     /// By host as in [`crate::route::HttpMatch`]: exact names and `*.`-wildcards in one map.
-    pub hosts: imbl::HashMap<Arc<str>, Arc<HostRoutes>>,
+    pub hosts: Hosts,
     pub vips: imbl::OrdMap<Vip, Arc<Pool>>,
     /// Backends that active health checks hold to be down. New requests and flows avoid them while
     /// their pool has another.

@@ -80,7 +80,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
         (host, path)
     });
     let mut page = Smallest::new(request, after)?;
-    for (host, routes) in &snapshot.hosts {
+    for (host, routes) in snapshot.hosts.iter() {
         for (path, pool) in &routes.paths {
             page.offer((&**host, &**path), || pool);
         }
@@ -136,7 +136,7 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
             }
         }
     };
-    for routes in snapshot.hosts.values() {
+    for (_, routes) in snapshot.hosts.iter() {
         routes.paths.iter().for_each(|(_, pool)| count(pool, 1, 0));
     }
     snapshot.vips.values().for_each(|pool| count(pool, 0, 1));

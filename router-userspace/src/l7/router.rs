@@ -74,7 +74,7 @@ fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<R
 }
 
 fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
-    let (host, routes) = snapshot.hosts.get_key_value(host)?;
+    let (host, routes) = snapshot.hosts.get(host)?;
     let (prefix, pool) = longest_prefix(&routes.paths, path)?;
     Some(RouteMatch {
         host,

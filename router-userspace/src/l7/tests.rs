@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::*;
 use crate::l7::metrics::L7Totals;
 use crate::route::{Backend, HttpProtocol, Origin, Pool};
-use crate::snapshot::{HostRoutes, Snapshot};
+use crate::snapshot::Snapshot;
 
 mod bodies;
 mod failures;
@@ -64,10 +64,9 @@ fn snapshot(routes: impl IntoIterator<Item = (&'static str, Pool)>) -> Snapshot 
         ..Snapshot::default()
     };
     for (host, pool) in routes {
-        let routes = HostRoutes {
-            paths: vec![("".into(), Arc::new(pool))],
-        };
-        snapshot.hosts.insert(host.into(), Arc::new(routes));
+        snapshot.hosts.add(host.into());
+        let routes = snapshot.hosts.get_mut(host).expect("just added");
+        routes.paths.push(("".into(), Arc::new(pool)));
     }
     snapshot
 }

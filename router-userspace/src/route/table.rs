@@ -314,7 +314,7 @@ impl RouteTable {
             let pool = match route {
                 RouteKey::Vip(vip) => self.next.vips.get(vip),
                 RouteKey::Http(HttpMatch { host, path }) => {
-                    let Some(known) = self.next.hosts.get(&**host) else {
+                    let Some((_, known)) = self.next.hosts.get(host) else {
                         continue;
                     };
                     match find_path(known, path) {
@@ -443,16 +443,16 @@ impl RouteTable {
                 return route;
             }
         };
-        let host = match self.next.hosts.get_key_value(&*host) {
-            Some((known, _)) => Arc::clone(known),
-            None => host,
-        };
-        let routes = self.next.hosts.entry(Arc::clone(&host)).or_default();
+        self.next.hosts.add(Arc::clone(&host));
+        let (known, routes) = self.next.hosts.get(&host).expect("just added");
+        let host = Arc::clone(known);
         let path = match find_path(routes, &path) {
             Ok(at) => Arc::clone(&routes.paths[at].0),
             Err(at) => {
                 let pool = (Arc::clone(&path), Arc::new(empty_pool()));
-                Arc::make_mut(routes).paths.insert(at, pool);
+                let routes = self.next.hosts.get_mut(&host).expect("just added");
+                routes.paths.reserve_exact(1);
+                routes.paths.insert(at, pool);
                 self.http_routes += 1;
                 path
             }
@@ -498,13 +498,13 @@ impl RouteTable {
         let routes = self
             .next
             .hosts
-            .get_mut(&**host)
+            .get_mut(host)
             .expect("a pool's host is there");
         let at = find_path(routes, path).expect("a pool's path is there");
         if routes.paths.len() == 1 {
-            self.next.hosts.remove(&**host);
+            self.next.hosts.remove(host);
         } else {
-            Arc::make_mut(routes).paths.remove(at);
+            routes.paths.remove(at);
         }
         self.http_routes -= 1;
     }
@@ -641,9 +641,9 @@ fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut 
     let pool = match route {
         RouteKey::Vip(vip) => snapshot.vips.get_mut(vip)?,
         RouteKey::Http(http) => {
-            let routes = snapshot.hosts.get_mut(&*http.host)?;
+            let routes = snapshot.hosts.get_mut(&http.host)?;
             let at = find_path(routes, &http.path).ok()?;
-            &mut Arc::make_mut(routes).paths[at].1
+            &mut routes.paths[at].1
         }
     };
     Some(Arc::make_mut(pool))

@@ -3,7 +3,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::snapshot::HostRoutes;
 
 /// A snapshot of routes `host/path`, each with a pool of its own.
 fn snapshot(routes: &[&str]) -> Snapshot {
@@ -15,17 +14,14 @@ fn snapshot(routes: &[&str]) -> Snapshot {
             balance: None,
             route_service_url: None,
         });
-        let mut host_routes = snapshot
-            .hosts
-            .get(host)
-            .map_or_else(HostRoutes::default, |known| (**known).clone());
+        snapshot.hosts.add(host.into());
+        let host_routes = snapshot.hosts.get_mut(host).unwrap();
         if host_routes.paths.iter().all(|(known, _)| **known != *path) {
             host_routes.paths.push((path.into(), pool));
         }
         host_routes
             .paths
             .sort_by_key(|(path, _)| (std::cmp::Reverse(path.len()), Arc::clone(path)));
-        snapshot.hosts.insert(host.into(), Arc::new(host_routes));
     }
     snapshot
 }

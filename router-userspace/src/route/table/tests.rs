@@ -56,7 +56,7 @@ fn served(table: &RouteTable) -> Vec<String> {
         backends.collect::<Vec<_>>().join(" ")
     };
     let mut lines = Vec::new();
-    for (host, routes) in &table.next.hosts {
+    for (host, routes) in table.next.hosts.iter() {
         for (path, members) in &routes.paths {
             lines.push(format!("{host}{path} {}", pool(members)));
         }
@@ -86,7 +86,7 @@ fn one_registration_serves_hosts_and_vips() {
     ];
     assert_eq!(served(&table), wanted);
     let snapshot = table.snapshot();
-    let paths = &snapshot.hosts.get("a.x").unwrap().paths;
+    let paths = &snapshot.hosts.get("a.x").unwrap().1.paths;
     assert_eq!(
         paths.iter().map(|(path, _)| &**path).collect::<Vec<_>>(),
         ["/p", ""]
@@ -163,7 +163,7 @@ fn the_policy_of_a_pool_is_that_of_the_latest_registration() {
     let mut table = RouteTable::new(THRESHOLD, now);
     let route = [http("a.x", "")];
     let policy = |table: &RouteTable| {
-        let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().paths[0].1);
+        let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().1.paths[0].1);
         (
             pool.balance,
             pool.route_service_url.as_deref().map(str::to_owned),
@@ -418,7 +418,7 @@ fn a_registration_that_does_not_fit_is_refused_whole() {
     }
     let change = table.apply(register(&[http("c.x", ""), http("full.x", "")], &one), now);
     assert_eq!((change.full, change.bound), (2, Some(Bound::PoolBackends)));
-    assert!(!table.next.hosts.contains_key("c.x"));
+    assert!(!table.next.hosts.contains("c.x"));
     check_invariants(&table);
 }
 
@@ -440,7 +440,7 @@ fn check_invariants(table: &RouteTable) {
                 Arc::clone(&table.next.vips[vip])
             }
             RouteKey::Http(http) => {
-                let routes = &table.next.hosts[&http.host];
+                let routes = table.next.hosts.get(&http.host).unwrap().1;
                 Arc::clone(&routes.paths[find_path(routes, &http.path).unwrap()].1)
             }
         };
@@ -471,8 +471,8 @@ fn check_invariants(table: &RouteTable) {
     let http = table
         .next
         .hosts
-        .values()
-        .flat_map(|routes| &routes.paths)
+        .iter()
+        .flat_map(|(_, routes)| &routes.paths)
         .map(|(_, pool)| pool);
     let http: Vec<&Arc<Pool>> = http.collect();
     assert_eq!(http.len(), table.http_routes);
@@ -483,7 +483,7 @@ fn check_invariants(table: &RouteTable) {
         assert!(pool.backends.is_sorted_by(|a, b| a.address < b.address));
     }
     assert_eq!(members, live);
-    for routes in table.next.hosts.values() {
+    for (_, routes) in table.next.hosts.iter() {
         assert!(
             routes
                 .paths

@@ -178,7 +178,7 @@ async fn registrations_are_taken_in_withdrawn_and_pruned() {
 
     publish(&client, "router.register", ONE).await;
     let served = |snapshot: &Snapshot, _: &Metrics| {
-        snapshot.hosts.contains_key("a.x") && snapshot.vips.len() == 1
+        snapshot.hosts.contains("a.x") && snapshot.vips.len() == 1
     };
     gateway.until("it is served", served).await;
     publish(&client, "router.unregister", ONE).await;

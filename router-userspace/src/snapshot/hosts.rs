@@ -1,0 +1,292 @@
+//! A map from host names to their routes that shares all but what changed with its earlier versions.
+//!
+//! A hash array mapped trie (Bagwell, "Ideal Hash Trees", 2001) whose nodes hold just what they have:
+//! a change copies a handful of small nodes, and those only once between two snapshots. Layer 7 looks
+//! every request up here, the route table changes it, clones of it are published.
+
+use std::hash::BuildHasher;
+use std::sync::Arc;
+
+use hashbrown::DefaultHashBuilder;
+
+use crate::snapshot::HostRoutes;
+
+/// Hash bits that choose among the slots of one node.
+const BITS: u32 = 5;
+/// Below the node that these bits lead to, hosts of one hash stand in a list.
+const HASH_BITS: u32 = 60;
+
+/// Host to routes. Names are as in [`crate::route::HttpMatch`].
+#[derive(Clone, Debug)]
+pub struct Hosts<S = DefaultHashBuilder> {
+    root: Arc<Node>,
+    len: usize,
+    hasher: S,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Node {
+    /// Which of the 32 places are taken; their slots stand in that order.
+    taken: u32,
+    slots: Vec<Slot>,
+}
+
+#[derive(Clone, Debug)]
+enum Slot {
+    Host(Arc<Host>),
+    Node(Arc<Node>),
+}
+
+#[derive(Clone, Debug)]
+struct Host {
+    name: Arc<str>,
+    routes: HostRoutes,
+}
+
+impl<S: Default> Default for Hosts<S> {
+    fn default() -> Hosts<S> {
+        Hosts {
+            root: Arc::default(),
+            len: 0,
+            hasher: S::default(),
+        }
+    }
+}
+
+impl<S: BuildHasher> Hosts<S> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    /// The name as it is kept, and the routes.
+    pub fn get(&self, name: &str) -> Option<(&Arc<str>, &HostRoutes)> {
+        let hash = self.hasher.hash_one(name);
+        let mut node = &*self.root;
+        let mut shift = 0;
+        loop {
+            match node.slots.get(node.find(hash, shift, name)?)? {
+                Slot::Node(next) => node = next,
+                Slot::Host(host) if *host.name == *name => return Some((&host.name, &host.routes)),
+                Slot::Host(_) => return None,
+            }
+            shift += BITS;
+        }
+    }
+
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut HostRoutes> {
+        // Before anything is copied.
+        self.get(name)?;
+        let hash = self.hasher.hash_one(name);
+        let mut node = Arc::make_mut(&mut self.root);
+        let mut shift = 0;
+        loop {
+            let at = node.find(hash, shift, name)?;
+            match &mut node.slots[at] {
+                Slot::Node(next) => node = Arc::make_mut(next),
+                Slot::Host(host) => return Some(&mut Arc::make_mut(host).routes),
+            }
+            shift += BITS;
+        }
+    }
+
+    /// Adds a host without routes; one that is there stays as it is.
+    pub fn add(&mut self, name: Arc<str>) {
+        if self.contains(&name) {
+            return;
+        }
+        let hash = self.hasher.hash_one(&*name);
+        let host = Arc::new(Host {
+            name,
+            routes: HostRoutes::default(),
+        });
+        insert(Arc::make_mut(&mut self.root), hash, 0, host, &self.hasher);
+        self.len += 1;
+    }
+
+    /// Whether the host was there.
+    pub fn remove(&mut self, name: &str) -> bool {
+        if !self.contains(name) {
+            return false;
+        }
+        let hash = self.hasher.hash_one(name);
+        remove(Arc::make_mut(&mut self.root), hash, 0, name);
+        self.len -= 1;
+        true
+    }
+
+    /// All hosts, in no particular order, which is the same for the same content.
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &HostRoutes)> {
+        let mut path = vec![self.root.slots.iter()];
+        std::iter::from_fn(move || {
+            loop {
+                match path.last_mut()?.next() {
+                    Some(Slot::Host(host)) => return Some((&host.name, &host.routes)),
+                    Some(Slot::Node(node)) => path.push(node.slots.iter()),
+                    None => {
+                        path.pop();
+                    }
+                }
+            }
+        })
+    }
+}
+
+impl Node {
+    /// Where the slot for a hash stands, if it is taken; in a list, where the host of that name does.
+    fn find(&self, hash: u64, shift: u32, name: &str) -> Option<usize> {
+        if shift >= HASH_BITS {
+            let named = |slot: &Slot| matches!(slot, Slot::Host(host) if *host.name == *name);
+            return self.slots.iter().position(named);
+        }
+        let bit = place(hash, shift);
+        (self.taken & bit != 0).then(|| self.before(bit))
+    }
+
+    /// Slots in front of a place.
+    fn before(&self, bit: u32) -> usize {
+        (self.taken & (bit - 1)).count_ones() as usize
+    }
+}
+
+fn place(hash: u64, shift: u32) -> u32 {
+    1 << ((hash >> shift) & ((1 << BITS) - 1))
+}
+
+fn insert(node: &mut Node, hash: u64, shift: u32, host: Arc<Host>, hasher: &impl BuildHasher) {
+    let bit = place(hash, shift);
+    if shift >= HASH_BITS || node.taken & bit == 0 {
+        let at = if shift >= HASH_BITS { node.slots.len() } else { node.before(bit) };
+        node.slots.reserve_exact(1);
+        node.slots.insert(at, Slot::Host(host));
+        node.taken |= bit;
+        return;
+    }
+    let at = node.before(bit);
+    if let Slot::Host(other) = &node.slots[at] {
+        let other = Arc::clone(other);
+        let mut below = Node::default();
+        let other_hash = hasher.hash_one(&*other.name);
+        insert(&mut below, other_hash, shift + BITS, other, hasher);
+        node.slots[at] = Slot::Node(Arc::new(below));
+    }
+    if let Slot::Node(below) = &mut node.slots[at] {
+        insert(Arc::make_mut(below), hash, shift + BITS, host, hasher);
+    }
+}
+
+/// Removes a host that is there. A node that is left with one host gives it to its parent.
+fn remove(node: &mut Node, hash: u64, shift: u32, name: &str) {
+    let Some(at) = node.find(hash, shift, name) else {
+        return;
+    };
+    if let Slot::Node(below) = &mut node.slots[at] {
+        let below = Arc::make_mut(below);
+        remove(below, hash, shift + BITS, name);
+        let last = match &below.slots[..] {
+            [Slot::Host(last)] => Some(Arc::clone(last)),
+            _ => None,
+        };
+        if let Some(last) = last {
+            node.slots[at] = Slot::Host(last);
+        }
+        return;
+    }
+    node.slots.remove(at);
+    if shift < HASH_BITS {
+        node.taken &= !place(hash, shift);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::hash::Hasher;
+
+    /// Leaves so few different hashes that every kind of collision happens.
+    #[derive(Clone, Default)]
+    struct Poor;
+
+    struct PoorHasher(u64);
+
+    impl BuildHasher for Poor {
+        type Hasher = PoorHasher;
+
+        fn build_hasher(&self) -> PoorHasher {
+            PoorHasher(0)
+        }
+    }
+
+    impl Hasher for PoorHasher {
+        fn write(&mut self, bytes: &[u8]) {
+            for byte in bytes {
+                self.0 = self.0.wrapping_mul(3).wrapping_add(u64::from(*byte));
+            }
+        }
+
+        fn finish(&self) -> u64 {
+            // A common beginning, four ends, and two values of the bits in between.
+            (self.0 & 3) << 55 | (self.0 >> 2 & 1) << 7 | 5
+        }
+    }
+
+    fn names<S: BuildHasher>(hosts: &Hosts<S>) -> BTreeSet<String> {
+        hosts.iter().map(|(name, _)| name.to_string()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn it_holds_what_a_set_holds_and_earlier_versions_stay(
+            steps in prop::collection::vec((0u8..24, any::<bool>()), 0..200),
+        ) {
+            let mut hosts: Hosts<Poor> = Hosts::default();
+            let mut model = BTreeSet::new();
+            let mut versions = Vec::new();
+            for (number, add) in steps {
+                let name = format!("host-{number}");
+                if add {
+                    hosts.add(name.as_str().into());
+                    model.insert(name);
+                } else {
+                    prop_assert_eq!(hosts.remove(&name), model.remove(&name));
+                }
+                prop_assert_eq!(hosts.len(), model.len());
+                versions.push((hosts.clone(), model.clone()));
+            }
+            for (hosts, model) in versions {
+                prop_assert_eq!(names(&hosts), model.clone());
+                for number in 0..24 {
+                    let name = format!("host-{number}");
+                    prop_assert_eq!(hosts.contains(&name), model.contains(&name));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_change_of_routes_is_not_seen_by_earlier_versions() {
+        let mut hosts: Hosts = Hosts::default();
+        for number in 0..1000 {
+            hosts.add(format!("host-{number}").into());
+        }
+        let before = hosts.clone();
+        let path: (Arc<str>, _) = ("/a".into(), Arc::new(crate::route::Pool {
+            backends: Vec::new(),
+            balance: None,
+            route_service_url: None,
+        }));
+        hosts.get_mut("host-7").unwrap().paths.push(path);
+        assert!(before.get("host-7").unwrap().1.paths.is_empty());
+        assert_eq!(hosts.get("host-7").unwrap().1.paths.len(), 1);
+        assert!(hosts.get_mut("host-1000").is_none());
+    }
+}
