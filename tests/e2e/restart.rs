@@ -84,6 +84,20 @@ fn sigterm_ends_the_agent_well_and_detach_takes_its_programs_away() {
     assert!(!site.config().l4.pin_path.exists());
 }
 
+#[test]
+fn a_vip_outside_the_ranges_of_a_new_agent_is_not_adopted() {
+    let mut site = Site::running(1).unwrap();
+    site.gateway().kill();
+    site.lab.client.run(|| site::echo_tcp().unwrap());
+    site.start_gateway(|config| config.l4.vip_ranges.clear())
+        .unwrap();
+    wait_for("the VIP to be gone", || {
+        site.lab.client.run(site::echo_tcp).is_err().then_some(())
+    })
+    .unwrap();
+    assert!(!site.admin("/v1/vips").unwrap().body.contains("tcp/"));
+}
+
 /// How many of the gateway's interfaces have an XDP program.
 fn attached(site: &Site) -> usize {
     let links = site
