@@ -93,6 +93,10 @@ fn only_requests_under_way_fail_when_a_backend_is_killed() {
         (served.load(Ordering::Relaxed) > before + 50).then_some(())
     })
     .unwrap();
+    assert!(
+        clients.iter().all(|client| !client.is_finished()),
+        "every client is still at it"
+    );
     site.kill_app(1);
     let failed: usize = clients
         .into_iter()

@@ -79,10 +79,11 @@ fn a_killed_lab_is_removed_by_the_next() {
     .unwrap();
     // No process has an id above 4194304.
     let name = "viaduct-4194399-client";
-    Command::new("ip")
+    let attached = Command::new("ip")
         .args(["netns", "attach", name, &pid])
         .status()
         .unwrap();
+    assert!(attached.success());
     let _lab = Lab::new(1).unwrap();
     assert!(!namespaces().contains(name));
     assert!(!inside.wait().unwrap().success());

@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use router_tests::client;
 use router_tests::lab::INTERFACES;
-use router_tests::process::wait_for;
+use router_tests::process::{Process, wait_for};
 use router_tests::site::{self, ECHO_VIP, Site};
 
 #[test]
@@ -82,6 +82,43 @@ fn sigterm_ends_the_agent_well_and_detach_takes_its_programs_away() {
     })
     .unwrap();
     assert!(!site.config().l4.pin_path.exists());
+}
+
+#[test]
+fn a_vip_outside_the_ranges_of_a_new_agent_is_not_adopted() {
+    let mut site = Site::running(1).unwrap();
+    site.gateway().kill();
+    site.lab.client.run(|| site::echo_tcp().unwrap());
+    site.start_gateway(|config| config.l4.vip_ranges.clear())
+        .unwrap();
+    wait_for("the VIP to be gone", || {
+        site.lab.client.run(site::echo_tcp).is_err().then_some(())
+    })
+    .unwrap();
+    assert!(!site.admin("/v1/vips").unwrap().body.contains("tcp/"));
+}
+
+#[test]
+fn the_capabilities_of_the_packaged_service_are_enough_to_take_over() {
+    let unit = include_str!("../../packaging/viaduct.service");
+    let line = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let capabilities = line.unwrap().to_lowercase().replace("cap_", "+");
+    let bounding = format!("--bounding-set=-all,{}", capabilities.replace(' ', ","));
+
+    let mut site = Site::running(1).unwrap();
+    site.gateway().kill();
+    let mut command = site.lab.gateway.command("setpriv");
+    command.args([bounding.as_str(), "--inh-caps=-all"]);
+    command
+        .arg(site::agent().unwrap())
+        .args(["run", "--config"]);
+    command.arg(site.config_path());
+    let folder = site.lab.folder().to_owned();
+    site.gateway = Some(Process::start("viaduct", command, &folder).unwrap());
+    site.wait_until("/readyz").unwrap();
+    site.wait_until_served(1).unwrap();
 }
 
 /// How many of the gateway's interfaces have an XDP program.

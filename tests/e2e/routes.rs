@@ -157,6 +157,25 @@ fn bad_messages_are_refused_and_everything_else_goes_on() {
     }
     register_and_wait(&site, &mut publisher, "after.example.com");
 
+    // Each of them, by the field that is wrong.
+    let stats: serde_json::Value =
+        serde_json::from_str(&site.admin("/v1/stats").unwrap().body).unwrap();
+    let rejects = stats["nats"]["rejects"].as_object().unwrap();
+    for reason in [
+        "syntax",
+        "type",
+        "port",
+        "host",
+        "uri",
+        "weight",
+        "vip",
+        "vip_range",
+    ] {
+        assert!(
+            rejects[reason].as_u64().unwrap() > 0,
+            "{reason} in {rejects:?}"
+        );
+    }
     site.gateway().ensure_alive().unwrap();
     assert_eq!(site.get("bad.example.com", "/").unwrap().status, 404);
     for exchange in EXCHANGES {

@@ -5,12 +5,33 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use router_tests::process::Process;
 use router_tests::site::{self, Site};
 
 #[test]
-fn the_example_configuration_is_valid() {
+fn the_example_configuration_is_valid_once_its_secret_is_there() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/viaduct.toml");
-    let output = viaduct(&["check", "--config", example.to_str().unwrap()]);
+    let text = fs::read_to_string(example).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (path, password) = (
+        folder.path().join("viaduct.toml"),
+        folder.path().join("password"),
+    );
+    fs::write(
+        &path,
+        text.replace("/etc/viaduct/nats-password", password.to_str().unwrap()),
+    )
+    .unwrap();
+    let check = || viaduct(&["check", "--config", path.to_str().unwrap()]);
+    let output = check();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).contains("nats.password"),
+        "{}",
+        stderr(&output)
+    );
+    fs::write(&password, "secret").unwrap();
+    let output = check();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
 }
 
@@ -98,6 +119,20 @@ fn missing_privileges_are_named() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("CAP_"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_kernel_without_btf_is_no_obstacle() {
+    let mut site = Site::new(1).unwrap();
+    let mut command = site.lab.gateway.command("unshare");
+    command.args(["--mount", "sh", "-c"]);
+    command.arg("mount -t tmpfs none /sys/kernel/btf && exec \"$@\"");
+    command.arg("sh").arg(site::agent().unwrap());
+    site.write_config(|_| ()).unwrap();
+    command.args(["run", "--config"]).arg(site.config_path());
+    let folder = site.lab.folder().to_owned();
+    site.gateway = Some(Process::start("viaduct", command, &folder).unwrap());
+    site.wait_until("/livez").unwrap();
 }
 
 /// Runs the agent's binary in the namespace of the test, for what ends before it touches anything.

@@ -19,7 +19,7 @@ use viaduct::l4::datapath::{Datapath, Options};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{Planner, World};
 use viaduct::l4::{BENCH_PROGRAM, PASS_PROGRAM};
-use viaduct::route::{Backend, HttpProtocol, Origin, Pool, Proto, Vip};
+use viaduct::route::{Backend, Origin, Pool, Proto, Vip};
 
 use crate::report::Report;
 
@@ -148,21 +148,7 @@ fn gateway() -> anyhow::Result<Datapath> {
         destination_mac: [2, 0, 0, 0, 0, 4],
         source: address(254),
     };
-    let backend = |host: u8| {
-        Arc::new(Backend {
-            address: (address(host), 8080).into(),
-            weight: 100,
-            tls: None,
-            protocol: HttpProtocol::Http1,
-            app: None,
-            instance_id: None,
-            instance_index: None,
-            availability_zone: None,
-            isolation_segment: None,
-            tags: Default::default(),
-            origin: Origin::Nats,
-        })
-    };
+    let backend = |host: u8| Arc::new(Backend::new((address(host), 8080).into(), Origin::Nats));
     let pool = Pool {
         backends: (1..=BACKENDS).map(backend).collect(),
         balance: None,
