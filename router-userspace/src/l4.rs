@@ -21,7 +21,7 @@ use crate::event::Event;
 use crate::l4::datapath::{Attached, Counters, Datapath};
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
-use crate::route::{Backend, HttpProtocol, Origin, Registration, RouteKey, Vip};
+use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 pub mod datapath;
@@ -424,17 +424,8 @@ impl L4 {
 
 fn adopted(vip: Vip, address: SocketAddr, weight: u16) -> Registration {
     let backend = Backend {
-        address,
         weight,
-        tls: None,
-        protocol: HttpProtocol::Http1,
-        app: None,
-        instance_id: None,
-        instance_index: None,
-        availability_zone: None,
-        isolation_segment: None,
-        tags: Default::default(),
-        origin: Origin::Adopted,
+        ..Backend::new(address, Origin::Adopted)
     };
     Registration {
         routes: vec![RouteKey::Vip(vip)],

@@ -24,7 +24,7 @@ fn an_instance_is_served_once_it_registers_and_no_more_once_it_unregisters() {
     site.start_nats().unwrap();
     site.start_gateway(|_| ()).unwrap();
     site.start_app(0).unwrap();
-    assert_eq!(site.get(HOST, "/").unwrap().status, 404);
+    assert_eq!(site.get(HOST, "/").unwrap().status, 503);
 
     site.app(0).set_presence(Presence::Registered);
     site.wait_until_served(1).unwrap();

@@ -11,7 +11,7 @@ use viaduct::config::{FlowTimeouts, L4Limits, PortRange};
 use viaduct::l4::datapath::{Datapath, Options};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{Planner, World};
-use viaduct::route::{Backend, HttpProtocol, Origin, Pool, Vip};
+use viaduct::route::{Backend, Origin, Pool, Vip};
 
 /// Kernel: include/uapi/linux/bpf.h, `enum xdp_action`.
 pub const ABORTED: u32 = 0;
@@ -152,19 +152,7 @@ impl Gateway {
 }
 
 fn pool_backend(host: u8) -> Backend {
-    Backend {
-        address: SocketAddr::V4(backend(host)),
-        weight: 100,
-        tls: None,
-        protocol: HttpProtocol::Http1,
-        app: None,
-        instance_id: None,
-        instance_index: None,
-        availability_zone: None,
-        isolation_segment: None,
-        tags: Default::default(),
-        origin: Origin::Nats,
-    }
+    Backend::new(SocketAddr::V4(backend(host)), Origin::Nats)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -69,7 +69,13 @@ async fn a_batch_is_published_once() {
     let gateway = Gateway::start();
     let events = (1..=100).map(|port| register(&format!("10.0.0.1:{port}"), "a.x"));
     let snapshot = gateway.send(events).await;
-    assert_eq!(snapshot.hosts.get("a.x").unwrap().1.paths[0].1.backends.len(), 100);
+    assert_eq!(
+        snapshot.hosts.get("a.x").unwrap().1.paths[0]
+            .1
+            .backends
+            .len(),
+        100
+    );
     assert_eq!(snapshot.vips.len(), 1);
     assert_eq!(snapshot.revision, gateway.metrics.batches.get());
     let again = gateway.send([register("10.0.0.1:1", "a.x")]).await;

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::l7::metrics::L7Totals;
-use crate::route::{Backend, HttpProtocol, Origin, Pool};
+use crate::route::{Backend, Origin, Pool};
 use crate::snapshot::Snapshot;
 
 mod bodies;
@@ -34,19 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A backend as a minimal registration makes it.
 pub(super) fn backend(address: SocketAddr) -> Backend {
-    Backend {
-        address,
-        weight: 100,
-        tls: None,
-        protocol: HttpProtocol::Http1,
-        app: None,
-        instance_id: None,
-        instance_index: None,
-        availability_zone: None,
-        isolation_segment: None,
-        tags: Default::default(),
-        origin: Origin::Nats,
-    }
+    Backend::new(address, Origin::Nats)
 }
 
 fn pool(backends: impl IntoIterator<Item = Backend>) -> Pool {

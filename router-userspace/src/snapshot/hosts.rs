@@ -163,7 +163,11 @@ fn place(hash: u64, shift: u32) -> u32 {
 fn insert(node: &mut Node, hash: u64, shift: u32, host: Arc<Host>, hasher: &impl BuildHasher) {
     let bit = place(hash, shift);
     if shift >= HASH_BITS || node.taken & bit == 0 {
-        let at = if shift >= HASH_BITS { node.slots.len() } else { node.before(bit) };
+        let at = if shift >= HASH_BITS {
+            node.slots.len()
+        } else {
+            node.before(bit)
+        };
         node.slots.reserve_exact(1);
         node.slots.insert(at, Slot::Host(host));
         node.taken |= bit;
@@ -279,11 +283,14 @@ mod tests {
             hosts.add(format!("host-{number}").into());
         }
         let before = hosts.clone();
-        let path: (Arc<str>, _) = ("/a".into(), Arc::new(crate::route::Pool {
-            backends: Vec::new(),
-            balance: None,
-            route_service_url: None,
-        }));
+        let path: (Arc<str>, _) = (
+            "/a".into(),
+            Arc::new(crate::route::Pool {
+                backends: Vec::new(),
+                balance: None,
+                route_service_url: None,
+            }),
+        );
         hosts.get_mut("host-7").unwrap().paths.push(path);
         assert!(before.get("host-7").unwrap().1.paths.is_empty());
         assert_eq!(hosts.get("host-7").unwrap().1.paths.len(), 1);

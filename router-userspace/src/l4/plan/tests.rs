@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::route::{Backend, HttpProtocol, Origin};
+use crate::route::{Backend, Origin};
 
 /// What the kernel holds after some operations; refuses any that would leave a packet in the void.
 #[derive(Clone, Default)]
@@ -101,21 +101,7 @@ fn address(host: u8) -> SocketAddr {
 }
 
 fn pool(hosts: &BTreeSet<u8>) -> Pool {
-    let backend = |host: &u8| {
-        Arc::new(Backend {
-            address: address(*host),
-            weight: 100,
-            tls: None,
-            protocol: HttpProtocol::Http1,
-            app: None,
-            instance_id: None,
-            instance_index: None,
-            availability_zone: None,
-            isolation_segment: None,
-            tags: Default::default(),
-            origin: Origin::Nats,
-        })
-    };
+    let backend = |host: &u8| Arc::new(Backend::new(address(*host), Origin::Nats));
     Pool {
         backends: hosts.iter().map(backend).collect(),
         balance: None,
