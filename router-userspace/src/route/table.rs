@@ -12,12 +12,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hashbrown::HashTable;
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
@@ -83,7 +83,7 @@ pub struct RouteTable {
     free: Vec<u32>,
     /// By (route, address).
     index: HashTable<u32>,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
     by_origin: [usize; 3],
     /// Which VIPs a backend serves, for changes of its health.
@@ -131,7 +131,7 @@ impl RouteTable {
             entries: Vec::new(),
             free: Vec::new(),
             index: HashTable::new(),
-            hasher: RandomState::new(),
+            hasher: DefaultHashBuilder::default(),
             by_origin: [0; 3],
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
@@ -666,7 +666,7 @@ fn empty_pool() -> Pool {
     }
 }
 
-fn entry_hash(entries: &[Option<Entry>], hasher: &RandomState, id: u32) -> u64 {
+fn entry_hash(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, id: u32) -> u64 {
     let entry = entries[id as usize]
         .as_ref()
         .expect("indexed entries are there");
