@@ -12,29 +12,33 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState};
-use serde::Serialize;
+use router_common::BackendState;
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
 use crate::event::Event;
-use crate::l4::datapath::{Attached, Counters, Datapath};
+use crate::l4::datapath::{Attached, Datapath};
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
+use crate::l4::stats::{MemberView, Shared, VipView};
 use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 pub mod datapath;
 pub mod maglev;
 pub mod next_hop;
+mod pins;
 pub mod plan;
+mod stats;
 
-pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM, detach};
+pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
+pub use pins::detach;
+pub use stats::{BackendStats, L4Reader, L4Stats, Moved, VipStats};
 
 /// How often expired flows are cleared away and the others counted.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
-/// Shares of the flow table swept in one tick: a million flows in a few milliseconds, while which
-/// the agent does nothing else.
+/// Shares of the flow table swept in one tick, a million places, while which the agent does nothing
+/// else.
 const SHARES_PER_TICK: u32 = 32;
 /// Operations that may wait behind one that fails. Beyond, the agent ends; the next one adopts what
 /// the kernel holds and hears the rest from the sources.
@@ -66,33 +70,6 @@ struct Sweep {
     begun: Option<Instant>,
     next_share: u32,
     live: u64,
-}
-
-/// What [`L4Reader`]s see of an [`L4`].
-struct Shared {
-    counters: Counters,
-    vips: ArcSwap<imbl::OrdMap<Vip, Arc<VipView>>>,
-    /// Flows by backend id, and all of them, as of the last sweep.
-    flows: ArcSwap<HashMap<u32, u32>>,
-    active_flows: AtomicU64,
-    failed_writes: AtomicU64,
-    refused: AtomicU64,
-}
-
-#[derive(Clone, Default)]
-struct VipView {
-    members: Vec<MemberView>,
-    /// What backends that are gone moved while they were here.
-    retired: BackendCounters,
-}
-
-#[derive(Clone)]
-struct MemberView {
-    address: SocketAddr,
-    /// `None` while the backend has no next hop or no room.
-    id: Option<u32>,
-    draining: bool,
-    weight: u16,
 }
 
 impl L4 {
@@ -452,129 +429,4 @@ fn check_port_ranges(nat_ports: PortRange) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-/// Reads the program's counters from any thread.
-#[derive(Clone)]
-pub struct L4Reader {
-    shared: Arc<Shared>,
-}
-
-impl L4Reader {
-    /// # Errors
-    /// A counter map cannot be read.
-    pub fn stats(&self) -> anyhow::Result<L4Stats> {
-        let shared = &self.shared;
-        let flows = shared.flows.load();
-        let verdicts = shared.counters.verdicts()?;
-        let mut stats = L4Stats {
-            verdicts: verdicts
-                .into_iter()
-                .map(|(verdict, count)| (verdict.name(), count))
-                .collect(),
-            active_flows: shared.active_flows.load(Ordering::Relaxed),
-            failed_writes: shared.failed_writes.load(Ordering::Relaxed),
-            refused: shared.refused.load(Ordering::Relaxed),
-            vips: Vec::new(),
-        };
-        for (vip, view) in shared.vips.load().iter() {
-            stats.vips.push(self.vip_stats(vip, view, &flows)?);
-        }
-        Ok(stats)
-    }
-
-    fn vip_stats(
-        &self,
-        vip: &Vip,
-        view: &VipView,
-        flows: &HashMap<u32, u32>,
-    ) -> anyhow::Result<VipStats> {
-        let mut total = view.retired;
-        let mut backends = Vec::with_capacity(view.members.len());
-        let mut active_flows = 0;
-        for member in &view.members {
-            let counters = match member.id {
-                Some(id) => self.shared.counters.backend(id)?,
-                None => BackendCounters::default(),
-            };
-            total += counters;
-            let member_flows = member
-                .id
-                .and_then(|id| flows.get(&id).copied())
-                .unwrap_or(0);
-            active_flows += u64::from(member_flows);
-            backends.push(BackendStats {
-                address: member.address,
-                weight: member.weight,
-                draining: member.draining,
-                reachable: member.id.is_some(),
-                active_flows: u64::from(member_flows),
-                moved: Moved::from(counters),
-            });
-        }
-        Ok(VipStats {
-            vip: vip.to_string(),
-            active_flows,
-            moved: Moved::from(total),
-            backends,
-        })
-    }
-}
-
-/// What layer 4 counted since its maps were created.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct L4Stats {
-    /// Packets by verdict name.
-    pub verdicts: Vec<(&'static str, u64)>,
-    /// As of the last sweep, at most five seconds ago.
-    pub active_flows: u64,
-    /// Writes to a map that the kernel refused and that were or will be repeated.
-    pub failed_writes: u64,
-    /// Backends that a plan left out for want of room or for their address family.
-    pub refused: u64,
-    pub vips: Vec<VipStats>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct VipStats {
-    pub vip: String,
-    pub active_flows: u64,
-    #[serde(flatten)]
-    pub moved: Moved,
-    pub backends: Vec<BackendStats>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct BackendStats {
-    pub address: SocketAddr,
-    pub weight: u16,
-    /// Gets no new flows: it left its pool, or is unhealthy.
-    pub draining: bool,
-    /// False while no next hop is known; such a backend gets no flows.
-    pub reachable: bool,
-    pub active_flows: u64,
-    #[serde(flatten)]
-    pub moved: Moved,
-}
-
-/// Packets and octets of Ethernet frames, from clients and back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Moved {
-    pub packets: u64,
-    pub bytes: u64,
-    pub reply_packets: u64,
-    pub reply_bytes: u64,
-    pub new_flows: u64,
-}
-
-impl From<BackendCounters> for Moved {
-    fn from(counters: BackendCounters) -> Moved {
-        Moved {
-            packets: counters.packets,
-            bytes: counters.bytes,
-            reply_packets: counters.reply_packets,
-            reply_bytes: counters.reply_bytes,
-            new_flows: counters.new_flows,
-        }
-    }
 }

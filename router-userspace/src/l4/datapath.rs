@@ -16,13 +16,13 @@ use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use router_common::{
     Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, LAYOUT, MAX_TICKS,
     RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
 };
 
 use crate::config::{Attach, FlowTimeouts, L4Limits, PortRange};
+use crate::l4::pins::{LINKS, link_name, prepare_pin_path};
 use crate::l4::plan::MapOp;
 
 /// The compiled programs; empty when built without a BPF toolchain.
@@ -545,32 +545,6 @@ impl Counters {
     }
 }
 
-/// Removes every pinned link and map below `pin_path`, which detaches the programs. Says how many.
-pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
-    if !pin_path.exists() {
-        return Ok(0);
-    }
-    let mut removed = 0;
-    let links = pin_path.join(LINKS);
-    for dir in [links.as_path(), pin_path] {
-        let Ok(entries) = fs::read_dir(dir) else {
-            continue;
-        };
-        for entry in entries {
-            let path = entry
-                .with_context(|| format!("list {}", dir.display()))?
-                .path();
-            if path.is_dir() {
-                continue;
-            }
-            fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
-            removed += 1;
-        }
-        fs::remove_dir(dir).with_context(|| format!("remove {}", dir.display()))?;
-    }
-    Ok(removed)
-}
-
 /// The kernel says only "operation not permitted"; this says what is missing.
 fn check_capabilities() -> anyhow::Result<()> {
     // Kernel: include/uapi/linux/capability.h. CAP_SYS_ADMIN stands in for the first two.
@@ -601,16 +575,6 @@ fn check_capabilities() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where links are pinned, below the pin path.
-const LINKS: &str = "links";
-
-/// The name of a link's pin: the interface's name and index, since a name may pass to another device.
-fn link_name(interface: &str, ifindex: u32) -> String {
-    // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`), VLAN devices have them,
-    // and no interface has a colon.
-    format!("{}:{ifindex}", interface.replace('.', ":"))
-}
-
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
     match removed {
         Err(MapError::KeyNotFound) => Ok(()),
@@ -621,30 +585,6 @@ fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
         }
         other => other,
     }
-}
-
-fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
-    let bpffs = Path::new("/sys/fs/bpf");
-    if path.starts_with(bpffs) && !is_bpffs(bpffs) {
-        nix::mount::mount(
-            Some("bpf"),
-            bpffs,
-            Some("bpf"),
-            nix::mount::MsFlags::empty(),
-            None::<&str>,
-        )
-        .context("mount a bpffs on /sys/fs/bpf")?;
-    }
-    fs::create_dir_all(path.join(LINKS))
-        .with_context(|| format!("create l4.pin_path {}", path.display()))?;
-    if !is_bpffs(path) {
-        bail!("l4.pin_path {} is not on a bpffs", path.display());
-    }
-    Ok(())
-}
-
-fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
 /// A pinned map that another version or another configuration made would be misread.
