@@ -17,7 +17,7 @@ mod verdict;
 pub use addr::{Addr, IPPROTO_TCP, IPPROTO_UDP, Ports};
 pub use flow::{
     FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, MAX_TICKS,
-    RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, ticks_since,
+    RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, ticks_since,
 };
 pub use tables::{
     BackendCounters, BackendEntry, BackendState, ClockSample, LAYOUT, NO_BACKEND, PREFILTER_WORDS,

@@ -11,7 +11,7 @@ use aya_ebpf::programs::XdpContext;
 use router_common::{
     BackendEntry, BackendState, FLOW_WAYS, FlowEntry, FlowKey, FlowSlot, FlowState, IPPROTO_TCP,
     NO_BACKEND, Ports, RETURN_WAYS, RING_KEYS, RING_SIZE, ReturnSlot, Settings, TcpFlags, Verdict,
-    VipKey, ring_slot, ticks_since,
+    VipKey, mix, ring_slot, ticks_since,
 };
 
 use crate::maps;
@@ -420,11 +420,11 @@ fn create(
         // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer.
         clear_return(unsafe { (*entry).return_hash }, index, settings);
     }
-    let mut random = hash ^ now;
+    let mut number = hash ^ now;
     for _ in 0..PORT_TRIES {
-        // Weyl sequence: all tries differ, and neighbouring seeds do not follow each other.
-        random = random.wrapping_add(0x9e37_79b9);
-        let offset = (random as u64 * settings.nat_port_count as u64) >> 32;
+        // Weyl sequence: all tries differ. Mixed, so that no flow follows in the steps of another.
+        number = number.wrapping_add(0x9e37_79b9);
+        let offset = (mix(number) as u64 * settings.nat_port_count as u64) >> 32;
         let nat_port = settings.nat_port_first.wrapping_add(offset as u16);
         let answer = FlowKey {
             source: backend.address,

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use aya::Ebpf;
 use aya::maps::{Array, MapData, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
@@ -186,11 +186,14 @@ fn open(gateway: &mut Datapath, requests: &[Flow]) -> anyhow::Result<Vec<Flow>> 
             1,
         )?;
         let run = gateway.run(&request.frame()?, 1)?;
-        ensure!(
-            run.action == REDIRECT,
-            "a flow could not be opened: XDP action {}",
-            run.action
-        );
+        if run.action != REDIRECT {
+            let verdicts = gateway.counters().verdicts()?;
+            let counted = verdicts.iter().filter(|(_, count)| *count > 0);
+            bail!(
+                "a flow could not be opened: {:?}",
+                counted.collect::<Vec<_>>()
+            );
+        }
         let address = |at: usize| {
             Ipv4Addr::new(
                 run.frame[at],
