@@ -2,8 +2,9 @@
 //!
 //! Three rules hold for every type that goes into a map:
 //! 1. `#[repr(C)]`, a size asserted here, and no padding: a byte nobody wrote makes lookups miss.
-//! 2. Addresses and ports are in network byte order, in private fields; constructors and getters
-//!    take and give host types. Words ([`Addr`]) hold four octets as they lie in the packet.
+//! 2. Addresses and the ports of a key are in network byte order, in private fields; constructors and
+//!    getters take and give host types. Words ([`Addr`]) hold four octets as they lie in the packet.
+//!    A field in host byte order says so.
 //! 3. All-zero is a valid value that means "nothing here", since that is what a new array holds.
 
 #![cfg_attr(not(test), no_std)]

@@ -67,12 +67,12 @@ pub fn of_client(
         let closed = slot.state() as u8 == FlowState::Closing as u8;
         let another = packet.tcp.opens() && closed;
         if !another && !over(slot, entry, backend, settings, now) {
-            follow_client_mac(ctx, packet, entry, index);
             compiler_fence(Ordering::SeqCst);
             let again = FlowSlot(load(&slots.slots[way].0));
             if again.hash() != hash || again.state() as u8 == FlowState::Held as u8 {
                 return Err(Verdict::Contended);
             }
+            follow_client_mac(ctx, packet, entry, index);
             refresh(&slots.slots[way].0, slot, packet, now);
             let flow = ClientFlow {
                 backend_id,

@@ -33,7 +33,7 @@ use router_common::{ClockSample, Verdict};
 use crate::packet::Packet;
 
 /// The packet path. `frags`: frames larger than a page come in fragments, of which the first holds
-/// all headers (kernel: Documentation/networking/xdp-rx-metadata.rst and `BPF_F_XDP_HAS_FRAGS`).
+/// all headers (kernel: include/uapi/linux/bpf.h, `BPF_F_XDP_HAS_FRAGS`).
 #[xdp(frags)]
 fn viaduct(ctx: XdpContext) -> u32 {
     match steer(&ctx) {

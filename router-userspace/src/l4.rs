@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::BackendState;
+use router_common::{BackendCounters, BackendState};
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
@@ -180,7 +180,12 @@ impl L4 {
             self.apply_vip(vip, now);
         }
         if self.planner.has_room() {
-            for vip in self.refused.keys().copied().collect::<Vec<_>>() {
+            let waits = |refused: &Vec<(SocketAddr, Refusal)>| {
+                let room = |(_, refusal): &(_, Refusal)| *refusal != Refusal::AddressFamily;
+                refused.iter().any(room)
+            };
+            let waiting = self.refused.iter().filter(|(_, refused)| waits(refused));
+            for vip in waiting.map(|(vip, _)| *vip).collect::<Vec<_>>() {
                 self.apply_vip(vip, now);
             }
         }
@@ -214,12 +219,10 @@ impl L4 {
                 weight: member.entry.weight,
             }));
         }
+        let planned = self.planner.vips().get(&vip);
         for backend in pool.iter().flat_map(|pool| &pool.backends) {
-            if !members
-                .iter()
-                .any(|member| member.address == backend.address)
-            {
-                let (address, weight) = (backend.address, backend.weight);
+            let (address, weight) = (backend.address, backend.weight);
+            if !planned.is_some_and(|planned| planned.members.contains_key(&address)) {
                 members.push(MemberView {
                     address,
                     id: None,
@@ -238,12 +241,10 @@ impl L4 {
     /// Writes what waits, up to the first operation that fails.
     fn write_backlog(&mut self) {
         while let Some((vip, op)) = self.backlog.front() {
-            if let MapOp::ClearBackend { id, .. } = op {
-                let (vip, id) = (*vip, *id);
-                self.retire(vip, id);
-            }
-            let Some((vip, op)) = self.backlog.front() else {
-                return;
+            // Read before the counters pass to another backend.
+            let moved = match op {
+                MapOp::ClearBackend { id, .. } => self.shared.counters.backend(*id).ok(),
+                _ => None,
             };
             if let Err(error) = self.datapath.apply(op) {
                 self.shared.failed_writes.fetch_add(1, Ordering::Relaxed);
@@ -254,6 +255,9 @@ impl L4 {
                     "the kernel refuses to be written to"
                 );
                 return;
+            }
+            if let Some(moved) = moved {
+                self.retire(*vip, moved);
             }
             self.backlog.pop_front();
         }
@@ -271,17 +275,14 @@ impl L4 {
         }
     }
 
-    /// Keeps what a backend moved before its counters pass to another.
-    fn retire(&mut self, vip: Vip, id: u32) {
-        let Ok(counters) = self.shared.counters.backend(id) else {
-            return;
-        };
+    /// Keeps in the VIP's sum what a backend that is gone moved.
+    fn retire(&self, vip: Vip, moved: BackendCounters) {
         let vips = self.shared.vips.load();
         let mut view = vips
             .get(&vip)
             .map(|view| VipView::clone(view))
             .unwrap_or_default();
-        view.retired += counters;
+        view.retired += moved;
         self.shared
             .vips
             .store(Arc::new(vips.update(vip, Arc::new(view))));
