@@ -2,6 +2,10 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+/// IANA protocol number 1 (RFC 792).
+pub const IPPROTO_ICMP: u8 = 1;
+/// IANA protocol number 58 (RFC 4443).
+pub const IPPROTO_ICMPV6: u8 = 58;
 /// IANA protocol number 6 (RFC 9293).
 pub const IPPROTO_TCP: u8 = 6;
 /// IANA protocol number 17 (RFC 768).
@@ -26,6 +30,12 @@ impl Addr {
         Addr {
             words: [0, 0, V4_MAPPED, word],
         }
+    }
+
+    /// From the words of an IPv6 header as they were loaded.
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Addr {
+        Addr { words }
     }
 
     #[inline(always)]
@@ -93,6 +103,12 @@ impl Ports {
     #[inline(always)]
     pub const fn word(self) -> u32 {
         self.0
+    }
+
+    /// The other direction of the same flow.
+    #[inline(always)]
+    pub const fn reversed(self) -> Ports {
+        Ports(self.0.rotate_left(16))
     }
 
     #[inline(always)]

@@ -6,9 +6,9 @@
 //! ```text
 //!  client -> VIP            hash                          backend -> gateway port      hash
 //!                            │ bucket                                                   │ bucket
-//!  FLOW_SLOTS  [ hash | seen | state ] x 8                RETURNS  [ hash | entry ] x 8 ┘
+//!  FLOW_SLOTS  [ tag | backend | seen | state ] x 8       RETURNS  [ hash | entry ] x 8 ┘
 //!                            │ bucket * 8 + way                        │ entry
-//!  FLOWS       [ client, backend, gateway port, MACs, ... ] <──────────┘
+//!  FLOWS       [ client, VIP, gateway port, MACs, ... ] <──────────────┘
 //! ```
 //!
 //! A slot's place is its entry's place, so there is no allocator. An entry and its return slot are
@@ -52,10 +52,10 @@ pub const RING_KEYS: [u64; HASH_WORDS] = [
 impl FlowKey {
     /// A hash that is strongly universal over its random keys, so that nobody who does not know them
     /// can choose tuples that collide: the multilinear family, Lemire and Kaser, "Strongly universal
-    /// string hashing is fast", The Computer Journal 57(11), 2014, §3. It is linear, so [`mix`] follows:
+    /// string hashing is fast", The Computer Journal 57(11), 2014, §3. It is linear, so [`mix64`] follows:
     /// clients that count up their ports would leave a pattern otherwise.
     #[inline(always)]
-    pub fn hash(&self, keys: &[u64; HASH_WORDS]) -> u32 {
+    pub fn hash(&self, keys: &[u64; HASH_WORDS]) -> u64 {
         let source = self.source.words();
         let destination = self.destination.words();
         let mut sum = keys[0]
@@ -73,7 +73,7 @@ impl FlowKey {
                 .wrapping_add(keys[9].wrapping_mul(destination[1] as u64))
                 .wrapping_add(keys[10].wrapping_mul(destination[2] as u64));
         }
-        mix((sum >> 32) as u32)
+        mix64(sum)
     }
 }
 
@@ -82,6 +82,13 @@ impl FlowKey {
 pub const fn mix(number: u32) -> u32 {
     let number = (number ^ number >> 16).wrapping_mul(0x7feb_352d);
     number ^ number >> 15
+}
+
+/// The same for 64 bits: the finalizer of MurmurHash3 less its last round.
+#[inline(always)]
+pub const fn mix64(number: u64) -> u64 {
+    let number = (number ^ number >> 32).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    number ^ number >> 32
 }
 
 /// Where a flow is in its life. TCP as far as a gateway needs RFC 9293 §3.3.2.
@@ -101,14 +108,18 @@ pub enum FlowState {
     Udp = 6,
     /// The entry behind the slot is being written or cleared: nobody else reads it or takes the place.
     Held = 7,
+    /// No flow, but where a client goes: [`FlowKey`] without its port.
+    Affinity = 8,
+    /// No flow, but where the fragments of one datagram go: the identification instead of the ports.
+    Fragment = 9,
 }
 
 impl FlowState {
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 10;
 
     #[inline(always)]
     pub const fn from_bits(bits: u8) -> FlowState {
-        match bits & 7 {
+        match bits & 15 {
             0 => FlowState::Free,
             1 => FlowState::Syn,
             2 => FlowState::Established,
@@ -116,6 +127,8 @@ impl FlowState {
             4 => FlowState::FinBackend,
             5 => FlowState::Closing,
             6 => FlowState::Udp,
+            8 => FlowState::Affinity,
+            9 => FlowState::Fragment,
             _ => FlowState::Held,
         }
     }
@@ -180,32 +193,55 @@ impl TcpFlags {
     }
 }
 
-/// `hash:32 | seen:24 | state:8`. One word, so that it changes by one compare-and-swap.
+/// `tag:24 | backend:16 | seen:16 | state:8`. One word, so that it changes by one compare-and-swap.
 ///
-/// `seen` counts ticks (see `Settings::tick_shift`) modulo 2^24; 0 is a free slot.
+/// `tag` is of the flow's hash, from bits that do not choose its bucket; `seen` counts ticks (see
+/// `Settings::tick_shift`) modulo 2^16; 0 is a free slot.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowSlot(pub u64);
 
 impl FlowSlot {
     #[inline(always)]
-    pub const fn new(hash: u32, seen: u32, state: FlowState) -> FlowSlot {
-        FlowSlot((hash as u64) << 32 | ((seen & 0xff_ffff) as u64) << 8 | state as u64)
+    pub const fn new(tag: u32, backend: u32, seen: u32, state: FlowState) -> FlowSlot {
+        FlowSlot(
+            (tag as u64) << 40
+                | ((backend & 0xffff) as u64) << 24
+                | ((seen & 0xffff) as u64) << 8
+                | state as u64,
+        )
+    }
+
+    /// The tag of a flow with this hash. Buckets are chosen by the low bits.
+    #[inline(always)]
+    pub const fn tag_of(hash: u64) -> u32 {
+        (hash >> 40) as u32
     }
 
     #[inline(always)]
-    pub const fn hash(self) -> u32 {
-        (self.0 >> 32) as u32
+    pub const fn tag(self) -> u32 {
+        (self.0 >> 40) as u32
+    }
+
+    #[inline(always)]
+    pub const fn backend(self) -> u32 {
+        (self.0 >> 24) as u32 & 0xffff
     }
 
     #[inline(always)]
     pub const fn seen(self) -> u32 {
-        (self.0 >> 8) as u32 & 0xff_ffff
+        (self.0 >> 8) as u32 & 0xffff
     }
 
     #[inline(always)]
     pub const fn state(self) -> FlowState {
         FlowState::from_bits(self.0 as u8)
+    }
+
+    /// The same flow seen `now` in `state`.
+    #[inline(always)]
+    pub const fn touched(self, now: u32, state: FlowState) -> FlowSlot {
+        FlowSlot(self.0 & !0xff_ffff | ((now & 0xffff) as u64) << 8 | state as u64)
     }
 
     /// Whether there is an entry behind it to be read.
@@ -221,15 +257,15 @@ impl FlowSlot {
     }
 }
 
-/// The longest time that ticks can tell, and so the longest timeout.
-pub const MAX_TICKS: u32 = (1 << 23) - 1;
+/// The longest time that ticks can tell, and so the longest timeout: four to nine hours.
+pub const MAX_TICKS: u32 = (1 << 15) - 1;
 
-/// Ticks from `then` to `now`, both modulo 2^24.
+/// Ticks from `then` to `now`, both modulo 2^16.
 ///
 /// Another core may have read the clock a moment later than this one: what is in the future is now.
 #[inline(always)]
 pub const fn ticks_since(then: u32, now: u32) -> u32 {
-    match now.wrapping_sub(then) & 0xff_ffff {
+    match now.wrapping_sub(then) & 0xffff {
         age if age > MAX_TICKS => 0,
         age => age,
     }
@@ -276,31 +312,37 @@ pub struct ReturnBucket {
 ///
 /// The map aligns it, not the type: BPF's stack has no such alignment, and LLVM takes it for granted.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowEntry {
     pub client: Addr,
     /// The client's port and the VIP's, as in the client's packets.
     pub ports: Ports,
-    pub backend: u32,
+    /// Index of the VIP in `VIPS`.
+    pub vip: u32,
     /// The interface the client's packets come in by; answers leave there.
     pub client_ifindex: u32,
-    /// Ticks when the backend last answered, as in [`FlowSlot`].
-    pub reply_seen: u32,
-    /// Hash of the backend's answers: which return slot is ours.
+    /// High half of the hash of the backend's answers: which return slot is ours.
     pub return_hash: u32,
+    /// Ticks when the backend last answered, as in [`FlowSlot`].
+    pub reply_seen: u16,
+    pub backend: u16,
+    /// Of the backend entry when the flow was made; another means the backend is gone.
+    pub generation: u16,
+    /// The gateway's port towards the backend, host byte order.
+    pub nat_port: u16,
     /// Who the client's packets come from on the wire: the client, or the router on its side.
     pub client_mac: [u8; 6],
     /// Our own address on that wire.
     pub local_mac: [u8; 6],
-    /// The gateway's port towards the backend, host byte order.
-    pub nat_port: u16,
-    /// Of the backend entry when the flow was made; another means the backend is gone.
-    pub generation: u16,
+    /// The tag of the client's frames, as in [`crate::BackendEntry::vlan`].
+    pub client_vlan: u16,
     /// IANA protocol number.
     pub proto: u8,
+    /// The [`crate::Mode`] it was made in, which it keeps.
+    pub mode: u8,
     /// 1 once the backend has answered: a datagram alone may be forged.
     pub answered: u8,
-    pub reserved: [u8; 10],
+    pub reserved: [u8; 7],
 }
 
 const _: () = assert!(size_of::<FlowBucket>() == 64);
@@ -354,7 +396,7 @@ mod tests {
         let mut filled = vec![0u32; buckets];
         for port in 0..8192u16 {
             let key = key("198.51.100.7", "192.0.2.10", Ports::new(1024 + port, 80));
-            filled[(key.hash(&RING_KEYS) >> 22) as usize] += 1;
+            filled[(key.hash(&RING_KEYS) >> 54) as usize] += 1;
         }
         // 8 on average; a Poisson tail beyond 28 has a chance below 1e-7.
         assert!(
@@ -376,16 +418,25 @@ mod tests {
                 let source = Addr::from(core::net::Ipv4Addr::from(0xc612_0000 + number * address_step));
                 let ports = Ports::new(1024 + number as u16 * port_step, 80);
                 let key = FlowKey { source, ports, ..key("0.0.0.0", "192.0.2.10", ports) };
-                filled[(key.hash(&keys) >> 8) as usize % 1024] += 1;
+                filled[key.hash(&keys) as usize % 1024] += 1;
             }
             // 8 on average; a Poisson tail beyond 40 has a chance below 1e-14.
             prop_assert!(filled.iter().all(|&count| count <= 40), "{:?}", filled.iter().max());
         }
 
         #[test]
-        fn a_slot_reads_back_what_went_in(hash: u32, seen in 0u32..1 << 24, state in 0u8..8, later in 0u32..=MAX_TICKS) {
-            let slot = FlowSlot::new(hash, seen, FlowState::from_bits(state));
-            prop_assert_eq!((slot.hash(), slot.seen(), slot.state() as u8), (hash, seen, state));
+        fn a_slot_reads_back_what_went_in(
+            tag in 0u32..1 << 24,
+            backend in 0u32..1 << 16,
+            seen in 0u32..1 << 16,
+            state in 0u8..10,
+            later in 0u32..=MAX_TICKS,
+        ) {
+            let slot = FlowSlot::new(tag, backend, seen, FlowState::from_bits(state));
+            prop_assert_eq!((slot.tag(), slot.backend(), slot.seen()), (tag, backend, seen));
+            prop_assert_eq!(slot.state() as u8, state);
+            let touched = slot.touched(later, FlowState::Udp);
+            prop_assert_eq!(touched, FlowSlot::new(tag, backend, later, FlowState::Udp));
             prop_assert_eq!(slot.age(seen.wrapping_add(later)), later);
         }
 
@@ -400,8 +451,8 @@ mod tests {
     #[test]
     fn a_time_in_the_future_is_now() {
         assert_eq!(ticks_since(1001, 1000), 0);
-        assert_eq!(ticks_since(0, 0xff_ffff), 0);
-        assert_eq!(ticks_since(0xff_ffff, 1), 2);
+        assert_eq!(ticks_since(0, 0xffff), 0);
+        assert_eq!(ticks_since(0xffff, 1), 2);
     }
 
     #[test]

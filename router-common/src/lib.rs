@@ -15,15 +15,16 @@ mod flow;
 mod tables;
 mod verdict;
 
-pub use addr::{Addr, IPPROTO_TCP, IPPROTO_UDP, Ports};
+pub use addr::{Addr, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Ports};
 pub use flow::{
     FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, MAX_TICKS,
-    RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, ticks_since,
+    RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, mix64, ticks_since,
 };
 pub use tables::{
-    BackendCounters, BackendEntry, BackendState, ClockSample, LAYOUT, NO_BACKEND, PREFILTER_WORDS,
-    RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, VipInfo, VipKey,
-    prefilter_bit, ring_slot,
+    BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, MAX_BACKENDS,
+    Mode, NO_BACKEND, PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell, Ring, RingSlot,
+    SOURCE_ALLOW, SOURCE_DENY, SOURCE_RATE_CELLS, SWEEP_BUCKETS, Scheduler, Settings, SourceKey,
+    SweepRequest, SweepResult, VIP_CHAIN, VipEntry, prefilter_bit, ring_slot, vip_flags, vip_head,
 };
 pub use verdict::Verdict;
 

@@ -1,8 +1,8 @@
 //! Lets aya copy the shared types between maps and the agent.
 
 use crate::{
-    Addr, BackendCounters, BackendEntry, ClockSample, FlowBucket, FlowEntry, ReturnBucket, Ring,
-    Settings, SweepRequest, VipInfo, VipKey,
+    Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
+    PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, Settings, SourceKey, SweepRequest, VipEntry,
 };
 
 macro_rules! pod {
@@ -17,13 +17,17 @@ pod!(
     Addr,
     BackendCounters,
     BackendEntry,
+    BackendLoad,
     ClockSample,
     FlowBucket,
     FlowEntry,
+    PacketEvent,
+    QuicKey,
+    RateCell,
     ReturnBucket,
     Ring,
     Settings,
+    SourceKey,
     SweepRequest,
-    VipInfo,
-    VipKey,
+    VipEntry,
 );
