@@ -5,6 +5,8 @@
 //! (RFC 1624 §3, equation 3). The sum does not depend on byte order (RFC 1071 §2), so words are
 //! added as they were loaded and the result is stored as it is.
 
+use crate::Addr;
+
 /// The words that leave and enter a checksummed range, summed up.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Delta(u64);
@@ -21,6 +23,51 @@ impl Delta {
     #[must_use]
     pub const fn word16(self, old: u16, new: u16) -> Delta {
         Delta(self.0 + !old as u64 + new as u64)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn address(self, old: Addr, new: Addr) -> Delta {
+        // The words that make an IPv4 address an [`Addr`] cancel out.
+        let (old, new) = (old.words(), new.words());
+        self.word32(old[0], new[0])
+            .word32(old[1], new[1])
+            .word32(old[2], new[2])
+            .word32(old[3], new[3])
+    }
+
+    /// A word of a sum that is made from nothing.
+    #[inline(always)]
+    #[must_use]
+    pub const fn plus32(self, word: u32) -> Delta {
+        Delta(self.0 + word as u64)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn plus16(self, word: u16) -> Delta {
+        Delta(self.0 + word as u64)
+    }
+
+    /// The checksum of all words added, as it lies in a packet.
+    #[inline(always)]
+    pub const fn finish(self) -> u16 {
+        self.apply(0xffff)
+    }
+
+    /// Both changes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn and(self, other: Delta) -> Delta {
+        Delta(self.0 + other.0)
+    }
+
+    /// The same in 32 bits, as the kernel's helpers take it.
+    #[inline(always)]
+    pub const fn folded(self) -> u32 {
+        let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        let sum = (sum & 0xffff_ffff) + (sum >> 32);
+        sum as u32
     }
 
     /// The checksum after the change, as it lies in the packet.

@@ -342,7 +342,9 @@ pub struct FlowEntry {
     pub mode: u8,
     /// 1 once the backend has answered: a datagram alone may be forged.
     pub answered: u8,
-    pub reserved: [u8; 7],
+    /// 1: not a flow, but where the fragments of one of its answers go.
+    pub reply: u8,
+    pub reserved: [u8; 6],
 }
 
 const _: () = assert!(size_of::<FlowBucket>() == 64);

@@ -140,11 +140,11 @@ pub struct VipEntry {
     pub backends: u32,
     /// Slots of the ring in use: [`RING_SIZE`], or the length of the cycle for [`Scheduler::RoundRobin`].
     pub ring_len: u32,
-    /// Ticks for which a client stays on its backend after its last packet; 0: no affinity.
+    /// Ticks for which a client stays on its backend after its last new flow; 0: no affinity.
     pub affinity: u32,
-    /// New flows a second from one source; 0: no bound.
+    /// New flows a tick from one source; 0: no bound.
     pub source_rate: u32,
-    /// New flows a second for the VIP; 0: no bound.
+    /// New flows a tick for the VIP; 0: no bound.
     pub vip_rate: u32,
     /// Octets of the server ID in a QUIC connection ID, and the three bits of its first octet that
     /// say so (draft-ietf-quic-load-balancers-21, §3).
@@ -157,7 +157,10 @@ impl VipEntry {
     /// Whether it is the VIP of a packet.
     #[inline(always)]
     pub fn covers(&self, addr: Addr, port: u16, proto: u8) -> bool {
-        self.addr == addr && self.proto == proto && self.port_first <= port && port <= self.port_last
+        self.addr == addr
+            && self.proto == proto
+            && self.port_first <= port
+            && port <= self.port_last
     }
 
     #[inline(always)]
@@ -265,7 +268,7 @@ pub struct BackendEntry {
     pub ifindex: u32,
     pub destination_mac: [u8; 6],
     pub source_mac: [u8; 6],
-    /// Host byte order, as all below.
+    /// Host byte order, as all below; 0: the port that the client dialed.
     pub port: u16,
     /// Changes whenever the id passes to another backend, and stays in the free entry in between;
     /// never 0 while in use.
@@ -315,11 +318,11 @@ pub struct BackendLoad {
     pub answered: u64,
 }
 
-/// New flows of one second; value of `SOURCE_RATES` and `VIP_RATES`.
+/// New flows of one tick; value of `SOURCE_RATES` and `VIP_RATES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RateCell {
-    /// The second it is about, in ticks, and flows since: `tick:32 | flows:32`.
+    /// The tick it is about, and flows in it: `tick:32 | flows:32`.
     pub word: u64,
 }
 

@@ -1,491 +1,657 @@
 //! The flow of a packet: found, or made for the first packet of one.
 //!
-//! The tables are those of `router_common::FlowEntry`'s module. All cores share them without locks:
-//! whoever turns a slot to `Held` by compare-and-swap owns the place, empties the return slot of the
-//! flow that was there, writes the entry, fills the new return slot and then the slot itself. Readers
-//! copy what they need from the entry and look at the slot they came by once more.
+//! Flows of modes that translate are all in the flow table, since their answers are led back by it.
+//! Those of the others are where the ring says, and in the table only while the ring is not enough:
+//! their slot has changed, the scheduler is no hash, or the protocol has no packet that opens a flow.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use aya_ebpf::programs::XdpContext;
 use router_common::{
-    BackendEntry, BackendState, FLOW_WAYS, FlowEntry, FlowKey, FlowSlot, FlowState, IPPROTO_TCP,
-    NO_BACKEND, Ports, RETURN_WAYS, RING_KEYS, RING_SIZE, ReturnSlot, Settings, TcpFlags, Verdict,
-    VipKey, mix, ring_slot, ticks_since,
+    BackendEntry, FlowEntry, FlowKey, FlowSlot, FlowState, IPPROTO_TCP, Mode, Ports, RETURN_WAYS,
+    ReturnSlot, RingSlot, Scheduler, Settings, TcpFlags, Verdict, mix, vip_flags,
 };
 
-use crate::maps;
-use crate::packet::Packet;
+use crate::frame::{Frame, at};
+use crate::packet::{EthHeader, Fragment, Packet};
+use crate::table::{self, Place};
+use crate::verifier::{add, forget, load, swap};
+use crate::vip::{Rate, Vip};
+use crate::{explain, maps, schedule, scratch, vip};
 
 /// Gateway ports tried for a new flow. A try fails if eight others share its bucket or one its hash.
 /// `RETURNS` is never more than half full, where that is one in fifty: all fail once in 10^13 flows,
 /// or when the ports towards the backend are nearly used up.
 const PORT_TRIES: u32 = 8;
 
-/// A client's flow.
-pub struct ClientFlow {
+/// Keeps places of fragments apart from those of flows.
+const FRAGMENT_SALT: u64 = 0xc2b2_ae3d_27d4_eb4f;
+
+/// Where a client's packet goes. No pointers: results of several kinds meet in one place of the stack,
+/// where the verifier lets no part of a pointer be.
+#[derive(Clone, Copy)]
+pub struct Steered {
     pub backend_id: u32,
-    pub backend: &'static BackendEntry,
+    /// `Forwarded`, `NewFlow` or `Untracked`.
+    pub verdict: Verdict,
+    /// The gateway's port towards the backend, in modes that translate.
     pub nat_port: u16,
+    pub mode: Mode,
+    /// It opens a flow.
+    pub new: bool,
 }
 
-/// The flow of a client's packet and whether it is new; `None` if nobody registered the VIP.
+/// The backend of a packet that the ring alone decides about; `UnknownFlow` where the flow table has a
+/// say, and [`of_client`] must be asked.
 #[inline(always)]
-pub fn of_client(
-    ctx: &XdpContext,
+pub fn by_ring_alone<F: Frame>(
     packet: &Packet,
+    vip: Vip,
+    settings: &Settings,
+) -> Result<Steered, Verdict> {
+    if !vip::admits(vip, &packet.key.source) {
+        return Err(Verdict::SourceDenied);
+    }
+    let tcp = packet.key.proto == IPPROTO_TCP;
+    if !may_be_decided(vip, tcp) {
+        return Err(Verdict::UnknownFlow);
+    }
+    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
+    if !slot.is_quiet() {
+        return Err(Verdict::UnknownFlow);
+    }
+    let opens = packet.tcp.opens();
+    if opens {
+        admit(packet, vip, settings, maps::now(settings))?;
+    }
+    by_ring(vip, slot.current(), opens)
+}
+
+/// The backend of a client's packet.
+#[inline(always)]
+pub fn of_client<F: Frame>(
+    frame: &F,
+    packet: &Packet,
+    vip: Vip,
     settings: &Settings,
     now: u32,
-) -> Result<Option<(ClientFlow, Verdict)>, Verdict> {
+) -> Result<Steered, Verdict> {
+    let tcp = packet.key.proto == IPPROTO_TCP;
+    let opens = !tcp || packet.tcp.opens();
+    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
     let hash = packet.key.hash(&settings.hash_keys);
-    let bucket = bucket_of(hash, settings);
-    let slots = maps::FLOW_SLOTS.get(bucket).ok_or(Verdict::Internal)?;
-    let mut known = None;
-    for way in 0..FLOW_WAYS {
-        let slot = load(&slots.slots[way].0);
-        if slot >> 32 != hash as u64 || !FlowSlot(slot).is_flow() {
-            continue;
+    let known = find(&packet.key, vip, hash, settings)?;
+    if let Some(place) = known {
+        let found = follow(frame, packet, vip, place, settings, now)?;
+        if let Some(steered) = found {
+            return Ok(steered);
         }
-        let index = bucket * FLOW_WAYS as u32 + way as u32;
-        let Some(entry) = maps::FLOWS.get(index) else {
-            continue;
-        };
-        if entry.client != packet.key.source
-            || entry.ports != packet.key.ports
-            || entry.proto != packet.key.proto
-        {
-            continue;
-        }
-        let Some(backend) = maps::BACKENDS.get(entry.backend) else {
-            continue;
-        };
-        if backend.vip != packet.key.destination {
-            continue;
-        }
-        let slot = FlowSlot(slot);
-        let (backend_id, nat_port) = (entry.backend, entry.nat_port);
-        let closed = slot.state() as u8 == FlowState::Closing as u8;
-        let another = packet.tcp.opens() && closed;
-        if !another && !over(slot, entry, backend, settings, now) {
-            compiler_fence(Ordering::SeqCst);
-            let again = FlowSlot(load(&slots.slots[way].0));
-            if again.hash() != hash || again.state() as u8 == FlowState::Held as u8 {
-                return Err(Verdict::Contended);
-            }
-            follow_client_mac(ctx, packet, entry, index);
-            refresh(&slots.slots[way].0, slot, packet, now);
-            let flow = ClientFlow {
-                backend_id,
-                backend,
-                nat_port,
-            };
-            return Ok(Some((flow, Verdict::Forwarded)));
-        }
-        known = Some((forget(way as u32, slot.0), slot));
-        break;
     }
-    let Some(backend_id) = choose_backend(packet)? else {
-        return Ok(None);
+    let mode = Mode::from_bits(vip.entry.mode);
+    let (backend_id, state) = if !opens {
+        if mode.translates() {
+            return Err(Verdict::UnknownFlow);
+        }
+        (older(vip, slot)?, FlowState::Established)
+    } else {
+        admit(packet, vip, settings, now)?;
+        let state = if tcp { FlowState::Syn } else { FlowState::Udp };
+        let id = schedule::choose::<F>(packet, vip, slot, hash, settings, now)?;
+        (id, state)
     };
-    let (way, slot) = match known {
-        Some(place) => place,
-        None => free_place(bucket, settings, now)?,
-    };
-    let flow = create(
-        ctx,
-        packet,
-        settings,
-        now,
-        hash,
-        Place { bucket, way, slot },
-        backend_id,
-    )?;
-    Ok(Some((flow, Verdict::NewFlow)))
-}
-
-/// A backend's flow.
-pub struct BackendFlow {
-    pub entry: FlowEntry,
-    pub backend: &'static BackendEntry,
-}
-
-/// The flow that a backend's packet answers; `None` if it is the gateway's own business.
-#[inline(always)]
-pub fn of_backend(packet: &Packet, settings: &Settings, now: u32) -> Option<BackendFlow> {
-    let hash = packet.key.hash(&settings.hash_keys);
-    let bucket = maps::RETURNS.get(return_bucket_of(hash, settings))?;
-    for way in 0..RETURN_WAYS {
-        let slot = ReturnSlot(load(&bucket.slots[way].0));
-        if slot.hash() != hash || slot.0 == 0 {
-            continue;
-        }
-        let index = slot.entry();
-        let Some(entry) = maps::FLOWS.get_ptr_mut(index) else {
-            continue;
-        };
-        // SAFETY: the pointer is to the map's value. Whoever rewrites it empties the return slot
-        // first, which is looked at again below.
-        let copy = unsafe { *entry };
-        compiler_fence(Ordering::SeqCst);
-        if load(&bucket.slots[way].0) != slot.0 {
-            return None;
-        }
-        let Some(backend) = maps::BACKENDS.get(copy.backend) else {
-            continue;
-        };
-        if backend.address != packet.key.source
-            || backend.source != packet.key.destination
-            || packet.key.ports != Ports::new(backend.port, copy.nat_port)
-            || copy.proto != packet.key.proto
-            || !serves(backend, &copy)
-        {
-            continue;
-        }
-        // Once a tick and flow: the line stays clean in every core's cache.
-        if copy.reply_seen != now || copy.answered == 0 {
-            // SAFETY: as above; a racing store writes the same.
-            unsafe {
-                (*entry).reply_seen = now;
-                (*entry).answered = 1;
-            }
-        }
-        if packet.key.proto == IPPROTO_TCP && (packet.tcp.fin() || packet.tcp.rst()) {
-            note_backend_close(index, packet.tcp);
-        }
-        return Some(BackendFlow {
-            entry: copy,
-            backend,
+    if F::DRY {
+        schedule::member(vip, backend_id).ok_or(Verdict::NoBackend)?;
+        return Ok(Steered {
+            backend_id,
+            mode,
+            nat_port: settings.nat_port_first,
+            new: true,
+            verdict: Verdict::NewFlow,
         });
     }
-    None
+    let place = match known {
+        Some(place) => Ok(place),
+        None => table::free_place(hash, settings, now),
+    };
+    if mode.translates() {
+        let new = New {
+            place: place?,
+            hash,
+            backend_id,
+            state,
+            now,
+            vip,
+        };
+        return create(frame, packet, &new, settings);
+    }
+    let mut steered = by_ring(vip, backend_id, opens)?;
+    if packet.tcp.rst() {
+        return Ok(steered);
+    }
+    let slot = FlowSlot::new(FlowSlot::tag_of(hash), backend_id, now, state);
+    let remembered = match place {
+        Ok(place) => remember(place, slot, &packet.key, vip, settings),
+        Err(_) => false,
+    };
+    if remembered {
+        table::count_flow(backend_id, 1);
+    } else {
+        steered.verdict = Verdict::Untracked;
+    }
+    Ok(steered)
 }
 
-/// Whether nothing is left of a flow: its time is over in both directions, or its backend is gone.
+/// The backend of the flow that `key` names, if there is one; nothing is made or changed.
 #[inline(always)]
-pub fn over(
-    slot: FlowSlot,
-    entry: &FlowEntry,
-    backend: &BackendEntry,
+pub fn peek<F: Frame>(key: &FlowKey, vip: Vip, settings: &Settings) -> Result<Steered, Verdict> {
+    let slot = schedule::slot_of::<F>(vip, key)?;
+    if slot.is_quiet() && may_be_decided(vip, key.proto == IPPROTO_TCP) {
+        return by_ring(vip, slot.current(), false);
+    }
+    let hash = key.hash(&settings.hash_keys);
+    match find(key, vip, hash, settings)? {
+        Some(place) => known(vip, place),
+        None if Mode::from_bits(vip.entry.mode).translates() => Err(Verdict::UnknownError),
+        None => by_ring(vip, older(vip, slot)?, false),
+    }
+}
+
+/// Whether the ring alone says where packets go whose slot is quiet.
+#[inline(always)]
+fn may_be_decided(vip: Vip, tcp: bool) -> bool {
+    tcp && !Mode::from_bits(vip.entry.mode).translates()
+        && Scheduler::from_bits(vip.entry.scheduler).is_hash()
+        && vip.entry.affinity == 0
+        && vip.entry.flags & vip_flags::TRACK == 0
+}
+
+#[inline(always)]
+fn by_ring(vip: Vip, backend_id: u32, opens: bool) -> Result<Steered, Verdict> {
+    if vip.entry.backends == 0 && opens {
+        return Err(Verdict::NoBackend);
+    }
+    schedule::member(vip, backend_id).ok_or(Verdict::NoBackend)?;
+    Ok(Steered {
+        backend_id,
+        mode: Mode::from_bits(vip.entry.mode),
+        nat_port: 0,
+        new: opens,
+        verdict: if opens {
+            Verdict::NewFlow
+        } else {
+            Verdict::Forwarded
+        },
+    })
+}
+
+/// The backend of a flow that is older than what the table remembers of its slot.
+#[inline(always)]
+fn older(vip: Vip, slot: RingSlot) -> Result<u32, Verdict> {
+    let previous = slot.previous();
+    if previous != RingSlot::NOBODY && schedule::member(vip, previous).is_some() {
+        return Ok(forget(previous, slot.0.into()));
+    }
+    if vip.entry.backends == 0 {
+        return Err(Verdict::NoBackend);
+    }
+    Ok(forget(slot.current(), slot.0.into()))
+}
+
+/// Whether the VIP takes one more flow of this source now.
+#[inline(always)]
+fn admit(packet: &Packet, vip: Vip, settings: &Settings, now: u32) -> Result<(), Verdict> {
+    match vip::count_new(vip, &packet.key.source, settings, now) {
+        Rate::Within => Ok(()),
+        Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 => {
+            Err(Verdict::Challenged)
+        }
+        Rate::SourceExceeded | Rate::VipExceeded => Err(Verdict::RateLimited),
+    }
+}
+
+#[inline(always)]
+fn find(key: &FlowKey, vip: Vip, hash: u64, settings: &Settings) -> Result<Option<Place>, Verdict> {
+    // Where flows of several modes may be, and where one flow taken for another would be answered as
+    // that other, the entry is read. Else a false match, once in a million new flows, shares a backend.
+    let exact = must_match(vip);
+    table::find(hash, settings, |slot, index| {
+        if matches!(slot.state(), FlowState::Affinity | FlowState::Fragment) {
+            return false;
+        }
+        if !exact {
+            return maps::BACKENDS
+                .get(slot.backend())
+                .is_some_and(|backend| backend.vip == vip.index);
+        }
+        maps::FLOWS.get(index).is_some_and(|entry| {
+            entry.client == key.source
+                && entry.ports == key.ports
+                && entry.vip == vip.index
+                && entry.proto == key.proto
+        })
+    })
+}
+
+#[inline(always)]
+fn must_match(vip: Vip) -> bool {
+    Mode::from_bits(vip.entry.mode).translates() || vip.entry.flags & vip_flags::TRACK != 0
+}
+
+/// The flow at `place`, as it is.
+#[inline(always)]
+fn known(vip: Vip, place: Place) -> Result<Steered, Verdict> {
+    let backend_id = place.slot.backend();
+    let backend = schedule::member(vip, backend_id).ok_or(Verdict::NoBackend)?;
+    let (mode, nat_port) = if must_match(vip) {
+        let entry = maps::FLOWS.get(place.index()).ok_or(Verdict::Internal)?;
+        if !table::serves(backend, entry.generation) {
+            return Err(Verdict::NoBackend);
+        }
+        (entry.mode, entry.nat_port)
+    } else {
+        (vip.entry.mode, 0)
+    };
+    Ok(Steered {
+        backend_id,
+        mode: Mode::from_bits(mode),
+        nat_port,
+        new: false,
+        verdict: Verdict::Forwarded,
+    })
+}
+
+/// The flow at `place`, noted as seen; `None` if nothing is left of it.
+#[inline(always)]
+fn follow<F: Frame>(
+    frame: &F,
+    packet: &Packet,
+    vip: Vip,
+    place: Place,
     settings: &Settings,
     now: u32,
-) -> bool {
-    let timeout = settings.timeouts[slot.state() as usize & 7];
-    !serves(backend, entry)
-        || (slot.age(now) > timeout && ticks_since(entry.reply_seen, now) > timeout)
-}
-
-/// Empties the return slot of `entry`, if it still is that entry's.
-#[inline(always)]
-pub fn clear_return(return_hash: u32, index: u32, settings: &Settings) {
-    let Some(bucket) = maps::RETURNS.get(return_bucket_of(return_hash, settings)) else {
-        return;
-    };
-    let ours = ReturnSlot::new(return_hash, index).0;
-    for way in 0..RETURN_WAYS {
-        let slot = &bucket.slots[way].0;
-        if load(slot) == ours {
-            swap(slot, ours, 0);
-            return;
+) -> Result<Option<Steered>, Verdict> {
+    let closed = place.slot.state() as u8 == FlowState::Closing as u8;
+    if F::DRY {
+        explain::note(|event| {
+            event.asked_table = 1;
+            event.flow_state = place.slot.state() as u8;
+        });
+    }
+    if closed && packet.tcp.opens() {
+        return Ok(None);
+    }
+    let late = place.slot.age(now) > table::timeout(settings, place.slot.state());
+    if late {
+        let entry = maps::FLOWS.get(place.index()).ok_or(Verdict::Internal)?;
+        if table::over(place.slot, entry, settings, now) {
+            return Ok(None);
         }
     }
-}
-
-#[inline(always)]
-pub fn load(word: &u64) -> u64 {
-    // SAFETY: a reference is readable; volatile, because other cores write behind it.
-    unsafe { core::ptr::read_volatile(word) }
-}
-
-/// Compare-and-swap; false if someone else was faster.
-///
-/// By hand, since Rust's BPF target declares no atomic read-modify-write. The instruction is
-/// `BPF_ATOMIC | BPF_CMPXCHG` (RFC 9669 §5.3), Linux 5.12 and later.
-#[inline(always)]
-#[cfg(target_arch = "bpf")]
-pub fn swap(word: &u64, old: u64, new: u64) -> bool {
-    let found: u64;
-    // SAFETY: the word is a map's, aligned to 8 and writable whatever the reference says.
-    unsafe {
-        core::arch::asm!(
-            "r0 = cmpxchg_64({word} + 0, r0, {new})",
-            word = in(reg) core::ptr::from_ref(word).cast_mut(),
-            new = in(reg) new,
-            inout("r0") old => found,
-        );
+    let Ok(steered) = known(vip, place) else {
+        return Ok(None);
+    };
+    if F::DRY {
+        return Ok(Some(steered));
     }
-    found == old
-}
-
-#[cfg(not(target_arch = "bpf"))]
-pub fn swap(_word: &u64, _old: u64, _new: u64) -> bool {
-    false
-}
-
-/// The same number, but one the verifier knows nothing of.
-///
-/// It follows every value that a variable can have, so an index out of a loop of eight multiplies
-/// all that comes after by eight. Adding and subtracting something unknown lets it merge them.
-#[inline(always)]
-#[cfg(target_arch = "bpf")]
-fn forget(index: u32, unknown: u64) -> u32 {
-    let mut index = u64::from(index);
-    // SAFETY: two additions in registers.
-    unsafe {
-        core::arch::asm!(
-            "{index} += {unknown}",
-            "{index} -= {unknown}",
-            index = inout(reg) index,
-            unknown = in(reg) unknown,
-            options(pure, nomem, nostack),
-        );
+    let word = place.word().ok_or(Verdict::Internal)?;
+    if must_match(vip) {
+        compiler_fence(Ordering::SeqCst);
+        let again = FlowSlot(load(word));
+        if again.tag() != place.slot.tag() || !again.is_flow() {
+            return Err(Verdict::Contended);
+        }
     }
-    index as u32
-}
-
-#[cfg(not(target_arch = "bpf"))]
-fn forget(index: u32, _unknown: u64) -> u32 {
-    index
-}
-
-#[inline(always)]
-fn bucket_of(hash: u32, settings: &Settings) -> u32 {
-    (hash >> 8) & settings.bucket_mask
-}
-
-#[inline(always)]
-fn return_bucket_of(hash: u32, settings: &Settings) -> u32 {
-    (hash >> 8) & (settings.bucket_mask * 2 + 1)
-}
-
-/// Whether the backend that made the flow still has that id and may keep its flows.
-#[inline(always)]
-fn serves(backend: &BackendEntry, entry: &FlowEntry) -> bool {
-    backend.generation == entry.generation && backend.state != BackendState::Free as u8
+    if steered.mode.translates() {
+        follow_client(frame, packet, place.index());
+    }
+    refresh(word, place.slot, packet, steered.mode, now);
+    Ok(Some(steered))
 }
 
 /// Notes that the client was here and what its segment did to the connection.
 #[inline(always)]
-fn refresh(word: &u64, slot: FlowSlot, packet: &Packet, now: u32) {
-    let state = if packet.key.proto == IPPROTO_TCP {
-        slot.state().after_client(packet.tcp)
-    } else {
+fn refresh(word: &u64, slot: FlowSlot, packet: &Packet, mode: Mode, now: u32) {
+    let state = if packet.key.proto != IPPROTO_TCP {
         FlowState::Udp
+    } else if !mode.translates() && (packet.tcp.fin() || packet.tcp.rst()) {
+        // The backend's side of it does not pass here: what it still sends asks the client for
+        // acknowledgements, and those keep the flow.
+        FlowState::Closing
+    } else {
+        slot.state().after_client(packet.tcp)
     };
     // Once a tick and flow, not once a packet: the line stays clean in every core's cache.
     if slot.seen() != now || state as u8 != slot.state() as u8 {
-        swap(word, slot.0, FlowSlot::new(slot.hash(), now, state).0);
+        swap(word, slot.0, slot.touched(now, state).0);
     }
 }
 
 /// Answers go where the client's packets come from, also after its router changed.
 #[inline(always)]
-fn follow_client_mac(ctx: &XdpContext, packet: &Packet, entry: &FlowEntry, index: u32) {
-    // SAFETY: the header lies in the frame, as `Packet::parse` checked.
-    let eth = unsafe { &*packet.eth };
-    let ifindex = ctx.ingress_ifindex() as u32;
-    if entry.client_mac == eth.source && entry.client_ifindex == ifindex {
-        return;
-    }
-    if let Some(entry) = maps::FLOWS.get_ptr_mut(index) {
-        // SAFETY: the pointer is to the map's value.
-        unsafe {
-            (*entry).client_mac = eth.source;
-            (*entry).local_mac = eth.destination;
-            (*entry).client_ifindex = ifindex;
-        }
-    }
-}
-
-#[inline(always)]
-fn note_backend_close(index: u32, tcp: TcpFlags) {
-    let Some(bucket) = maps::FLOW_SLOTS.get(index / FLOW_WAYS as u32) else {
+fn follow_client(frame: &impl Frame, packet: &Packet, index: u32) {
+    let (Some(eth), Some(entry)) = (at::<EthHeader>(frame, 0), maps::FLOWS.get_ptr_mut(index))
+    else {
         return;
     };
-    let word = &bucket.slots[index as usize % FLOW_WAYS].0;
-    let slot = FlowSlot(load(word));
-    let state = slot.state().after_backend(tcp);
-    if slot.is_flow() && state as u8 != slot.state() as u8 {
-        swap(
-            word,
-            slot.0,
-            FlowSlot::new(slot.hash(), slot.seen(), state).0,
-        );
-    }
-}
-
-/// The backend for a new flow; `None` if nobody registered the VIP.
-#[inline(always)]
-fn choose_backend(packet: &Packet) -> Result<Option<u32>, Verdict> {
-    let key = VipKey::new(
-        packet.key.destination,
-        packet.key.ports.destination(),
-        packet.key.proto,
-    );
-    // SAFETY: the value is read at once; the agent only ever replaces it whole.
-    let Some(vip) = (unsafe { maps::VIPS.get(key) }) else {
-        return Ok(None);
-    };
-    if packet.key.proto == IPPROTO_TCP && !packet.tcp.opens() {
-        return Err(Verdict::UnknownFlow);
-    }
-    if vip.backends == 0 {
-        return Err(Verdict::NoBackend);
-    }
-    let ring = maps::RINGS.get(vip.ring).ok_or(Verdict::Internal)?;
-    let slot = ring_slot(packet.key.hash(&RING_KEYS));
-    if slot >= RING_SIZE {
-        return Err(Verdict::Internal);
-    }
-    match ring.slots[slot] {
-        NO_BACKEND => Err(Verdict::NoBackend),
-        id => Ok(Some(id)),
-    }
-}
-
-/// A way of the bucket whose flow is over or, failing that, the oldest that is nearly so or never was.
-#[inline(always)]
-fn free_place(bucket: u32, settings: &Settings, now: u32) -> Result<(u32, FlowSlot), Verdict> {
-    let slots = maps::FLOW_SLOTS.get(bucket).ok_or(Verdict::Internal)?;
-    let mut victim = None;
-    let mut victim_age = 0;
-    for way in 0..FLOW_WAYS {
-        let slot = FlowSlot(load(&slots.slots[way].0));
-        match slot.state() {
-            FlowState::Free => return Ok((forget(way as u32, slot.0), slot)),
-            FlowState::Held => continue,
-            state => {
-                let Some(entry) = maps::FLOWS.get(bucket * FLOW_WAYS as u32 + way as u32) else {
-                    continue;
-                };
-                let Some(backend) = maps::BACKENDS.get(entry.backend) else {
-                    continue;
-                };
-                if over(slot, entry, backend, settings, now) {
-                    return Ok((forget(way as u32, slot.0), slot));
-                }
-                // What nobody has answered for may be forged.
-                let doubtful = match state {
-                    FlowState::Syn | FlowState::Closing => true,
-                    FlowState::Udp => entry.answered == 0,
-                    _ => false,
-                };
-                if doubtful && (victim.is_none() || slot.age(now) > victim_age) {
-                    victim = Some((forget(way as u32, slot.0), slot));
-                    victim_age = slot.age(now);
-                }
-            }
+    let ifindex = frame.ifindex();
+    // SAFETY: the header lies in the frame, as `at` checked, and the pointer is to the map's value.
+    unsafe {
+        let eth = &*eth;
+        if (*entry).client_mac == eth.source && (*entry).client_ifindex == ifindex {
+            return;
         }
+        (*entry).client_mac = eth.source;
+        (*entry).local_mac = eth.destination;
+        (*entry).client_ifindex = ifindex;
+        (*entry).client_vlan = packet.vlan;
     }
-    victim.ok_or(Verdict::FlowTableFull)
 }
 
-/// A slot and what it held when it was chosen.
-struct Place {
-    bucket: u32,
-    way: u32,
+/// Writes a flow that nobody answers through the gateway; whether it could be.
+#[inline(always)]
+pub fn remember(
+    place: Place,
     slot: FlowSlot,
+    key: &FlowKey,
+    vip: Vip,
+    settings: &Settings,
+) -> bool {
+    let Some(backend) = maps::BACKENDS.get(slot.backend()) else {
+        return false;
+    };
+    let Some(entry) = maps::FLOWS.get_ptr_mut(place.index()) else {
+        return false;
+    };
+    let Ok(held) = table::hold(place, settings) else {
+        return false;
+    };
+    // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer.
+    unsafe {
+        *entry = FlowEntry {
+            client: key.source,
+            ports: key.ports,
+            vip: vip.index,
+            backend: slot.backend() as u16,
+            generation: backend.generation,
+            proto: key.proto,
+            mode: vip.entry.mode,
+            ..FlowEntry::default()
+        };
+        if Mode::from_bits(vip.entry.mode).translates() {
+            // An affinity: it has no answers to be led back.
+            (*entry).mode = Mode::Dsr as u8;
+        }
+    }
+    held.publish(slot);
+    true
 }
 
+/// What [`create`] writes.
+struct New {
+    place: Place,
+    hash: u64,
+    backend_id: u32,
+    state: FlowState,
+    now: u32,
+    vip: Vip,
+}
+
+/// Makes a flow whose answers are led back through the gateway.
 #[inline(always)]
 fn create(
-    ctx: &XdpContext,
+    frame: &impl Frame,
     packet: &Packet,
+    new: &New,
     settings: &Settings,
-    now: u32,
-    hash: u32,
-    place: Place,
-    backend_id: u32,
-) -> Result<ClientFlow, Verdict> {
-    let backend = maps::BACKENDS.get(backend_id).ok_or(Verdict::Internal)?;
-    if backend.state == BackendState::Free as u8 {
-        return Err(Verdict::NoBackend);
-    }
-    let index = place.bucket * FLOW_WAYS as u32 + place.way;
-    let word = &maps::FLOW_SLOTS
-        .get(place.bucket)
-        .ok_or(Verdict::Internal)?
-        .slots[place.way as usize % FLOW_WAYS]
-        .0;
-    let state = if packet.key.proto == IPPROTO_TCP {
-        FlowState::Syn
-    } else {
-        FlowState::Udp
-    };
-    let held = FlowSlot::new(0, now, FlowState::Held).0;
-    if !swap(word, place.slot.0, held) {
-        return Err(Verdict::Contended);
-    }
+) -> Result<Steered, Verdict> {
+    let vip = new.vip;
+    let mode = Mode::from_bits(vip.entry.mode);
+    let backend = schedule::member(vip, new.backend_id).ok_or(Verdict::NoBackend)?;
+    let index = new.place.index();
     let entry = maps::FLOWS.get_ptr_mut(index).ok_or(Verdict::Internal)?;
-    if place.slot.0 != 0 {
-        // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer.
-        clear_return(unsafe { (*entry).return_hash }, index, settings);
+    let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::Internal)?;
+    let held = table::hold(new.place, settings)?;
+    let dnat = matches!(mode, Mode::Dnat);
+    let mut answer = FlowKey {
+        source: backend.address,
+        destination: if dnat {
+            packet.key.source
+        } else {
+            backend.source
+        },
+        ports: Ports::default(),
+        proto: packet.key.proto,
+    };
+    // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer. The
+    // Ethernet header lies in the frame. Before the return slot is filled, since whoever finds that
+    // reads the entry.
+    unsafe {
+        let eth = &*eth;
+        *entry = FlowEntry {
+            client: packet.key.source,
+            ports: packet.key.ports,
+            vip: vip.index,
+            client_ifindex: frame.ifindex(),
+            return_hash: 0,
+            reply_seen: new.now as u16,
+            backend: new.backend_id as u16,
+            generation: backend.generation,
+            nat_port: 0,
+            client_mac: eth.source,
+            local_mac: eth.destination,
+            client_vlan: packet.vlan,
+            proto: packet.key.proto,
+            mode: mode as u8,
+            answered: 0,
+            reply: 0,
+            reserved: [0; 6],
+        };
     }
-    let mut number = hash ^ now;
-    for _ in 0..PORT_TRIES {
+    let port = backend_port(backend, packet.key.ports);
+    let mut number = new.hash as u32 ^ new.now;
+    for turn in 0..PORT_TRIES {
         // Weyl sequence: all tries differ. Mixed, so that no flow follows in the steps of another.
         number = number.wrapping_add(0x9e37_79b9);
         let offset = (mix(number) as u64 * settings.nat_port_count as u64) >> 32;
-        let nat_port = settings.nat_port_first.wrapping_add(offset as u16);
-        let answer = FlowKey {
-            source: backend.address,
-            destination: backend.source,
-            ports: Ports::new(backend.port, nat_port),
-            proto: packet.key.proto,
-        };
-        let return_hash = answer.hash(&settings.hash_keys);
-        // SAFETY: as above; the Ethernet header lies in the frame. Before the return slot is filled,
-        // since whoever finds that reads the entry.
+        let mut nat_port = settings.nat_port_first.wrapping_add(offset as u16);
+        // The client's own port, unless it has another flow to the same backend by another VIP.
+        if dnat && turn == 0 {
+            nat_port = packet.key.ports.source();
+        }
+        answer.ports = Ports::new(port, nat_port);
+        let return_hash = (answer.hash(&settings.hash_keys) >> 32) as u32;
+        // SAFETY: as above.
         unsafe {
-            let eth = &*packet.eth;
-            *entry = FlowEntry {
-                client: packet.key.source,
-                ports: packet.key.ports,
-                backend: backend_id,
-                client_ifindex: ctx.ingress_ifindex() as u32,
-                reply_seen: now,
-                return_hash,
-                client_mac: eth.source,
-                local_mac: eth.destination,
-                nat_port,
-                generation: backend.generation,
-                proto: packet.key.proto,
-                answered: 0,
-                reserved: [0; 10],
-            };
+            (*entry).nat_port = nat_port;
+            (*entry).return_hash = return_hash;
         }
         compiler_fence(Ordering::SeqCst);
-        if claim_return(return_hash, index, settings) {
-            swap(word, held, FlowSlot::new(hash, now, state).0);
-            return Ok(ClientFlow {
-                backend_id,
-                backend,
+        if table::claim_return(return_hash, index, settings) {
+            let tag = FlowSlot::tag_of(new.hash);
+            held.publish(FlowSlot::new(tag, new.backend_id, new.now, new.state));
+            table::count_flow(new.backend_id, 1);
+            if let Some(load) = maps::BACKEND_LOAD.get(new.backend_id) {
+                add(&load.opened, 1);
+            }
+            return Ok(Steered {
+                backend_id: new.backend_id,
+                mode,
                 nat_port,
+                new: true,
+                verdict: Verdict::NewFlow,
             });
         }
     }
-    swap(word, held, 0);
+    held.vacate();
     Err(Verdict::PortsExhausted)
 }
 
-/// Takes a return slot, unless another flow's answers have the same hash and so perhaps the same port.
+/// The port of the backend that packets with these ports go to.
 #[inline(always)]
-fn claim_return(return_hash: u32, index: u32, settings: &Settings) -> bool {
-    let Some(bucket) = maps::RETURNS.get(return_bucket_of(return_hash, settings)) else {
+pub fn backend_port(backend: &BackendEntry, ports: Ports) -> u16 {
+    match backend.port {
+        0 => ports.destination(),
+        port => port,
+    }
+}
+
+/// Copies the flow that a backend's packet with this key answers; `None` if it is the gateway's own
+/// business.
+#[inline(always)]
+pub fn of_backend<F: Frame>(
+    key: &FlowKey,
+    tcp: TcpFlags,
+    settings: &Settings,
+    now: u32,
+    copy: &mut FlowEntry,
+) -> Option<()> {
+    let hash = (key.hash(&settings.hash_keys) >> 32) as u32;
+    let bucket = maps::RETURNS.get(table::return_bucket(hash, settings))?;
+    for way in 0..RETURN_WAYS {
+        let slot = ReturnSlot(load(&bucket.slots[way].0));
+        if slot.hash() != hash || slot.0 == 0 {
+            continue;
+        }
+        let index = forget(slot.entry(), slot.0);
+        let entry = maps::FLOWS.get_ptr_mut(index)?;
+        // SAFETY: the pointer is to the map's value. Whoever rewrites it empties the return slot
+        // first, which is looked at again below.
+        *copy = unsafe { *entry };
+        compiler_fence(Ordering::SeqCst);
+        if load(&bucket.slots[way].0) != slot.0 {
+            return None;
+        }
+        let backend = maps::BACKENDS.get(copy.backend.into())?;
+        let to = if copy.mode == Mode::Nat as u8 {
+            backend.source
+        } else {
+            copy.client
+        };
+        let ports = Ports::new(backend_port(backend, copy.ports), copy.nat_port);
+        if backend.address != key.source
+            || to != key.destination
+            || ports != key.ports
+            || copy.proto != key.proto
+            || !table::serves(backend, copy.generation)
+        {
+            return None;
+        }
+        if F::DRY {
+            return Some(());
+        }
+        // Once a tick and flow: the line stays clean in every core's cache.
+        if copy.reply_seen != now as u16 || copy.answered == 0 {
+            // SAFETY: as above; a racing store writes the same.
+            unsafe {
+                (*entry).reply_seen = now as u16;
+                (*entry).answered = 1;
+            }
+            if copy.answered == 0
+                && let Some(load) = maps::BACKEND_LOAD.get(copy.backend.into())
+            {
+                add(&load.answered, 1);
+            }
+        }
+        if tcp.fin() || tcp.rst() {
+            note_backend_close(index, tcp);
+        }
+        return Some(());
+    }
+    None
+}
+
+#[inline(never)]
+fn note_backend_close(index: u32, tcp: TcpFlags) -> u64 {
+    let place = Place {
+        bucket: index / router_common::FLOW_WAYS as u32,
+        way: index % router_common::FLOW_WAYS as u32,
+        slot: FlowSlot::default(),
+    };
+    let Some(word) = place.word() else {
+        return 0;
+    };
+    let slot = FlowSlot(load(word));
+    let state = slot.state().after_backend(tcp);
+    if slot.is_flow() && state as u8 != slot.state() as u8 {
+        swap(word, slot.0, slot.touched(slot.seen(), state).0);
+    }
+    0
+}
+
+/// Remembers where a datagram goes whose first fragment this is. `entry` says of whose flow.
+#[inline(never)]
+pub fn remember_fragments(
+    packet: &Packet,
+    entry: &FlowEntry,
+    settings: &Settings,
+    now: u32,
+) -> bool {
+    let hash = packet.fragment_key().hash(&settings.hash_keys) ^ FRAGMENT_SALT;
+    let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Fragment as u8;
+    let place = match table::find(hash, settings, is_it) {
+        Ok(Some(place)) => place,
+        Ok(None) => match table::free_place(hash, settings, now) {
+            Ok(place) => place,
+            Err(_) => return false,
+        },
+        Err(_) => return false,
+    };
+    let Some(to) = maps::FLOWS.get_ptr_mut(place.index()) else {
         return false;
     };
-    let mut free = RETURN_WAYS as u32;
-    for way in 0..RETURN_WAYS {
-        let slot = load(&bucket.slots[way].0);
-        if slot == 0 {
-            free = forget(way as u32, return_hash.into());
-        } else if ReturnSlot(slot).hash() == return_hash {
-            return false;
-        }
+    let Ok(held) = table::hold(place, settings) else {
+        return false;
+    };
+    // SAFETY: as in `remember`.
+    unsafe { *to = *entry };
+    let tag = FlowSlot::tag_of(hash);
+    let backend = entry.backend.into();
+    held.publish(FlowSlot::new(tag, backend, now, FlowState::Fragment));
+    true
+}
+
+/// The same for the packet in the scratch, which goes to its backend.
+#[inline(never)]
+pub fn remember_forwarded_fragments() -> bool {
+    let (Ok(settings), Ok(scratch)) = (maps::settings(), scratch::get()) else {
+        return false;
+    };
+    let (packet, steered) = (&scratch.packet, &scratch.steered);
+    let Some(backend) = maps::BACKENDS.get(steered.backend_id) else {
+        return false;
+    };
+    scratch.flow = FlowEntry {
+        client: packet.key.source,
+        ports: packet.key.ports,
+        vip: scratch.vip,
+        backend: steered.backend_id as u16,
+        generation: backend.generation,
+        nat_port: steered.nat_port,
+        proto: packet.key.proto,
+        mode: steered.mode as u8,
+        ..FlowEntry::default()
+    };
+    remember_fragments(packet, &scratch.flow, settings, maps::now(settings))
+}
+
+/// Copies what [`remember_fragments`] wrote for the datagram that this later fragment is of.
+#[inline(always)]
+pub fn of_fragment(
+    packet: &Packet,
+    settings: &Settings,
+    now: u32,
+    copy: &mut FlowEntry,
+) -> Option<()> {
+    if packet.fragment != Fragment::LATER {
+        return None;
     }
-    free < RETURN_WAYS as u32
-        && swap(
-            &bucket.slots[free as usize % RETURN_WAYS].0,
-            0,
-            ReturnSlot::new(return_hash, index).0,
-        )
+    let hash = packet.fragment_key().hash(&settings.hash_keys) ^ FRAGMENT_SALT;
+    let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Fragment as u8;
+    let place = table::find(hash, settings, is_it).ok()??;
+    if place.slot.age(now) > table::timeout(settings, FlowState::Fragment) {
+        return None;
+    }
+    let entry = maps::FLOWS.get(place.index())?;
+    *copy = *entry;
+    let backend = maps::BACKENDS.get(copy.backend.into())?;
+    table::serves(backend, copy.generation).then_some(())
 }

@@ -1,9 +1,10 @@
 //! Viaduct in the kernel: the programs, and what becomes of their verdicts.
 //!
-//! `viaduct` runs for every frame that comes in. It is a pipeline of four steps, a module each:
-//! [`packet`] reads headers, [`flows`] finds or makes the flow, [`rewrite`] translates, and this file
-//! turns the verdict into an XDP action and a count. `sweep` and `clock` never see a packet: the
-//! agent runs them by BPF_PROG_TEST_RUN.
+//! `viaduct` (XDP) and `viaduct_tcx` run for every frame that comes in. They are one pipeline:
+//! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
+//! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
+//! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -17,91 +18,221 @@
     )
 )]
 
+mod answer;
+mod explain;
 mod flows;
+mod frame;
+mod icmp;
 mod maps;
 mod packet;
 mod rewrite;
+mod schedule;
+mod scratch;
+mod stage;
 mod sweep;
+mod table;
+mod verifier;
+mod vip;
 
-use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
-use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect};
-use aya_ebpf::macros::xdp;
-use aya_ebpf::programs::XdpContext;
-use aya_log_ebpf::warn;
-use router_common::{ClockSample, Verdict};
+use aya_ebpf::bindings::xdp_action::XDP_PASS;
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use router_common::{ClockSample, Mode, Verdict, vip_flags};
 
-use crate::packet::Packet;
+use crate::flows::Steered;
+use crate::frame::{Dry, Frame, Tcx, Xdp};
+use crate::packet::Fragment;
+use crate::stage::Outcome;
+use crate::vip::Vip;
 
-/// The packet path. `frags`: frames larger than a page come in fragments, of which the first holds
-/// all headers (kernel: include/uapi/linux/bpf.h, `BPF_F_XDP_HAS_FRAGS`).
+/// The packet path of a network card. `frags`: frames larger than a page come in fragments, of which
+/// the first holds all headers (kernel: include/uapi/linux/bpf.h, `BPF_F_XDP_HAS_FRAGS`).
 #[xdp(frags)]
 fn viaduct(ctx: XdpContext) -> u32 {
-    match steer(&ctx) {
-        Ok(sent) => {
-            maps::count_verdict(sent.verdict);
-            sent.action
-        }
-        Err(verdict) => {
-            maps::count_verdict(verdict);
-            match verdict {
-                Verdict::NotForUs | Verdict::NoSuchVip | Verdict::NotAReply => XDP_PASS,
-                Verdict::Internal => {
-                    warn!(&ctx, "the tables contradict each other; packet dropped");
-                    XDP_DROP
-                }
-                _ => XDP_DROP,
-            }
-        }
-    }
+    run(&Xdp(&ctx)) as u32
 }
 
-/// A packet that was translated and is on its way.
-struct Sent {
-    verdict: Verdict,
-    action: u32,
+/// The packet path of devices whose frames have checksums and segments still to be made.
+#[classifier]
+fn viaduct_tcx(ctx: TcContext) -> i32 {
+    run(&Tcx(&ctx))
+}
+
+/// What `viaduct` would do with a frame, left in `EXPLAINED`.
+#[xdp(frags)]
+fn explain(ctx: XdpContext) -> u32 {
+    run(&Dry(&ctx)) as u32
 }
 
 #[inline(always)]
-fn steer(ctx: &XdpContext) -> Result<Sent, Verdict> {
-    let mut packet = Packet::parse(ctx)?;
+fn run<F: Frame>(frame: &F) -> i32 {
+    let outcome = pipeline(frame);
+    explain::report(frame, outcome.verdict());
+    conclude(frame, outcome)
+}
+
+#[inline(always)]
+fn pipeline<F: Frame>(frame: &F) -> Outcome {
+    let parsed = frame.parse();
+    if !parsed.goes_on() {
+        return parsed;
+    }
+    let Ok(scratch) = scratch::get() else {
+        return Outcome::refused(Verdict::Internal);
+    };
+    let packet = &scratch.packet;
+    if packet.fragment == Fragment::LATER {
+        return frame.later_fragment();
+    }
+    if packet.is_icmp() {
+        return frame.icmp();
+    }
+    let to_gateway = packet.to_gateway;
+    if packet.to_vip {
+        let outcome = to_vip(frame);
+        if !outcome.is(Verdict::NoSuchVip) {
+            return outcome;
+        }
+    }
+    if to_gateway {
+        return frame.lead_back();
+    }
+    Outcome::refused(Verdict::NoSuchVip)
+}
+
+/// A client's packet, to its backend.
+#[inline(always)]
+fn to_vip<F: Frame>(frame: &F) -> Outcome {
+    let mut outcome = frame.choose();
+    if outcome.is(Verdict::UnknownFlow) {
+        outcome = frame.track();
+    }
+    if outcome.goes_on() {
+        outcome = frame.deliver();
+    }
+    if outcome.is(Verdict::TooBig) {
+        return frame.too_big();
+    }
+    if outcome.is(Verdict::Rejected) {
+        return frame.reject();
+    }
+    if outcome.is(Verdict::Challenged) {
+        return frame.challenge();
+    }
+    outcome
+}
+
+/// Counts the verdict and turns it into an action, unless there is one already.
+#[inline(always)]
+fn conclude<F: Frame>(frame: &F, outcome: Outcome) -> i32 {
+    const PASSED: u32 = 1 << Verdict::NotForUs as u32
+        | 1 << Verdict::NoSuchVip as u32
+        | 1 << Verdict::NotAReply as u32
+        | 1 << Verdict::HandedUp as u32;
+    let verdict = outcome.verdict();
+    if !F::DRY {
+        maps::count_verdict(verdict);
+    }
+    match outcome.action() {
+        Some(action) => action,
+        None if PASSED >> (verdict & 31) & 1 == 1 => frame.pass(),
+        None => frame.drop(),
+    }
+}
+
+#[inline(always)]
+fn parse<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    frame.pull();
+    scratch::get()?.packet.parse(frame, maps::settings()?)?;
+    Ok(Outcome::NEXT)
+}
+
+/// `UnknownFlow` asks for [`track`].
+#[inline(always)]
+fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
-    let now = maps::now(settings);
-    if packet.to_vip
-        && let Some((flow, verdict)) = flows::of_client(ctx, &packet, settings, now)?
-    {
-        let backend = flow.backend;
-        rewrite::to_backend(&mut packet, backend, flow.nat_port);
-        maps::count_packet(flow.backend_id, packet.len, verdict);
-        return Ok(Sent {
-            verdict,
-            action: send(ctx, backend.ifindex),
+    let scratch = scratch::get()?;
+    let vip = vip::find(&scratch.packet.key, settings).ok_or(Verdict::NoSuchVip)?;
+    scratch.vip = vip.index;
+    if F::DRY {
+        explain::note(|event| {
+            event.vip = vip.index + 1;
+            event.mode = vip.entry.mode;
         });
     }
-    if packet.to_gateway
-        && let Some(flow) = flows::of_backend(&packet, settings, now)
-    {
-        rewrite::to_client(&mut packet, flow.backend, &flow.entry);
-        maps::count_reply(flow.entry.backend, packet.len);
-        return Ok(Sent {
-            verdict: Verdict::Replied,
-            action: send(ctx, flow.entry.client_ifindex),
-        });
+    if vip.entry.mode == Mode::L7 as u8 {
+        return Err(Verdict::HandedUp);
     }
-    Err(if packet.to_gateway {
-        Verdict::NotAReply
-    } else {
-        Verdict::NoSuchVip
-    })
+    let chosen = flows::by_ring_alone::<F>(&scratch.packet, vip, settings);
+    scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
+    Ok(Outcome::NEXT)
 }
 
-/// Back out where it came in, or through another interface.
 #[inline(always)]
-fn send(ctx: &XdpContext, ifindex: u32) -> u32 {
-    if ctx.ingress_ifindex() as u32 == ifindex {
-        return XDP_TX;
+fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let settings = maps::settings()?;
+    let scratch = scratch::get()?;
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    let now = maps::now(settings);
+    let chosen = flows::of_client(frame, &scratch.packet, vip, settings, now);
+    scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
+    Ok(Outcome::NEXT)
+}
+
+/// What a client is told where nobody is there, unless its VIP is to be silent.
+#[inline(always)]
+fn rejected(vip: Vip, verdict: Verdict) -> Verdict {
+    if verdict as u32 == Verdict::NoBackend as u32 && vip.entry.flags & vip_flags::SILENT == 0 {
+        return Verdict::Rejected;
     }
-    // SAFETY: the helper takes any interface index and only notes it for after the program.
-    unsafe { bpf_redirect(ifindex, 0) as u32 }
+    verdict
+}
+
+/// A packet to the gateway: a backend's answer, to its client.
+#[inline(always)]
+fn lead_back<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let settings = maps::settings()?;
+    let scratch = scratch::get()?;
+    let now = maps::now(settings);
+    let packet = &scratch.packet;
+    flows::of_backend::<F>(&packet.key, packet.tcp, settings, now, &mut scratch.flow)
+        .ok_or(Verdict::NotAReply)?;
+    if packet.fragment == Fragment::FIRST && !F::DRY {
+        scratch.flow.reply = 1;
+        flows::remember_fragments(packet, &scratch.flow, settings, now);
+    }
+    rewrite::to_client(frame, packet, &scratch.flow)
+}
+
+/// A piece of a datagram, to where its first one went.
+#[inline(always)]
+fn later_fragment<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let settings = maps::settings()?;
+    let scratch = scratch::get()?;
+    let packet = &scratch.packet;
+    let now = maps::now(settings);
+    if flows::of_fragment(packet, settings, now, &mut scratch.flow).is_none() {
+        return Err(
+            if !packet.to_gateway && packet::is_vip_address(packet.key.destination) {
+                Verdict::Fragment
+            } else {
+                Verdict::NoSuchVip
+            },
+        );
+    }
+    let flow = &scratch.flow;
+    if flow.reply != 0 {
+        return rewrite::to_client(frame, packet, flow);
+    }
+    scratch.steered = Steered {
+        backend_id: flow.backend.into(),
+        mode: Mode::from_bits(flow.mode),
+        nat_port: flow.nat_port,
+        new: false,
+        verdict: Verdict::Forwarded,
+    };
+    Ok(frame.deliver())
 }
 
 /// Drops what the flow table no longer needs; see [`sweep::run`].

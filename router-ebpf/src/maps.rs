@@ -10,8 +10,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
-    PREFILTER_WORDS, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, SOURCE_RATE_CELLS, Settings,
-    SourceKey, SweepRequest, Verdict, VipEntry,
+    PREFILTER_WORDS, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, SOURCE_RATE_CELLS,
+    Settings, SourceKey, SweepRequest, Verdict, VipEntry,
 };
 
 /// Makes an array begin on a page, so that values of 64 octets are cache lines and not halves of two:
@@ -132,9 +132,10 @@ pub fn now(settings: &Settings) -> u32 {
     (jiffies >> (settings.tick_shift & 31)) as u32 & 0xffff
 }
 
+/// By a [`Verdict`]'s number.
 #[inline(always)]
-pub fn count_verdict(verdict: Verdict) {
-    if let Some(count) = VERDICTS.get_ptr_mut(verdict as u32) {
+pub fn count_verdict(verdict: u32) {
+    if let Some(count) = VERDICTS.get_ptr_mut(verdict) {
         // SAFETY: this CPU's own value, and XDP programs do not interrupt each other.
         unsafe { *count += 1 };
     }

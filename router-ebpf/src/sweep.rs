@@ -5,9 +5,14 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::bpf_loop;
-use router_common::{FLOW_WAYS, FlowSlot, FlowState, SWEEP_BUCKETS, Settings, SweepResult};
+use router_common::{
+    FLOW_WAYS, FlowEntry, FlowKey, FlowSlot, FlowState, Mode, SWEEP_BUCKETS, Settings, SweepResult,
+};
 
-use crate::{flows, maps};
+use crate::table::{self, Place};
+use crate::verifier::{forget, load};
+use crate::vip::Vip;
+use crate::{frame, maps, schedule};
 
 /// Sweeps the share that `SWEEP` asks for and leaves the result there.
 #[inline(always)]
@@ -54,42 +59,65 @@ extern "C" fn bucket(turn: u32, share: *mut c_void) -> i64 {
     let Some(slots) = maps::FLOW_SLOTS.get(bucket) else {
         return 1;
     };
-    for way in 0..FLOW_WAYS {
-        let word = &slots.slots[way].0;
-        let slot = FlowSlot(flows::load(word));
+    for way in 0..FLOW_WAYS as u32 {
+        let slot = FlowSlot(load(&slots.slots[way as usize].0));
         if slot.is_flow() {
-            sweep_slot(
-                share,
-                settings,
-                word,
-                slot,
-                bucket * FLOW_WAYS as u32 + way as u32,
-            );
+            let way = forget(way, slot.0);
+            sweep_slot(share, settings, Place { bucket, way, slot });
         }
     }
     0
 }
 
 #[inline(always)]
-fn sweep_slot(share: &mut Share, settings: &Settings, word: &u64, slot: FlowSlot, index: u32) {
-    let Some(entry) = maps::FLOWS.get(index) else {
+fn sweep_slot(share: &mut Share, settings: &Settings, place: Place) {
+    let Some(entry) = maps::FLOWS.get(place.index()) else {
         return;
     };
-    let Some(backend) = maps::BACKENDS.get(entry.backend) else {
-        return;
-    };
-    if !flows::over(slot, entry, backend, settings, share.now) {
-        share.result.live += 1;
-        if let Some(count) = maps::BACKEND_FLOWS.get_ptr_mut(entry.backend) {
-            // SAFETY: the pointer is to the map's value; only the sweep writes it.
-            unsafe { *count += 1 };
+    if table::over(place.slot, entry, settings, share.now) {
+        if table::forget_flow(place, settings) {
+            share.result.freed += 1;
         }
         return;
     }
-    let held = FlowSlot::new(0, share.now, FlowState::Held).0;
-    if flows::swap(word, slot.0, held) {
-        flows::clear_return(entry.return_hash, index, settings);
-        flows::swap(word, held, 0);
-        share.result.freed += 1;
+    if matches!(
+        place.slot.state(),
+        FlowState::Affinity | FlowState::Fragment
+    ) {
+        return;
     }
+    share.result.live += 1;
+    if let Some(count) = maps::BACKEND_FLOWS.get_ptr_mut(place.slot.backend()) {
+        // SAFETY: the pointer is to the map's value; only the sweep writes it.
+        unsafe { *count += 1 };
+    }
+    if !Mode::from_bits(entry.mode).translates() {
+        count_moved(entry, place.slot.backend());
+    }
+}
+
+/// Counts a flow that the ring would send elsewhere.
+#[inline(never)]
+fn count_moved(entry: &FlowEntry, backend: u32) -> u64 {
+    let Some(vip) = maps::VIPS.get(entry.vip) else {
+        return 0;
+    };
+    let key = FlowKey {
+        source: entry.client,
+        destination: vip.addr,
+        ports: entry.ports,
+        proto: entry.proto,
+    };
+    let vip = Vip {
+        index: entry.vip,
+        entry: vip,
+    };
+    let home = schedule::slot_of::<frame::Xdp<'_>>(vip, &key).map_or(0, |slot| slot.current());
+    if home != backend
+        && let Some(count) = maps::MOVED_FLOWS.get_ptr_mut(entry.vip)
+    {
+        // SAFETY: as above.
+        unsafe { *count += 1 };
+    }
+    0
 }

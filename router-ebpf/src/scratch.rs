@@ -1,0 +1,33 @@
+//! What one packet's stages hand on to the next: one value a CPU, since a packet is done before the
+//! next begins.
+//!
+//! In a map, and not on the stack, because stages are functions that the verifier looks at one by one:
+//! it takes what lies in a map for anything at all, and so needs not follow every way of one stage
+//! through all the others.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
+use router_common::{FlowEntry, Verdict};
+
+use crate::flows::Steered;
+use crate::packet::Packet;
+
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+pub struct Scratch {
+    pub packet: Packet,
+    /// Of the VIP, once `packet` is known to be for one.
+    pub vip: u32,
+    pub steered: Steered,
+    /// A copy of the flow that `packet` answers.
+    pub flow: FlowEntry,
+}
+
+#[inline(always)]
+pub fn get() -> Result<&'static mut Scratch, Verdict> {
+    let scratch = SCRATCH.get_ptr_mut(0).ok_or(Verdict::Internal)?;
+    // SAFETY: this CPU's own value. Programs here do not interrupt each other, and each stage takes
+    // it anew.
+    Ok(unsafe { &mut *scratch })
+}

@@ -1,0 +1,172 @@
+//! The stages of the pipeline, as functions that the verifier looks at one by one.
+//!
+//! A function whose symbol is global and whose arguments are the context and numbers is verified once,
+//! for any arguments, and not again at every call (kernel: Documentation/bpf/verifier.rst). So the cost
+//! of loading is the sum of the stages and not their product.
+
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use router_common::Verdict;
+
+use crate::frame::{Dry, Tcx, Xdp};
+
+/// What a stage came to, in the one register that a BPF function returns: `verdict:32 | action:32`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct Outcome(u64);
+
+const NO_ACTION: u32 = u32::MAX;
+const GOES_ON: u32 = u32::MAX;
+
+impl Outcome {
+    /// The next stage has it.
+    pub const NEXT: Outcome = Outcome((GOES_ON as u64) << 32 | NO_ACTION as u64);
+
+    /// A packet on its way.
+    #[inline(always)]
+    pub fn sent(verdict: Verdict, action: i32) -> Outcome {
+        Outcome((verdict as u64) << 32 | action as u32 as u64)
+    }
+
+    /// The end of a packet, as its verdict has it.
+    #[inline(always)]
+    pub fn refused(verdict: Verdict) -> Outcome {
+        Outcome((verdict as u64) << 32 | NO_ACTION as u64)
+    }
+
+    #[inline(always)]
+    pub fn goes_on(self) -> bool {
+        self.0 >> 32 == GOES_ON as u64
+    }
+
+    /// The [`Verdict`]'s number.
+    #[inline(always)]
+    pub fn verdict(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    pub fn is(self, verdict: Verdict) -> bool {
+        self.verdict() == verdict as u32
+    }
+
+    #[inline(always)]
+    pub fn action(self) -> Option<i32> {
+        let action = self.0 as u32;
+        (action != NO_ACTION).then_some(action as i32)
+    }
+}
+
+impl From<Result<Outcome, Verdict>> for Outcome {
+    #[inline(always)]
+    fn from(result: Result<Outcome, Verdict>) -> Outcome {
+        match result {
+            Ok(outcome) => outcome,
+            Err(verdict) => Outcome::refused(verdict),
+        }
+    }
+}
+
+/// Keeps an argument that a stage does not need: the compiler would pass anything instead, but the
+/// verifier wants the context.
+#[inline(always)]
+fn used<T>(argument: *mut T) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: an instruction that does nothing.
+    unsafe {
+        core::arch::asm!("{argument} = {argument}", argument = in(reg) argument, options(nostack));
+    }
+    let _ = argument;
+}
+
+pub trait Stages {
+    /// Headers to `Scratch::packet`.
+    fn parse(&self) -> Outcome;
+    /// The VIP, and the backend where the ring alone says it, to `Scratch::steered`.
+    fn choose(&self) -> Outcome;
+    /// The backend by the flow table.
+    fn track(&self) -> Outcome;
+    /// Sends the packet to the backend.
+    fn deliver(&self) -> Outcome;
+    /// Sends a backend's answer to its client.
+    fn lead_back(&self) -> Outcome;
+    fn icmp(&self) -> Outcome;
+    fn later_fragment(&self) -> Outcome;
+    /// Tells the client that nobody is there.
+    fn reject(&self) -> Outcome;
+    /// Tells the client that its packet does not fit.
+    fn too_big(&self) -> Outcome;
+    /// Asks the client whether it exists.
+    fn challenge(&self) -> Outcome;
+}
+
+macro_rules! stages {
+    ($frame:ident, $context:ident, $raw:ty, $(($stage:ident, $symbol:ident, $does:path),)*) => {
+        impl Stages for $frame<'_> {
+            $(
+                #[inline(always)]
+                fn $stage(&self) -> Outcome {
+                    Outcome($symbol(self.raw()))
+                }
+            )*
+        }
+
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            extern "C" fn $symbol(context: *mut $raw) -> u64 {
+                used(context);
+                let context = $context::new(context);
+                Outcome::from($does(&$frame(&context))).0
+            }
+        )*
+    };
+}
+
+stages!(
+    Xdp,
+    XdpContext,
+    xdp_md,
+    (parse, xdp_parse, crate::parse),
+    (choose, xdp_choose, crate::choose),
+    (track, xdp_track, crate::track),
+    (deliver, xdp_deliver, crate::rewrite::deliver),
+    (lead_back, xdp_lead_back, crate::lead_back),
+    (icmp, xdp_icmp, crate::icmp::steer),
+    (later_fragment, xdp_later_fragment, crate::later_fragment),
+    (reject, xdp_reject, crate::answer::reject),
+    (too_big, xdp_too_big, crate::answer::too_big),
+    (challenge, xdp_challenge, crate::answer::challenge),
+);
+
+stages!(
+    Dry,
+    XdpContext,
+    xdp_md,
+    (parse, dry_parse, crate::parse),
+    (choose, dry_choose, crate::choose),
+    (track, dry_track, crate::track),
+    (deliver, dry_deliver, crate::rewrite::deliver),
+    (lead_back, dry_lead_back, crate::lead_back),
+    (icmp, dry_icmp, crate::icmp::steer),
+    (later_fragment, dry_later_fragment, crate::later_fragment),
+    (reject, dry_reject, crate::answer::reject),
+    (too_big, dry_too_big, crate::answer::too_big),
+    (challenge, dry_challenge, crate::answer::challenge),
+);
+
+stages!(
+    Tcx,
+    TcContext,
+    __sk_buff,
+    (parse, tcx_parse, crate::parse),
+    (choose, tcx_choose, crate::choose),
+    (track, tcx_track, crate::track),
+    (deliver, tcx_deliver, crate::rewrite::deliver),
+    (lead_back, tcx_lead_back, crate::lead_back),
+    (icmp, tcx_icmp, crate::icmp::steer),
+    (later_fragment, tcx_later_fragment, crate::later_fragment),
+    (reject, tcx_reject, crate::answer::reject),
+    (too_big, tcx_too_big, crate::answer::too_big),
+    (challenge, tcx_challenge, crate::answer::challenge),
+);
