@@ -35,7 +35,7 @@ mod members;
 mod probe;
 pub mod state;
 
-/// Backends under check, about 200 bytes each. Further ones count as healthy, and are counted. Also
+/// Backends under check, about 250 bytes each. Further ones count as healthy, and are counted. Also
 /// how many may be under suspicion for unanswered SYNs.
 pub const MAX_TARGETS: usize = 65_536;
 
