@@ -5,7 +5,8 @@
 //! `[health].concurrency` at once; when that is too few for the interval, intervals stretch, the
 //! longest due goes first, and what waited is counted. It follows the snapshot once a second by what
 //! changed. Backends that only serve UDP are not checked; those that speak TLS or HTTP/2, or serve VIPs
-//! only, are checked by TCP connect whatever the kind of check.
+//! only, are checked by TCP connect whatever the kind of check, through the tunnel to their VIP where layer 4
+//! has one ([`Tunnels`]).
 //!
 //! [`Unanswered`] reports take a backend out only where no check vouches for it; where one does, the
 //! next check is made at once. What was taken out returns by time, by an answer, or by a good check.
@@ -30,10 +31,12 @@ use crate::snapshot::{Published, Snapshot};
 use crate::warning::WarningLimit;
 
 pub use crate::health::state::Unanswered;
+pub use crate::health::tunnel::{Marks, ProbeVia, Tunnels};
 
 mod members;
 mod probe;
 pub mod state;
+mod tunnel;
 
 /// Backends under check, about 250 bytes each. Further ones count as healthy, and are counted. Also
 /// how many may be under suspicion for unanswered SYNs.
@@ -52,9 +55,10 @@ pub async fn run(
     metrics: Arc<Metrics>,
     mut config: watch::Receiver<Arc<Config>>,
     mut reports: mpsc::Receiver<Unanswered>,
+    tunnels: Tunnels,
 ) {
     let configured = Arc::clone(&config.borrow_and_update());
-    let mut checker = Checker::new(configured, inbox, metrics);
+    let mut checker = Checker::new(configured, inbox, metrics, tunnels);
     let mut follow = tokio::time::interval(FOLLOW);
     while !checker.inbox.is_closed() {
         let next = checker.next_probe();
@@ -102,6 +106,7 @@ struct Checker {
     /// What the agent was told to be down.
     down: HashSet<SocketAddr>,
     unmade: WarningLimit,
+    tunnels: Tunnels,
     inbox: mpsc::Sender<Event>,
     metrics: Arc<Metrics>,
 }
@@ -124,7 +129,12 @@ struct Probed {
 }
 
 impl Checker {
-    fn new(config: Arc<Config>, inbox: mpsc::Sender<Event>, metrics: Arc<Metrics>) -> Checker {
+    fn new(
+        config: Arc<Config>,
+        inbox: mpsc::Sender<Event>,
+        metrics: Arc<Metrics>,
+        tunnels: Tunnels,
+    ) -> Checker {
         Checker {
             config,
             members: Members::default(),
@@ -138,6 +148,7 @@ impl Checker {
             suspects: HashMap::new(),
             down: HashSet::new(),
             unmade: WarningLimit::default(),
+            tunnels,
             inbox,
             metrics,
         }
@@ -160,12 +171,13 @@ impl Checker {
                     Check::Connect
                 }
             };
+            let via = ProbeVia::choose(address, target.takes, &self.tunnels.load());
             let config = Arc::clone(&self.config);
             self.probes.spawn(async move {
                 Probed {
                     address,
                     generation: target.generation,
-                    outcome: probe::probe(address, check, &config.health).await,
+                    outcome: probe::probe(address, check, via, &config.health).await,
                 }
             });
         }

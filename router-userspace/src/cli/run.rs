@@ -127,6 +127,7 @@ impl Gateway {
             Arc::clone(&metrics),
             configured.clone(),
             reported,
+            health::Tunnels::default(),
         );
         let scrape = Scrape {
             metrics,

@@ -14,9 +14,11 @@ use http_body_util::Empty;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
+use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::config::HealthConfig;
+use crate::health::tunnel::ProbeVia;
 
 /// Bytes of the head of an answer; more is a bad one. What follows the head is not read.
 const MAX_HEAD: usize = 16 * 1024;
@@ -40,9 +42,14 @@ pub enum Outcome {
 }
 
 /// Checks a backend once, within `config.timeout`.
-pub async fn probe(address: SocketAddr, check: Check, config: &HealthConfig) -> Outcome {
+pub async fn probe(
+    address: SocketAddr,
+    check: Check,
+    via: ProbeVia,
+    config: &HealthConfig,
+) -> Outcome {
     let probe = async {
-        let stream = match connect(address).await {
+        let stream = match connect(address, via).await {
             Ok(stream) => stream,
             Err(error) if is_ours(&error) => return Outcome::Unmade(error),
             Err(_) => return Outcome::Bad,
@@ -57,12 +64,20 @@ pub async fn probe(address: SocketAddr, check: Check, config: &HealthConfig) -> 
     probed.unwrap_or(Outcome::Bad)
 }
 
-async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+async fn connect(address: SocketAddr, via: ProbeVia) -> io::Result<TcpStream> {
+    let (address, mark) = match via {
+        ProbeVia::Direct => (address, None),
+        ProbeVia::Tunnel { vip, mark } => (vip, Some(mark)),
+    };
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     socket.set_zero_linger()?;
+    if let Some(mark) = mark {
+        // Without CAP_NET_ADMIN, EPERM.
+        SockRef::from(&socket).set_mark(mark)?;
+    }
     socket.connect(address).await
 }
 

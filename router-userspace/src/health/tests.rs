@@ -69,6 +69,7 @@ fn start(config: Config, address: SocketAddr) -> Running {
         Arc::clone(&metrics),
         configured,
         reported,
+        Tunnels::default(),
     ));
     Running {
         published,
@@ -186,7 +187,7 @@ fn checker(health: HealthConfig) -> (Checker, mpsc::Receiver<Event>) {
         health,
         ..Config::default()
     };
-    let checker = Checker::new(Arc::new(config), inbox, Arc::default());
+    let checker = Checker::new(Arc::new(config), inbox, Arc::default(), Tunnels::default());
     (checker, events)
 }
 
