@@ -4,9 +4,8 @@
 //! sends [`Event::Health`] when its judgement changes. Probes are tasks of their own, at most
 //! `[health].concurrency` at once; when that is too few for the interval, intervals stretch, the
 //! longest due goes first, and what waited is counted. It follows the snapshot once a second by what
-//! changed. Backends that only serve UDP are not checked; those that speak TLS or HTTP/2, or serve VIPs
-//! only, are checked by TCP connect whatever the kind of check, through the tunnel to their VIP where layer 4
-//! has one ([`Tunnels`]).
+//! changed. Backends that only serve UDP are not checked; those that speak TLS or HTTP/2, or serve
+//! VIPs only, are checked by TCP connect, through the tunnel where layer 4 has one ([`Tunnels`]).
 //!
 //! [`Unanswered`] reports take a backend out only where no check vouches for it; where one does, the
 //! next check is made at once. What was taken out returns by time, by an answer, or by a good check.
