@@ -5,6 +5,7 @@
 //! the VIPs that changed; layer 7 and every reader follow the published pointer. A tick ends leases
 //! and drains. Nothing here waits but for the inbox and the tick, and both are cancel safe.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,11 +14,12 @@ use tokio::time::MissedTickBehavior;
 
 use crate::config::{Config, NatsConfig};
 use crate::event::Event;
+use crate::health::Unanswered;
 use crate::l4::L4;
 use crate::metrics::Metrics;
 use crate::route::table::{Change, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
-use crate::snapshot::Published;
+use crate::snapshot::{Published, Snapshot};
 use crate::warning::WarningLimit;
 
 /// Events of one batch: about a millisecond of work, so that a burst is published as it arrives.
@@ -30,6 +32,10 @@ pub struct Agent {
     table: RouteTable,
     published: Published,
     l4: Option<L4>,
+    /// To the health checker.
+    reports: mpsc::Sender<Unanswered>,
+    /// VIPs with so few healthy backends that all are used.
+    in_panic: BTreeSet<Vip>,
     metrics: Arc<Metrics>,
     tick: Duration,
     full: WarningLimit,
@@ -41,10 +47,12 @@ impl Agent {
         config: &Config,
         published: Published,
         l4: Option<L4>,
+        reports: mpsc::Sender<Unanswered>,
         metrics: Arc<Metrics>,
     ) -> Agent {
         let now = now();
         let mut table = RouteTable::new(config.nats.stale_threshold, now);
+        table.set_panic_threshold(config.health.panic_threshold);
         let connected = config.nats.servers.is_empty();
         table.set_connected(Origin::Nats, connected, now);
         let tick = tick(&config.nats);
@@ -52,6 +60,8 @@ impl Agent {
             table,
             published,
             l4,
+            reports,
+            in_panic: BTreeSet::new(),
             metrics,
             tick,
             full: WarningLimit::default(),
@@ -113,6 +123,11 @@ impl Agent {
                     tracing::info!(%backend, healthy, "backend health changed");
                     change.merge(self.table.set_health(backend, healthy));
                 }
+                Event::Unanswered(report) => {
+                    if self.reports.try_send(report).is_err() {
+                        self.metrics.passive_dropped.inc();
+                    }
+                }
                 Event::SourceConnected { origin, connected } => {
                     self.table.set_connected(origin, connected, now);
                 }
@@ -159,22 +174,40 @@ impl Agent {
         }
         let snapshot = Arc::new(self.table.snapshot());
         self.published.store(Arc::clone(&snapshot));
+        self.note_panic(&snapshot, &change.vips);
         if let (Some(l4), false) = (&mut self.l4, change.vips.is_empty()) {
             l4.apply(&snapshot, &change.vips, now);
         }
         true
     }
 
+    /// Tells of VIPs that begin or cease to use all of their backends whatever their health.
+    fn note_panic(&mut self, snapshot: &Snapshot, changed: &BTreeSet<Vip>) {
+        for vip in changed {
+            let pool = snapshot.vips.get(vip);
+            if pool.is_some_and(|pool| snapshot.in_panic(pool)) {
+                if self.in_panic.insert(*vip) {
+                    tracing::warn!(%vip, "too few healthy backends: all are used");
+                }
+            } else if self.in_panic.remove(vip) {
+                tracing::info!(%vip, "enough healthy backends: unhealthy ones are avoided");
+            }
+        }
+        self.metrics.vips_in_panic.set(self.in_panic.len());
+    }
+
     fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
         self.tick = tick(&config.nats);
-        let change = self
+        let mut change = self
             .table
             .retain_vips(|vip| config.l4.allows_vip(vip.address));
         if change.removed > 0 {
             let vips = change.vips.len();
             tracing::warn!(vips, "dropped VIPs outside l4.vip_ranges");
         }
+        let threshold = config.health.panic_threshold;
+        change.merge(self.table.set_panic_threshold(threshold));
         change
     }
 }

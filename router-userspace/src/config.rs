@@ -5,13 +5,18 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use http::uri::{Authority, PathAndQuery};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// The longest `health.interval`.
+const MAX_HEALTH_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
 /// Reads and validates a configuration file.
 ///
@@ -230,16 +235,28 @@ pub struct HealthConfig {
     pub check: HealthCheck,
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
+    /// How far from the interval a check may fall, to either side, in percent: up to 50.
+    pub jitter: u8,
     #[serde(with = "humantime_serde")]
     pub timeout: Duration,
     /// Good answers in a row before a backend that was down is used again.
     pub rise: u32,
     /// Bad answers in a row before a backend is avoided.
     pub fall: u32,
-    /// Path of an `http` check; 200..=399 is good.
+    /// Path and query that an `http` check asks for.
     pub path: String,
+    /// The `Host` of an `http` check; unset, it is the backend's address.
+    pub host: Option<String>,
+    /// The statuses of a good answer to an `http` check.
+    pub status: StatusSet,
     /// Probes in flight at once.
     pub concurrency: usize,
+    /// Percent of a pool that must be healthy, 0..=100. With fewer, health is not looked at: all of the
+    /// pool are used, as they are when none is healthy.
+    pub panic_threshold: u8,
+    /// Whether a backend that leaves layer 4's SYNs unanswered is avoided for a while, where no
+    /// active check says that it is well.
+    pub passive: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -390,11 +407,16 @@ impl Default for HealthConfig {
         HealthConfig {
             check: HealthCheck::None,
             interval: Duration::from_secs(5),
+            jitter: 10,
             timeout: Duration::from_secs(2),
             rise: 2,
             fall: 3,
             path: "/".to_owned(),
+            host: None,
+            status: StatusSet::default(),
             concurrency: 256,
+            panic_threshold: 0,
+            passive: true,
         }
     }
 }
@@ -490,10 +512,7 @@ impl Config {
             (1024..=1 << 24).contains(&self.l4.limits.flows),
             "l4.limits.flows must be 1024..=16777216"
         );
-        ensure!(
-            self.health.path.starts_with('/'),
-            "health.path must start with /"
-        );
+        self.health.validate()?;
         let mut interfaces = self.l4.interfaces.clone();
         interfaces.sort();
         for pair in interfaces.windows(2) {
@@ -501,6 +520,32 @@ impl Config {
                 bail!("l4.interfaces names {:?} twice", pair[0]);
             }
         }
+        Ok(())
+    }
+}
+
+impl HealthConfig {
+    fn validate(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.path.starts_with('/') && self.path.parse::<PathAndQuery>().is_ok(),
+            "health.path {:?} is not a path that starts with /",
+            self.path
+        );
+        if let Some(host) = &self.host {
+            ensure!(
+                host.parse::<Authority>().is_ok() && !host.contains('@'),
+                "health.host {host:?} is not HOST or HOST:PORT"
+            );
+        }
+        ensure!(
+            self.interval <= MAX_HEALTH_INTERVAL,
+            "health.interval must be at most 24h"
+        );
+        ensure!(self.jitter <= 50, "health.jitter must be 0..=50");
+        ensure!(
+            self.panic_threshold <= 100,
+            "health.panic_threshold must be 0..=100"
+        );
         Ok(())
     }
 }
@@ -582,6 +627,59 @@ impl FromStr for PortRange {
     }
 }
 
+/// HTTP statuses, written `"200-299, 404"`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatusSet(Vec<RangeInclusive<u16>>);
+
+impl StatusSet {
+    pub fn contains(&self, status: u16) -> bool {
+        self.0.iter().any(|range| range.contains(&status))
+    }
+}
+
+impl Default for StatusSet {
+    fn default() -> StatusSet {
+        StatusSet(vec![200..=399])
+    }
+}
+
+impl fmt::Display for StatusSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, range) in self.0.iter().enumerate() {
+            f.write_str(if at == 0 { "" } else { "," })?;
+            match range.start() == range.end() {
+                true => write!(f, "{}", range.start())?,
+                false => write!(f, "{}-{}", range.start(), range.end())?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for StatusSet {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<StatusSet, &'static str> {
+        const SHAPE: &str = "statuses are written 200-299,404, each of 200..=599";
+        let status = |text: &str| match text.trim().parse() {
+            Ok(status @ 200..=599) => Ok(status),
+            Ok(_) | Err(_) => Err(SHAPE),
+        };
+        let range = |text: &str| {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            let (first, last) = (status(first)?, status(last)?);
+            if first > last {
+                return Err(SHAPE);
+            }
+            Ok(first..=last)
+        };
+        text.split(',')
+            .map(range)
+            .collect::<Result<_, _>>()
+            .map(StatusSet)
+    }
+}
+
 /// Where the admin API listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AdminListen {
@@ -629,7 +727,7 @@ macro_rules! serde_as_text {
         }
     )*};
 }
-serde_as_text!(PortRange, AdminListen);
+serde_as_text!(PortRange, StatusSet, AdminListen);
 
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
+use crate::health::Unanswered;
 use crate::l4::next_hop::NextHop;
 use crate::route::{Origin, RouteEvent};
 
@@ -21,11 +22,13 @@ pub enum Event {
         origin: Origin,
         connected: bool,
     },
-    /// An active health check changed its mind about a backend.
+    /// The checker changed its mind about a backend.
     Health {
         backend: SocketAddr,
         healthy: bool,
     },
+    /// Layer 4 saw SYNs to a backend stay unanswered, or answered again; the checker judges.
+    Unanswered(Unanswered),
     /// The way to a backend became known, changed, or was lost.
     NextHop {
         backend: IpAddr,

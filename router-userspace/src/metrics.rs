@@ -69,8 +69,19 @@ pub struct Metrics {
 
     pub probes_good: Counter,
     pub probes_bad: Counter,
+    /// Not made for want of something of this host's.
+    pub probes_unmade: Counter,
+    /// Made late because `health.concurrency` were in flight.
+    pub probes_delayed: Counter,
     pub health_targets: Gauge,
     pub health_unchecked: Gauge,
+    pub vips_in_panic: Gauge,
+    /// Backends taken out for unanswered SYNs.
+    pub passive_ejections: Counter,
+    /// Reports that would have, but for a good check.
+    pub passive_overruled: Counter,
+    /// Reports for which there was no room.
+    pub passive_dropped: Counter,
 }
 
 /// How the latest reading of each routes file ended: whether it was taken.
@@ -160,8 +171,14 @@ impl Default for Metrics {
             publish: Histogram::new(buckets),
             probes_good: Counter::default(),
             probes_bad: Counter::default(),
+            probes_unmade: Counter::default(),
+            probes_delayed: Counter::default(),
             health_targets: Gauge::default(),
             health_unchecked: Gauge::default(),
+            vips_in_panic: Gauge::default(),
+            passive_ejections: Counter::default(),
+            passive_overruled: Counter::default(),
+            passive_dropped: Counter::default(),
         }
     }
 }
@@ -253,9 +270,10 @@ impl Collector for Scrape {
         )?;
         page.gauge(
             "viaduct_health_unhealthy_backends",
-            "Backends that active checks hold to be down",
+            "Backends held to be down",
             snapshot.unhealthy.len() as u64,
         )?;
+        encode_health(&mut page, &self.metrics)?;
         proxy::encode(&mut page, &self.l7)?;
         match &self.l4 {
             // A scrape without layer 4 tells more than no scrape.
@@ -359,14 +377,23 @@ fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_agent_publish_seconds",
         "From the start of a batch until both layers have its snapshot",
         &metrics.publish,
-    )?;
+    )
+}
+
+fn encode_health(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     page.counters(
         "viaduct_health_probes",
-        "Active health checks made",
+        "Active health checks, by what they found",
         [
             ([("result", "good")], metrics.probes_good.get()),
             ([("result", "bad")], metrics.probes_bad.get()),
+            ([("result", "unmade")], metrics.probes_unmade.get()),
         ],
+    )?;
+    page.counter(
+        "viaduct_health_probes_delayed",
+        "Active health checks that waited because too many were in flight",
+        metrics.probes_delayed.get(),
     )?;
     page.gauge(
         "viaduct_health_targets",
@@ -377,6 +404,20 @@ fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_health_unchecked",
         "Backends beyond the bound of active checks",
         metrics.health_unchecked.get(),
+    )?;
+    page.counters(
+        "viaduct_health_passive",
+        "Reports of unanswered SYNs that took a backend out or would have",
+        [
+            ([("result", "ejected")], metrics.passive_ejections.get()),
+            ([("result", "overruled")], metrics.passive_overruled.get()),
+            ([("result", "dropped")], metrics.passive_dropped.get()),
+        ],
+    )?;
+    page.gauge(
+        "viaduct_health_vips_in_panic",
+        "Virtual IPs with so few healthy backends that all are used",
+        metrics.vips_in_panic.get(),
     )
 }
 

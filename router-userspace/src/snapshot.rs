@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 
 pub use crate::snapshot::hosts::Hosts;
 
+use crate::health::state::in_panic;
 use crate::route::{Pool, Vip};
 
 mod hosts;
@@ -22,9 +23,22 @@ pub struct Snapshot {
     /// By host as in [`crate::route::HttpMatch`]: exact names and `*.`-wildcards in one map.
     pub hosts: Hosts,
     pub vips: imbl::OrdMap<Vip, Arc<Pool>>,
-    /// Backends that active health checks hold to be down. New requests and flows avoid them while
-    /// their pool has another.
+    /// Backends that the health checker holds to be down. New requests and flows avoid them unless
+    /// their pool is [in panic](Snapshot::in_panic).
     pub unhealthy: imbl::HashSet<SocketAddr>,
+    /// Percent of a pool that must be healthy; `health.panic_threshold`.
+    pub panic_threshold: u8,
+    /// Grows with every change of `unhealthy` or `panic_threshold`, so that what follows from them and
+    /// from a pool, which never changes, can be kept.
+    pub health_revision: u64,
+}
+
+impl Snapshot {
+    /// Whether so few backends of a pool are healthy that all are used.
+    pub fn in_panic(&self, pool: &Pool) -> bool {
+        let addresses = pool.backends.iter().map(|backend| backend.address);
+        in_panic(addresses, &self.unhealthy, self.panic_threshold)
+    }
 }
 
 /// The routes of one host, longest path first and equally long ones in byte order: the most specific

@@ -8,6 +8,7 @@
 )]
 
 mod cli;
+mod health;
 mod l4;
 mod l7;
 mod lab;

@@ -37,12 +37,16 @@ pub struct RouteRow {
     pub route: String,
     pub balance: Option<&'static str>,
     pub route_service_url: Option<String>,
+    /// Whether so few backends are healthy that all are used.
+    pub panic: bool,
     pub backends: Vec<MemberRow>,
 }
 
 #[derive(Debug, Serialize)]
 pub struct VipRow {
     pub vip: String,
+    /// Whether so few backends are healthy that all are used.
+    pub panic: bool,
     pub backends: Vec<MemberRow>,
 }
 
@@ -95,6 +99,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
                 Balance::LeastConnections => "least-connections",
             }),
             route_service_url: text(&pool.route_service_url),
+            panic: snapshot.in_panic(pool),
             backends: members(snapshot, pool),
         },
     ))
@@ -108,6 +113,7 @@ pub fn vips(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<VipRow>, 
     }
     Ok(page.finish(snapshot, Vip::to_string, |vip, pool| VipRow {
         vip: vip.to_string(),
+        panic: snapshot.in_panic(pool),
         backends: members(snapshot, pool),
     }))
 }

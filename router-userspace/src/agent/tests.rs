@@ -3,11 +3,11 @@ use std::net::SocketAddr;
 use super::*;
 use crate::event::INBOX_DEPTH;
 use crate::route::wire;
-use crate::snapshot::Snapshot;
 
 struct Gateway {
     inbox: mpsc::Sender<Event>,
     published: Published,
+    reported: mpsc::Receiver<Unanswered>,
     metrics: Arc<Metrics>,
 }
 
@@ -18,11 +18,19 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let mut config = Config::default();
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
-        let agent = Agent::new(&config, Arc::clone(&published), None, Arc::clone(&metrics));
+        let (reports, reported) = mpsc::channel(1);
+        let agent = Agent::new(
+            &config,
+            Arc::clone(&published),
+            None,
+            reports,
+            Arc::clone(&metrics),
+        );
         tokio::spawn(agent.run(events));
         Gateway {
             inbox,
             published,
+            reported,
             metrics,
         }
     }
@@ -153,4 +161,58 @@ async fn a_reload_drops_vips_outside_the_new_ranges() {
     config.l4.vip_ranges = vec!["192.0.2.128/25".parse().unwrap()];
     let snapshot = gateway.send([Event::Reload(Box::new(config))]).await;
     assert_eq!((snapshot.vips.len(), snapshot.hosts.len()), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vip_is_in_panic_while_too_few_are_healthy() {
+    let gateway = Gateway::start();
+    let address = |port: u16| SocketAddr::from(([10, 0, 0, 1], port));
+    let registers = (1..=4).map(|port| register(&address(port).to_string(), "a.x"));
+    gateway.send(registers).await;
+    let health = |port, healthy| Event::Health {
+        backend: address(port),
+        healthy,
+    };
+    let in_panic = |snapshot: &Snapshot| {
+        let told = gateway.metrics.vips_in_panic.get() == 1;
+        let pool = snapshot.vips.values().next().unwrap();
+        assert_eq!(snapshot.in_panic(pool), told);
+        told
+    };
+    let snapshot = gateway.send([health(1, false), health(2, false)]).await;
+    assert!(!in_panic(&snapshot), "by default one is enough");
+    let mut config = Config::default();
+    config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
+    config.health.panic_threshold = 60;
+    let reloaded = Event::Reload(Box::new(config.clone()));
+    let snapshot = gateway.send([reloaded.clone()]).await;
+    assert!(in_panic(&snapshot));
+    let again = gateway.send([reloaded]).await;
+    assert_eq!(again.revision, snapshot.revision, "nothing is published");
+    let snapshot = gateway.send([health(1, true)]).await;
+    assert!(!in_panic(&snapshot), "three of four are healthy");
+    let snapshot = gateway
+        .send([register("10.0.0.1:5", "a.x"), health(5, false)])
+        .await;
+    assert!(
+        !in_panic(&snapshot),
+        "three of five are exactly the threshold"
+    );
+    let snapshot = gateway.send([health(4, false)]).await;
+    assert!(in_panic(&snapshot));
+}
+
+#[tokio::test]
+async fn reports_of_layer_4_go_to_the_checker_and_never_wait() {
+    let mut gateway = Gateway::start();
+    let report = Unanswered {
+        backend: "10.0.0.1:80".parse().unwrap(),
+        syns: 3,
+        answered: 0,
+    };
+    gateway
+        .send([Event::Unanswered(report), Event::Unanswered(report)])
+        .await;
+    assert_eq!(gateway.reported.recv().await, Some(report));
+    assert_eq!(gateway.metrics.passive_dropped.get(), 1);
 }

@@ -44,7 +44,7 @@ pub fn backends(options: &Options) -> Result<(), Failure> {
     list(options, "/v1/backends", headings, |row| {
         vec![[
             cell(&row["address"]),
-            health(row),
+            health(row).to_owned(),
             cell(&row["origin"]),
             cell(&row["http_routes"]),
             cell(&row["vips"]),
@@ -94,12 +94,17 @@ fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
         .as_array()
         .map(Vec::as_slice)
         .unwrap_or_default();
+    let panic = row["panic"] == Value::Bool(true);
     let row = |backend: &Value| {
         [
             std::mem::take(&mut name),
             cell(&backend["address"]),
             cell(&backend["weight"]),
-            health(backend),
+            match (health(backend), panic) {
+                ("down", true) => "down, used",
+                (health, _) => health,
+            }
+            .to_owned(),
             cell(&backend["origin"]),
             cell(&backend["app"]),
         ]
@@ -107,13 +112,12 @@ fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
     backends.iter().map(row).collect()
 }
 
-fn health(row: &Value) -> String {
+fn health(row: &Value) -> &'static str {
     if row["healthy"] == Value::Bool(false) {
         "down"
     } else {
         "up"
     }
-    .to_owned()
 }
 
 fn cell(value: &Value) -> String {
@@ -175,5 +179,15 @@ mod tests {
             ),
             ("a.x", "down", "")
         );
+    }
+
+    #[test]
+    fn what_is_down_in_a_pool_in_panic_is_listed_as_used() {
+        let row = json!({ "vip": "v", "panic": true, "backends": [{ "healthy": false }, {}] });
+        let health: Vec<String> = members(&row, "vip")
+            .into_iter()
+            .map(|r| r[3].clone())
+            .collect();
+        assert_eq!(health, ["down, used", "up"]);
     }
 }

@@ -118,12 +118,16 @@ impl Gateway {
             metrics: Arc::clone(&metrics),
             config: configured.clone(),
         };
-        let (control, l4) = start_control(context, Arc::clone(&published), events, stopped)?;
+        let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);
+        let (control, l4) =
+            start_control(context, Arc::clone(&published), reports, events, stopped)?;
         let checks = health::run(
             Arc::clone(&published),
             inbox.clone(),
             Arc::clone(&metrics),
             configured.clone(),
+            reported,
+            health::Tunnels::default(),
         );
         let scrape = Scrape {
             metrics,
@@ -222,6 +226,7 @@ impl Gateway {
 fn start_control(
     context: source::Context,
     published: Published,
+    reports: mpsc::Sender<health::Unanswered>,
     events: mpsc::Receiver<Event>,
     stopped: oneshot::Receiver<()>,
 ) -> anyhow::Result<(thread::JoinHandle<()>, Option<L4Reader>)> {
@@ -235,7 +240,7 @@ fn start_control(
             };
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
-            let agent = Agent::new(&config, published, l4, metrics);
+            let agent = Agent::new(&config, published, l4, reports, metrics);
             source::start(&context).await?;
             anyhow::Ok((agent, reader))
         };

@@ -32,6 +32,17 @@ fn a_wrong_value_is_refused_by_line_and_key() {
             &["nats.subject_prefix"],
         ),
         ("[admin]\nlisten = \"unix:here\"\n", &["line 2", "absolute"]),
+        ("[health]\nstatus = \"299-200\"\n", &["line 2", "statuses"]),
+        ("[health]\nstatus = \"\"\n", &["line 2", "statuses"]),
+        ("[health]\nstatus = \"200,99\"\n", &["line 2", "statuses"]),
+        ("[health]\npath = \"a\"\n", &["health.path"]),
+        ("[health]\npath = \"/a b\"\n", &["health.path"]),
+        ("[health]\nhost = \"a b\"\n", &["health.host"]),
+        ("[health]\njitter = 51\n", &["health.jitter"]),
+        (
+            "[health]\npanic_threshold = 101\n",
+            &["health.panic_threshold"],
+        ),
     ] {
         let message = format!("{:#}", parse(text).unwrap_err());
         for part in wanted {
@@ -48,4 +59,17 @@ fn a_secret_is_never_printed() {
     let config = parse("[nats]\npassword = \"hunter2\"\n").unwrap();
     assert!(!format!("{config:?}").contains("hunter2"));
     assert!(!toml::to_string(&config).unwrap().contains("hunter2"));
+}
+
+#[test]
+fn statuses_are_ranges_and_single_ones() {
+    let config = parse("[health]\nstatus = \"200-299, 404\"\n").unwrap();
+    let good = |status| config.health.status.contains(status);
+    assert_eq!(
+        [199, 200, 299, 300, 404, 405].map(good),
+        [false, true, true, false, true, false]
+    );
+    let text = toml::to_string(&config).unwrap();
+    assert!(text.contains("status = \"200-299,404\""), "{text}");
+    assert_eq!(parse(&text).unwrap(), config);
 }

@@ -13,8 +13,10 @@ use http::HeaderValue;
 use rand::Rng;
 use tokio::time::Instant;
 
+use crate::health::state::in_panic;
 use crate::l7::backend::BackendState;
 use crate::route::{Backend, Balance, Pool};
+use crate::snapshot::Snapshot;
 
 pub(super) struct PoolState {
     /// Tells whether the pool is still published. Weak, for each worker has a state of it.
@@ -26,6 +28,8 @@ pub(super) struct PoolState {
     /// Running sums of the weights; empty if all weights are equal.
     cumulative_weights: Box<[u32]>,
     cursor: Cell<u64>,
+    /// Whether the pool was in panic, at which revision of health.
+    panic: Cell<Option<(u64, bool)>>,
 }
 
 /// A backend as a member of a pool.
@@ -56,7 +60,10 @@ pub(super) struct WantedInstance<'a> {
 pub(super) struct Circumstances<'a> {
     pub balance: Balance,
     pub now: Instant,
+    /// Backends to avoid.
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+    /// Whether they are not to be avoided.
+    pub panic: bool,
     /// Indexes of targets that failed this request.
     pub tried: &'a [usize],
 }
@@ -96,19 +103,36 @@ impl PoolState {
             targets,
             cumulative_weights,
             cursor: Cell::new(rng.random()),
+            panic: Cell::new(None),
         }
+    }
+
+    /// Whether so few of the pool are healthy that all are used. Looks at the backends once for each
+    /// change of health, whatever else is published.
+    pub(super) fn in_panic(&self, snapshot: &Snapshot) -> bool {
+        if let Some((revision, panic)) = self.panic.get()
+            && revision == snapshot.health_revision
+        {
+            return panic;
+        }
+        let addresses = self.targets.iter().map(|target| target.backend.address());
+        let panic = in_panic(addresses, &snapshot.unhealthy, snapshot.panic_threshold);
+        self.panic.set(Some((snapshot.health_revision, panic)));
+        panic
     }
 
     /// The index of the target to try, `None` if there is none that was not tried.
     ///
-    /// Backends that are unhealthy or ejected are avoided while there is another; when all are out,
-    /// the judgement is more likely wrong than all of them dead, and all are used.
+    /// Backends that are ejected, or unhealthy and their pool not in panic, are avoided while there is
+    /// another.
     pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Option<usize> {
         let healthy = |index: usize| {
             let backend = &self.targets[index].backend;
             !at.tried.contains(&index)
                 && !backend.is_ejected(at.now)
-                && (at.unhealthy.is_empty() || !at.unhealthy.contains(&backend.address()))
+                && (at.panic
+                    || at.unhealthy.is_empty()
+                    || !at.unhealthy.contains(&backend.address()))
         };
         let untried = |index: usize| !at.tried.contains(&index);
         match at.balance {

@@ -49,6 +49,8 @@ pub struct L7Totals {
     pub connections_timed_out: u64,
     pub retries: u64,
     pub ejections: u64,
+    /// Attempts whose backend was chosen whatever its health, for too few of its pool are healthy.
+    pub panic_picks: u64,
     pub upgrades: u64,
     pub upgrades_open: u64,
     pub backend_connections_opened: u64,
@@ -127,6 +129,7 @@ pub(super) struct WorkerMetrics {
     pub connections_timed_out: Counter,
     pub retries: Counter,
     pub ejections: Counter,
+    pub panic_picks: Counter,
     pub upgrades: Counter,
     pub upgrades_open: Counter,
     pub backend_connections_opened: Counter,
@@ -193,6 +196,7 @@ impl WorkerMetrics {
         totals.connections_timed_out += self.connections_timed_out.read();
         totals.retries += self.retries.read();
         totals.ejections += self.ejections.read();
+        totals.panic_picks += self.panic_picks.read();
         totals.upgrades += self.upgrades.read();
         totals.upgrades_open += self.upgrades_open.read();
         totals.backend_connections_opened += self.backend_connections_opened.read();

@@ -286,10 +286,15 @@ impl Worker {
             .balance
             .unwrap_or_else(|| self.settings(|settings| settings.balance));
         self.snapshot(|snapshot| {
+            let panic = pool.in_panic(snapshot);
+            if panic {
+                self.metrics.panic_picks.add(1);
+            }
             let at = Circumstances {
                 balance,
                 now: self.now(),
                 unhealthy: &snapshot.unhealthy,
+                panic,
                 tried,
             };
             pool.pick(&at, &mut *self.rng.borrow_mut())

@@ -45,6 +45,11 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.ejections,
         ),
         (
+            "viaduct_http_panic_picks",
+            "Attempts whose backend was chosen whatever its health, for too few of its pool are healthy",
+            totals.panic_picks,
+        ),
+        (
             "viaduct_http_upgrades",
             "Connections handed over to another protocol",
             totals.upgrades,

@@ -205,7 +205,7 @@ impl RouteTable {
         }
     }
 
-    /// Notes what active health checks found.
+    /// Notes what the health checker found.
     pub fn set_health(&mut self, backend: SocketAddr, healthy: bool) -> Change {
         let changed = match healthy {
             true => self.next.unhealthy.remove(&backend).is_some(),
@@ -216,6 +216,7 @@ impl RouteTable {
             ..Change::default()
         };
         if changed {
+            self.next.health_revision += 1;
             let first = Vip {
                 proto: Proto::Tcp,
                 address: Ipv4Addr::UNSPECIFIED.into(),
@@ -226,6 +227,18 @@ impl RouteTable {
                 .take_while(|(address, _)| *address == backend)
                 .map(|(_, vip)| *vip);
             change.vips.extend(vips);
+        }
+        change
+    }
+
+    /// Sets the percentage of a pool that must be healthy.
+    pub fn set_panic_threshold(&mut self, percent: u8) -> Change {
+        let mut change = Change::default();
+        if self.next.panic_threshold != percent {
+            self.next.panic_threshold = percent;
+            self.next.health_revision += 1;
+            change.changed = true;
+            change.vips.extend(self.next.vips.keys());
         }
         change
     }

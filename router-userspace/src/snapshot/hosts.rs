@@ -137,6 +137,20 @@ impl<S: BuildHasher> Hosts<S> {
             }
         })
     }
+
+    /// Tells of the hosts that `newer` does not share with this version: their routes here, and there.
+    ///
+    /// Costs what is not shared. A host whose place in the tree is another may be told in two calls,
+    /// as gone and as new.
+    pub fn diff(
+        &self,
+        newer: &Hosts<S>,
+        changed: &mut impl FnMut(Option<&HostRoutes>, Option<&HostRoutes>),
+    ) {
+        if !Arc::ptr_eq(&self.root, &newer.root) {
+            diff(&self.root, &newer.root, 0, changed);
+        }
+    }
 }
 
 impl Node {
@@ -209,11 +223,57 @@ fn remove(node: &mut Node, hash: u64, shift: u32, name: &str) {
     }
 }
 
+fn diff(
+    before: &Node,
+    after: &Node,
+    shift: u32,
+    changed: &mut impl FnMut(Option<&HostRoutes>, Option<&HostRoutes>),
+) {
+    if shift >= HASH_BITS {
+        each_host(&before.slots, &mut |routes| changed(Some(routes), None));
+        each_host(&after.slots, &mut |routes| changed(None, Some(routes)));
+        return;
+    }
+    let slots_at = |node: &Node, bit: u32| match node.taken & bit {
+        0 => 0..0,
+        _ => node.before(bit)..node.before(bit) + 1,
+    };
+    for bit in (0..1 << BITS).map(|place: u32| 1 << place) {
+        let before = &before.slots[slots_at(before, bit)];
+        let after = &after.slots[slots_at(after, bit)];
+        match (before, after) {
+            ([Slot::Node(before)], [Slot::Node(after)]) => {
+                if !Arc::ptr_eq(before, after) {
+                    diff(before, after, shift + BITS, changed);
+                }
+            }
+            ([Slot::Host(before)], [Slot::Host(after)]) if before.name == after.name => {
+                if !Arc::ptr_eq(before, after) {
+                    changed(Some(&before.routes), Some(&after.routes));
+                }
+            }
+            (before, after) => {
+                each_host(before, &mut |routes| changed(Some(routes), None));
+                each_host(after, &mut |routes| changed(None, Some(routes)));
+            }
+        }
+    }
+}
+
+fn each_host(slots: &[Slot], told: &mut impl FnMut(&HostRoutes)) {
+    for slot in slots {
+        match slot {
+            Slot::Host(host) => told(&host.routes),
+            Slot::Node(node) => each_host(&node.slots, told),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::hash::Hasher;
 
     /// Leaves so few different hashes that every kind of collision happens.
@@ -276,6 +336,76 @@ mod tests {
         }
     }
 
+    fn empty_pool() -> Arc<crate::route::Pool> {
+        Arc::new(crate::route::Pool {
+            backends: Vec::new(),
+            balance: None,
+            route_service_url: None,
+        })
+    }
+
+    /// Paths over all hosts, each as often as it stands there.
+    fn paths<S: BuildHasher>(hosts: &Hosts<S>) -> BTreeMap<String, i32> {
+        let mut paths = BTreeMap::new();
+        for (path, _) in hosts.iter().flat_map(|(_, routes)| &routes.paths) {
+            *paths.entry(path.to_string()).or_default() += 1;
+        }
+        paths
+    }
+
+    proptest! {
+        #[test]
+        fn a_diff_leads_from_any_version_to_any_other(
+            steps in prop::collection::vec((0u8..24, 0u8..4), 0..60),
+            from in any::<prop::sample::Index>(),
+            to in any::<prop::sample::Index>(),
+        ) {
+            let mut hosts: Hosts<Poor> = Hosts::default();
+            let mut versions = vec![hosts.clone()];
+            for (number, step) in steps {
+                let name = format!("host-{number}");
+                if step == 0 {
+                    hosts.remove(&name);
+                } else {
+                    hosts.add(name.as_str().into());
+                    let routes = hosts.get_mut(&name).unwrap();
+                    routes.paths = vec![(format!("/{number}/{step}").into(), empty_pool())];
+                }
+                versions.push(hosts.clone());
+            }
+            let (from, to) = (from.get(&versions), to.get(&versions));
+            let mut walked = paths(from);
+            from.diff(to, &mut |before, after| {
+                for (routes, sign) in [(before, -1), (after, 1)] {
+                    for (path, _) in routes.into_iter().flat_map(|routes| &routes.paths) {
+                        *walked.entry(path.to_string()).or_default() += sign;
+                    }
+                }
+            });
+            walked.retain(|_, count| *count != 0);
+            prop_assert_eq!(walked, paths(to));
+        }
+    }
+
+    #[test]
+    fn a_diff_tells_of_nothing_but_what_changed() {
+        let mut hosts: Hosts = Hosts::default();
+        for number in 0..10_000 {
+            hosts.add(format!("host-{number}").into());
+        }
+        let before = hosts.clone();
+        hosts
+            .get_mut("host-7")
+            .unwrap()
+            .paths
+            .push(("/a".into(), empty_pool()));
+        let mut told = Vec::new();
+        before.diff(&hosts, &mut |before, after| {
+            told.push((before.map(|r| r.paths.len()), after.map(|r| r.paths.len())));
+        });
+        assert_eq!(told, [(Some(0), Some(1))]);
+    }
+
     #[test]
     fn a_change_of_routes_is_not_seen_by_earlier_versions() {
         let mut hosts: Hosts = Hosts::default();
@@ -283,14 +413,7 @@ mod tests {
             hosts.add(format!("host-{number}").into());
         }
         let before = hosts.clone();
-        let path: (Arc<str>, _) = (
-            "/a".into(),
-            Arc::new(crate::route::Pool {
-                backends: Vec::new(),
-                balance: None,
-                route_service_url: None,
-            }),
-        );
+        let path: (Arc<str>, _) = ("/a".into(), empty_pool());
         hosts.get_mut("host-7").unwrap().paths.push(path);
         assert!(before.get("host-7").unwrap().1.paths.is_empty());
         assert_eq!(hosts.get("host-7").unwrap().1.paths.len(), 1);

@@ -60,6 +60,7 @@ fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize])
             balance,
             now: Instant::now(),
             unhealthy: &unhealthy,
+            panic: false,
             tried,
         },
         rng,
@@ -108,6 +109,7 @@ fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
             balance,
             now,
             unhealthy: &unhealthy,
+            panic: false,
             tried: &[],
         };
         for _ in 0..8 {
@@ -115,6 +117,40 @@ fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
         }
         at.tried = &[2];
         assert!(pool.pick(&at, &mut rng).is_some());
+    }
+}
+
+#[test]
+fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
+    let (pool, mut rng) = pool(&[100, 100, 100]);
+    let now = Instant::now();
+    pool.targets[1].backend.eject(now + Duration::from_secs(30));
+    let mut snapshot = Snapshot {
+        unhealthy: [0, 2].into_iter().map(address).collect(),
+        panic_threshold: 33,
+        ..Snapshot::default()
+    };
+    assert!(!pool.in_panic(&snapshot), "a third is healthy");
+    snapshot.panic_threshold = 34;
+    assert!(!pool.in_panic(&snapshot), "kept for the revision of health");
+    snapshot.health_revision = 1;
+    assert!(pool.in_panic(&snapshot));
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        let at = Circumstances {
+            balance,
+            now,
+            unhealthy: &snapshot.unhealthy,
+            panic: true,
+            tried: &[],
+        };
+        let mut picked = [0; 3];
+        for _ in 0..64 {
+            picked[pool.pick(&at, &mut rng).unwrap()] += 1;
+        }
+        assert!(
+            picked[0] > 0 && picked[1] == 0 && picked[2] > 0,
+            "{picked:?}"
+        );
     }
 }
 

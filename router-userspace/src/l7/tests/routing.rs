@@ -72,6 +72,20 @@ async fn an_unhealthy_backend_is_avoided() {
 }
 
 #[tokio::test]
+async fn with_too_few_healthy_backends_all_are_used_and_it_is_counted() {
+    let (a, b) = (TestBackend::named("a").await, TestBackend::named("b").await);
+    let mut snapshot = snapshot([("a.com", pool([backend(a.address), backend(b.address)]))]);
+    snapshot.unhealthy.insert(a.address);
+    snapshot.panic_threshold = 51;
+    let gateway = Gateway::start(snapshot);
+    for _ in 0..4 {
+        assert_status(&gateway.get("a.com").await, 200);
+    }
+    assert_eq!((a.seen().len(), b.seen().len()), (2, 2));
+    gateway.totals(|totals| totals.panic_picks == 4).await;
+}
+
+#[tokio::test]
 async fn the_backend_is_told_of_the_client_and_of_itself() {
     let (listener, address) = scripted().await;
     let gateway = Gateway::start(snapshot([(

@@ -99,7 +99,14 @@ impl Gateway {
         let (reload, config) = watch::channel(Arc::new(config));
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let (published, metrics) = (Published::default(), Arc::<Metrics>::default());
-        let agent = Agent::new(&fixed, Arc::clone(&published), None, Arc::clone(&metrics));
+        let (reports, _) = mpsc::channel(1);
+        let agent = Agent::new(
+            &fixed,
+            Arc::clone(&published),
+            None,
+            reports,
+            Arc::clone(&metrics),
+        );
         tokio::spawn(agent.run(events));
         start(
             &nats,
