@@ -28,8 +28,8 @@ mod programs;
 mod run;
 mod settings;
 
-pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub(super) use attach::release;
+pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
 pub use events::Events;
 pub use flows::{Flow, Flows};
