@@ -125,7 +125,7 @@ impl Datapath {
 
     /// What the maps hold: all that an earlier agent left.
     pub fn installed(&self) -> anyhow::Result<Installed> {
-        self.maps.installed()
+        self.maps.installed(self.settings.dnat != 0)
     }
 
     /// Has one packet in `packets` reported to [`Self::take_events`]; 0: none.

@@ -16,8 +16,8 @@ use super::{array, take};
 use crate::config::L4Limits;
 use crate::l4::plan::{Installed, MapOp};
 
-/// Source prefixes of all VIPs together.
-pub const MAX_SOURCES: u32 = 4096;
+/// Source prefixes of all VIPs together. Memory is taken for those there are.
+const MAX_SOURCES: u32 = 65_536;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
 const HEADS_PER_VIP: u32 = 4;
 
@@ -204,7 +204,7 @@ impl Maps {
         Ok(())
     }
 
-    pub(super) fn installed(&self) -> anyhow::Result<Installed> {
+    pub(super) fn installed(&self, dnat: bool) -> anyhow::Result<Installed> {
         let mut vips = Vec::new();
         let mut rings = Vec::new();
         for index in 0..self.vips.len() {
@@ -229,7 +229,7 @@ impl Maps {
             .iter()
             .collect::<Result<_, _>>()
             .context("read SOURCES")?;
-        let quic = self.quic_servers.iter().collect::<Result<_, _>>();
+        let quic_servers = self.quic_servers.iter().collect::<Result<_, _>>();
         Ok(Installed {
             vips,
             heads: heads.into_iter().filter(|(_, first)| *first != 0).collect(),
@@ -249,7 +249,8 @@ impl Maps {
                     )
                 })
                 .collect(),
-            quic: quic.context("read QUIC_SERVERS")?,
+            quic_servers: quic_servers.context("read QUIC_SERVERS")?,
+            dnat,
         })
     }
 
