@@ -24,9 +24,11 @@ use crate::l4::stats::{MemberView, Shared, VipView};
 use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
+mod clsact;
 pub mod datapath;
 pub(crate) mod interface;
 pub mod maglev;
+mod netlink;
 pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;

@@ -4,14 +4,13 @@
 //! doctor`); [`Interface::read`] takes a message apart, for `next_hop`, which hears of every change.
 //! Of the caller's network namespace, which /sys need not be mounted from. Changes nothing.
 
-use anyhow::{Context, bail};
-use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use anyhow::Context;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
     InfoData, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
-use rtnetlink::sys::protocols::NETLINK_ROUTE;
-use rtnetlink::sys::{Socket, SocketAddr};
+
+use crate::l4::netlink;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interface {
@@ -45,30 +44,12 @@ impl Interface {
     pub fn indexed(index: u32) -> anyhow::Result<Interface> {
         let mut message = LinkMessage::default();
         message.header.index = index;
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST;
-        let payload = RouteNetlinkMessage::GetLink(message).into();
-        let mut request = NetlinkMessage::new(header, payload);
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-
-        let mut socket = Socket::new(NETLINK_ROUTE).context("open a rtnetlink socket")?;
-        socket.bind_auto().context("bind a rtnetlink socket")?;
-        socket
-            .connect(&SocketAddr::new(0, 0))
-            .context("connect a rtnetlink socket")?;
-        socket.send(&bytes, 0).context("ask rtnetlink")?;
-        let (answer, _) = socket.recv_from_full().context("hear from rtnetlink")?;
-        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
-            .context("read rtnetlink's answer")?;
-        match answer.payload {
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                Ok(Interface::read(&link))
-            }
-            NetlinkPayload::Error(error) => Err(error.to_io()).context("rtnetlink"),
-            _ => bail!("rtnetlink answered something else"),
-        }
+        let answers = netlink::send(RouteNetlinkMessage::GetLink(message), 0)?;
+        let link = answers.iter().find_map(|answer| match answer {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        });
+        Ok(Interface::read(link.context("rtnetlink tells nothing")?))
     }
 
     pub(super) fn read(link: &LinkMessage) -> Interface {

@@ -18,6 +18,7 @@ use aya::programs::xdp::{XdpLink, XdpMode};
 
 use super::{Datapath, programs};
 use crate::config::Attach;
+use crate::l4::clsact;
 use crate::l4::interface::Interface;
 use crate::l4::pins::{self, LinkPin};
 
@@ -416,6 +417,9 @@ pub(in crate::l4) fn release(pin: &LinkPin) -> anyhow::Result<()> {
     {
         // Dropped, it removes the filter, if nobody has yet.
         drop(filter_on(&device.name)?);
+        if let Err(error) = clsact::remove_if_empty(device.index) {
+            tracing::debug!(device = device.name, "clsact stays: {error:#}");
+        }
     }
     // Unlike the file system, a descriptor lets go at once.
     let link = PinnedLink::from_pin(&pin.path);
