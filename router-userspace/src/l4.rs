@@ -33,8 +33,10 @@ pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;
 mod stats;
+pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
+pub use next_hop::release_neighbours;
 pub use pins::detach;
 pub use stats::{BackendStats, L4Reader, L4Stats, Moved, VipStats};
 

@@ -107,7 +107,10 @@ mod tests {
         assert_eq!((lo.kind, lo.lower, lo.vlan), (None, None, None));
         assert!(lo.mtu >= 1500);
         let error = Interface::named("no-such-device").unwrap_err();
-        assert_eq!(error.to_string(), "there is no interface \"no-such-device\"");
+        assert_eq!(
+            error.to_string(),
+            "there is no interface \"no-such-device\""
+        );
         Interface::indexed(u32::MAX >> 1).unwrap_err();
     }
 }

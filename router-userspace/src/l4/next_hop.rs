@@ -48,7 +48,7 @@ pub struct NextHop {
     pub destination_mac: [u8; 6],
     /// The gateway's address that the backend sees in `nat` mode and on outer headers.
     pub source: IpAddr,
-    /// Octets behind the Ethernet header, of the route or else the device.
+    /// Octets behind the Ethernet header: the lesser of the route's and the device's.
     pub mtu: u16,
     /// VLAN identifier to send with (IEEE 802.1Q-2022, §9.6); 0: untagged.
     pub vlan: u16,
@@ -547,7 +547,7 @@ fn next_hop(
             (lower.index, vlan)
         }
     };
-    let mtu = route.mtu.unwrap_or(device.mtu);
+    let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
     Some(NextHop {
         ifindex,
         source_mac: device.mac?,

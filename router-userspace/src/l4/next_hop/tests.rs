@@ -71,14 +71,20 @@ fn frames_for_a_vlan_leave_by_the_device_below_with_its_tag() {
 }
 
 #[test]
-fn the_mtu_of_the_route_is_before_that_of_the_device() {
-    let mtu = |mtu| {
-        let route = Route { mtu, ..route(2) };
-        next_hop(backend(), route, MAC, &interfaces()).unwrap().mtu
+fn the_mtu_is_the_lesser_of_route_and_device() {
+    let mtu = |of_route, of_device| {
+        let route = Route {
+            mtu: of_route,
+            ..route(2)
+        };
+        let mut interfaces = interfaces();
+        interfaces.get_mut(&2).unwrap().mtu = of_device;
+        next_hop(backend(), route, MAC, &interfaces).unwrap().mtu
     };
-    assert_eq!(mtu(None), 1500);
-    assert_eq!(mtu(Some(1400)), 1400);
-    assert_eq!(mtu(Some(65_536)), u16::MAX);
+    assert_eq!(mtu(None, 1500), 1500);
+    assert_eq!(mtu(Some(1400), 1500), 1400);
+    assert_eq!(mtu(Some(9000), 1500), 1500);
+    assert_eq!(mtu(None, 65_536), u16::MAX);
 }
 
 #[test]
