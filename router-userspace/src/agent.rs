@@ -116,6 +116,7 @@ impl Agent {
         let now = now();
         let mut change = Change::default();
         let mut next_hops = Vec::new();
+        let mut interfaces = false;
         for event in batch.drain(..) {
             match event {
                 Event::Route(event) => change.merge(self.table.apply(event, now)),
@@ -132,6 +133,7 @@ impl Agent {
                     self.table.set_connected(origin, connected, now);
                 }
                 Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
+                Event::Interfaces => interfaces = true,
                 Event::Release { budget, bytes } => budget.add_permits(bytes),
                 Event::Reload(config) => change.merge(self.reload(&config)),
             }
@@ -140,6 +142,9 @@ impl Agent {
             self.metrics.published(begin.elapsed());
         }
         if let Some(l4) = &mut self.l4 {
+            if interfaces {
+                l4.follow_interfaces();
+            }
             for (backend, next_hop) in next_hops {
                 l4.next_hop(backend, next_hop, now);
             }

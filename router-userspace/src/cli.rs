@@ -15,6 +15,7 @@ pub mod announce;
 pub mod check;
 pub mod client;
 pub mod detach;
+pub mod doctor;
 pub mod list;
 pub mod resolve;
 pub mod run;
@@ -49,6 +50,8 @@ enum Command {
     Register(announce::Options),
     /// Withdraw a backend over NATS
     Unregister(announce::Options),
+    /// Check whether this host can run the gateway as configured, and what to do if not
+    Doctor(doctor::Options),
     /// Remove the pinned programs and maps: packets pass by the gateway from here on
     Detach(detach::Options),
 }
@@ -106,6 +109,7 @@ pub fn main() -> ExitCode {
         Command::Stats(options) => list::stats(options),
         Command::Register(options) => announce::register(options),
         Command::Unregister(options) => announce::unregister(options),
+        Command::Doctor(options) => doctor::run(options),
         Command::Detach(options) => detach::run(options),
     };
     let (error, code) = match done {

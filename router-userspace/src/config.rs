@@ -187,11 +187,15 @@ pub struct L4Config {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Attach {
-    /// Native, and generic where the driver cannot.
+    /// XDP on network cards, the classifier on veths, bridges, tunnels and other devices of software.
     #[default]
     Auto,
+    /// XDP in the driver.
     Native,
+    /// XDP on socket buffers.
     Generic,
+    /// A classifier at tc's ingress, by a link where the kernel has them (Linux 6.6).
+    Tcx,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -34,6 +34,8 @@ pub enum Event {
         backend: IpAddr,
         next_hop: Option<NextHop>,
     },
+    /// Network interfaces came, went, or have other names.
+    Interfaces,
     /// The source that sent this may read so many bytes more: what it sent before is taken in.
     Release {
         budget: Arc<Semaphore>,

@@ -17,21 +17,26 @@ use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
 use crate::event::Event;
-use crate::l4::datapath::{Attached, Datapath};
+use crate::l4::datapath::Datapath;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::stats::{MemberView, Shared, VipView};
 use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
+mod clsact;
 pub mod datapath;
+pub(crate) mod interface;
 pub mod maglev;
+mod netlink;
 pub mod next_hop;
-mod pins;
+pub(crate) mod pins;
 pub mod plan;
 mod stats;
+pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
+pub use next_hop::release_neighbours;
 pub use pins::detach;
 pub use stats::{BackendStats, L4Reader, L4Stats, Moved, VipStats};
 
@@ -84,6 +89,7 @@ impl L4 {
             limits: config.limits.clone(),
             timeouts: config.timeouts.clone(),
             nat_ports: config.nat_ports,
+            gue_port: config.gue_port,
             pin_path: Some(config.pin_path.clone()),
         })?;
         let mut planner = Planner::new(config.limits.vips, config.limits.backends);
@@ -115,19 +121,7 @@ impl L4 {
             }),
         };
         l4.adopt_next_hops();
-        l4.datapath.detach_others(&config.interfaces)?;
-        for interface in &config.interfaces {
-            match l4.datapath.attach(interface, config.attach)? {
-                Attached::Native => tracing::info!(interface, "attached in native mode"),
-                Attached::Generic => {
-                    tracing::warn!(
-                        interface,
-                        "attached in generic mode, which costs several times as much"
-                    )
-                }
-                Attached::Adopted => tracing::info!(interface, "took over the attached program"),
-            }
-        }
+        l4.datapath.attach_all(&config.interfaces, config.attach)?;
         Ok(l4)
     }
 
@@ -167,6 +161,12 @@ impl L4 {
         for vip in self.users.get(&backend).cloned().unwrap_or_default() {
             self.apply_vip(vip, now);
         }
+    }
+
+    /// Attaches to interfaces that came or were replaced.
+    pub fn follow_interfaces(&mut self) {
+        self.datapath
+            .follow_interfaces(&self.config.interfaces, self.config.attach);
     }
 
     /// Ends drains that are over and sweeps expired flows. Called about once a second.

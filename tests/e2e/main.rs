@@ -7,6 +7,7 @@
     reason = "a test panics where its site fails, and so do its helpers"
 )]
 
+mod attach;
 mod cli;
 mod health;
 mod l4;

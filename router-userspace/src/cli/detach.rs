@@ -1,4 +1,6 @@
-//! `viaduct detach`: removes what layer 4 pinned, for good.
+//! `viaduct detach`: removes every trace of layer 4 from the kernel.
+//!
+//! Links and filters, pinned maps, and the neighbours that it had kept resolved in this namespace.
 
 use anyhow::anyhow;
 
@@ -23,6 +25,9 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         )));
     }
     let removed = l4::detach(&config.l4.pin_path)?;
+    let neighbours = block_on(l4::release_neighbours())?;
     let from = config.l4.pin_path.display();
-    Ok(print(&format!("{removed} pins removed from {from}\n"))?)
+    Ok(print(&format!(
+        "{removed} pins removed from {from}, {neighbours} neighbours given back\n"
+    ))?)
 }

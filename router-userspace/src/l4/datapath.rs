@@ -1,29 +1,40 @@
-//! The kernel's side of layer 4: loads the programs, owns the maps, attaches. The only file that names aya.
+//! The kernel's side of layer 4: loads the programs, owns the maps, attaches.
 //!
 //! Maps and links are pinned, so the programs go on forwarding without the agent, and the next agent
-//! finds flows, rings and counters where this one left them.
+//! finds flows, rings and counters where this one left them. [`Datapath`] belongs to the agent alone;
+//! [`Counters`], [`Flows`] and [`Events`] are for readers on other threads. This file and those below it
+//! are the only ones that name aya. What to write is the planner's to say, not theirs.
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use aya::maps::{Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
-use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{ProgramFd, TestRun, TestRunOptions, TestRunResult, Xdp};
+use aya::maps::{Array, Map, MapData};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
-use router_common::{
-    Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, LAYOUT, MAX_TICKS,
-    RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
-};
+use router_common::{HASH_WORDS, Settings};
 
-use crate::config::{Attach, FlowTimeouts, L4Limits, PortRange};
-use crate::l4::pins::{LINKS, link_name, prepare_pin_path};
-use crate::l4::plan::MapOp;
+use crate::config::{FlowTimeouts, L4Limits, PortRange};
+use crate::l4::pins::prepare_pin_path;
+use crate::l4::plan::{Installed, MapOp};
+
+mod attach;
+mod counters;
+mod events;
+mod flows;
+mod maps;
+mod programs;
+mod run;
+mod settings;
+
+pub(super) use attach::release;
+pub use attach::{Attached, Choice, Hook, choose, device_of};
+pub use counters::Counters;
+pub use events::Events;
+pub use flows::{Flow, Flows};
+pub use programs::Loaded;
+pub use run::Run;
 
 /// The compiled programs; empty when built without a BPF toolchain.
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));
@@ -34,30 +45,14 @@ pub static PASS_PROGRAM: &[u8] =
 pub static BENCH_PROGRAM: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-bench"));
 
-/// Maps that outlive the agent, each under its name in the pin directory.
-const PINNED_MAPS: [&str; 11] = [
-    "SETTINGS",
-    "PREFILTER",
-    "VIPS",
-    "VIP_ADDRESSES",
-    "RINGS",
-    "BACKENDS",
-    "BACKEND_COUNTERS",
-    "FLOW_SLOTS",
-    "FLOWS",
-    "RETURNS",
-    "VERDICTS",
-];
-/// Jiffies over which their length is measured: 40 ms at the usual 250 a second.
-const JIFFIES_COUNTED: u64 = 10;
-/// The smallest frame that BPF_PROG_TEST_RUN takes is an Ethernet header.
-const EMPTY_FRAME: [u8; 64] = [0; 64];
 /// What the maps are made for.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub limits: L4Limits,
     pub timeouts: FlowTimeouts,
     pub nat_ports: PortRange,
+    /// Destination of the outer header in `gue` mode.
+    pub gue_port: u16,
     /// Where to pin; `None` lets everything go with the process.
     pub pin_path: Option<PathBuf>,
 }
@@ -65,41 +60,15 @@ pub struct Options {
 /// The loaded programs and the maps they share with the agent.
 pub struct Datapath {
     ebpf: Ebpf,
+    loaded: Vec<Loaded>,
     pin_path: Option<PathBuf>,
-    cpus: usize,
-    buckets: u32,
-    settings: Array<MapData, Settings>,
-    prefilter: Array<MapData, u64>,
-    vips: HashMap<MapData, VipKey, VipInfo>,
-    vip_addresses: HashMap<MapData, Addr, u32>,
-    rings: Array<MapData, Ring>,
-    backends: Array<MapData, BackendEntry>,
-    backend_counters: PerCpuArray<MapData, BackendCounters>,
-    backend_flows: Array<MapData, u32>,
-    sweep: Array<MapData, SweepRequest>,
+    maps: maps::Maps,
+    settings: Settings,
+    clock: settings::Clock,
     counters: Counters,
+    flows: Flows,
     logger: EbpfLogger<&'static dyn log::Log>,
-    /// Held while nothing is pinned: dropping a link detaches it.
-    links: Vec<XdpLink>,
-}
-
-/// How a program came to sit on an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attached {
-    Native,
-    Generic,
-    /// A pinned link of an earlier agent, with this agent's program in it.
-    Adopted,
-}
-
-/// What one run of the packet program on a given frame did.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// An XDP action: kernel, include/uapi/linux/bpf.h, `enum xdp_action`.
-    pub action: u32,
-    pub frame: Vec<u8>,
-    /// Mean time of one of the repeats.
-    pub nanoseconds: u64,
+    attachments: attach::Attachments,
 }
 
 impl Datapath {
@@ -113,240 +82,70 @@ impl Datapath {
             "this viaduct was built without its BPF programs: run `cargo xtask setup` and build again"
         );
         check_capabilities()?;
-        let buckets = (options.limits.flows.next_power_of_two() / FLOW_WAYS as u32).max(1);
-        let backends = options.limits.backends + 1;
-        let sizes = [
-            ("VIPS", options.limits.vips),
-            ("VIP_ADDRESSES", options.limits.vips),
-            ("RINGS", options.limits.vips),
-            ("BACKENDS", backends),
-            ("BACKEND_COUNTERS", backends),
-            ("BACKEND_FLOWS", backends),
-            ("FLOW_SLOTS", buckets),
-            ("FLOWS", buckets * FLOW_WAYS as u32),
-            ("RETURNS", buckets * 2),
-        ];
+        let shapes = maps::shapes(&options.limits);
         let mut loader = EbpfLoader::new();
-        for (name, size) in sizes {
-            loader.map_max_entries(name, size);
+        for shape in &shapes {
+            if let Some(entries) = shape.entries {
+                loader.map_max_entries(shape.name, entries);
+            }
         }
         if let Some(path) = &options.pin_path {
             prepare_pin_path(path)?;
-            for name in PINNED_MAPS {
-                let pin = path.join(name);
-                let size = sizes
-                    .iter()
-                    .find(|(sized, _)| *sized == name)
-                    .map(|(_, size)| *size);
-                check_pinned(&pin, name, size)?;
-                loader.map_pin_path(name, pin);
+            maps::check_pinned(path, &shapes)?;
+            for shape in &shapes {
+                loader.map_pin_path(shape.name, path.join(shape.name));
             }
         }
-        let mut ebpf = loader.load(PROGRAM).context("load the XDP program")?;
-        for name in ["viaduct", "sweep", "clock"] {
-            program(&mut ebpf, name)?
-                .load()
-                .with_context(|| format!("load program {name}"))?;
-        }
-        let counters = Counters(Arc::new(CounterMaps {
-            verdicts: PerCpuArray::try_from(reopen(&ebpf, "VERDICTS")?)?,
-            backends: PerCpuArray::try_from(reopen(&ebpf, "BACKEND_COUNTERS")?)?,
-        }));
-        let logger = EbpfLogger::init(&mut ebpf).context("open the programs' log")?;
-        let mut datapath = Datapath {
-            counters,
-            logger,
+        let mut ebpf = loader.load(PROGRAM).context("load the BPF programs")?;
+        let loaded = programs::load(&mut ebpf)?;
+        let (settings, clock) = settings::write(&mut ebpf, options)?;
+        Ok(Datapath {
+            loaded,
             pin_path: options.pin_path.clone(),
-            cpus: aya::util::nr_cpus()
-                .map_err(|(_, error)| error)
-                .context("count CPUs")?,
-            buckets,
-            settings: array(&mut ebpf, "SETTINGS")?,
-            prefilter: array(&mut ebpf, "PREFILTER")?,
-            vips: HashMap::try_from(take(&mut ebpf, "VIPS")?)?,
-            vip_addresses: HashMap::try_from(take(&mut ebpf, "VIP_ADDRESSES")?)?,
-            rings: array(&mut ebpf, "RINGS")?,
-            backends: array(&mut ebpf, "BACKENDS")?,
-            backend_counters: PerCpuArray::try_from(take(&mut ebpf, "BACKEND_COUNTERS")?)?,
-            backend_flows: array(&mut ebpf, "BACKEND_FLOWS")?,
-            sweep: array(&mut ebpf, "SWEEP")?,
-            links: Vec::new(),
+            settings,
+            clock,
+            counters: Counters::open(&ebpf)?,
+            flows: Flows::open(&ebpf, clock, settings.bucket_mask + 1)?,
+            logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
+            maps: maps::Maps::take(&mut ebpf)?,
+            attachments: attach::Attachments::default(),
             ebpf,
-        };
-        datapath.write_settings(options)?;
-        Ok(datapath)
-    }
-
-    /// Attaches to an interface, or takes over the link an earlier agent pinned.
-    pub fn attach(&mut self, interface: &str, mode: Attach) -> anyhow::Result<Attached> {
-        // By the network namespace, which /sys need not be mounted from.
-        let ifindex = nix::net::if_::if_nametoindex(interface)
-            .map_err(|_| anyhow::anyhow!("l4.interfaces: there is no interface {interface:?}"))?;
-        let pin = self
-            .pin_path
-            .as_ref()
-            .map(|path| path.join(LINKS).join(link_name(interface, ifindex)));
-        if let Some(pin) = &pin
-            && pin.exists()
-        {
-            match self.adopt_link(pin) {
-                Ok(()) => return Ok(Attached::Adopted),
-                // Its interface is gone and another has its index, or it is of another kind.
-                Err(error) => {
-                    tracing::info!(interface, "the pinned link is of no use: {error:#}");
-                    fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
-                }
-            }
-        }
-        let (link, attached) = self.attach_new(interface, mode)?;
-        match pin {
-            Some(pin) => {
-                let link: FdLink = link
-                    .try_into()
-                    .context("an XDP link without a descriptor")?;
-                link.pin(&pin)
-                    .with_context(|| format!("pin {}", pin.display()))?;
-            }
-            None => self.links.push(link),
-        }
-        Ok(attached)
-    }
-
-    /// Detaches from every interface but these, on which an earlier agent may have left its program.
-    pub fn detach_others(&mut self, interfaces: &[String]) -> anyhow::Result<()> {
-        let Some(path) = &self.pin_path else {
-            return Ok(());
-        };
-        let kept: Vec<String> = interfaces
-            .iter()
-            .filter_map(|name| {
-                Some(link_name(
-                    name,
-                    nix::net::if_::if_nametoindex(name.as_str()).ok()?,
-                ))
-            })
-            .collect();
-        for entry in fs::read_dir(path.join(LINKS)).context("list the pinned links")? {
-            let entry = entry.context("list the pinned links")?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !kept.contains(&name) {
-                let pin = entry.path();
-                fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
-                tracing::info!(
-                    link = name,
-                    "detached from what is no longer in l4.interfaces"
-                );
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Writes one change to the kernel.
     pub fn apply(&mut self, op: &MapOp) -> anyhow::Result<()> {
         match op {
-            MapOp::SetBackend { id, entry } => self.backends.set(*id, entry, 0)?,
-            MapOp::ClearBackend { id, generation } => {
-                let free = BackendEntry {
-                    generation: *generation,
-                    ..BackendEntry::default()
-                };
-                self.backends.set(*id, free, 0)?;
-                let zero = vec![BackendCounters::default(); self.cpus];
-                self.backend_counters
-                    .set(*id, PerCpuValues::try_from(zero)?, 0)?;
-            }
-            MapOp::SetRing { ring, slots } => {
-                let slots: Box<[u32; RING_SIZE]> = slots
-                    .clone()
-                    .try_into()
-                    .map_err(|_| anyhow::anyhow!("a ring of another size"))?;
-                self.rings.set(
-                    *ring,
-                    Ring {
-                        slots: *slots,
-                        reserved: Default::default(),
-                    },
-                    0,
-                )?;
-            }
-            MapOp::SetVip { key, info } => self.vips.insert(key, info, 0)?,
-            MapOp::RemoveVip { key } => absent_is_fine(self.vips.remove(key))?,
-            MapOp::SetVipAddress { addr, vips: 0 } => {
-                absent_is_fine(self.vip_addresses.remove(addr))?;
-            }
-            MapOp::SetVipAddress { addr, vips } => self.vip_addresses.insert(addr, vips, 0)?,
-            MapOp::SetPrefilter { word, bits } => self.prefilter.set(*word, bits, 0)?,
+            MapOp::SetDnat { in_use } => self.change_settings(|settings| {
+                settings.dnat = u32::from(*in_use);
+            }),
+            op => self.maps.apply(op),
         }
-        Ok(())
     }
 
-    /// What the maps hold: the VIPs, and every backend id that is or was in use.
-    #[expect(
-        clippy::type_complexity,
-        reason = "two lists of pairs, taken apart by the one caller"
-    )]
-    pub fn installed(&self) -> anyhow::Result<(Vec<(VipKey, VipInfo)>, Vec<(u32, BackendEntry)>)> {
-        let vips = self
-            .vips
-            .iter()
-            .collect::<Result<Vec<_>, _>>()
-            .context("read VIPS")?;
-        let mut backends = Vec::new();
-        for id in 1..self.backends.len() {
-            let entry = self.backends.get(&id, 0).context("read BACKENDS")?;
-            if entry.generation != 0 {
-                backends.push((id, entry));
-            }
-        }
-        Ok((vips, backends))
+    /// What the maps hold: all that an earlier agent left.
+    pub fn installed(&self) -> anyhow::Result<Installed> {
+        self.maps.installed(self.settings.dnat != 0)
     }
 
-    /// How many shares [`Self::sweep`] has the flow table in.
-    pub fn sweep_shares(&self) -> u32 {
-        self.buckets.div_ceil(SWEEP_BUCKETS)
+    /// Has one packet in `packets` reported to [`Self::take_events`]; 0: none.
+    pub fn set_sample(&mut self, packets: u32) -> anyhow::Result<()> {
+        self.change_settings(|settings| settings.sample = packets)
     }
 
-    /// Forgets what is over in one share of the flow table and counts the rest for [`Self::flows_of`].
-    pub fn sweep(&mut self, share: u32) -> anyhow::Result<SweepResult> {
-        let request = SweepRequest {
-            first_bucket: share * SWEEP_BUCKETS,
-            ..SweepRequest::default()
-        };
-        self.sweep.set(0, request, 0).context("write SWEEP")?;
-        self.run_program("sweep", &EMPTY_FRAME, 1, None)?;
-        Ok(self.sweep.get(&0, 0).context("read SWEEP")?.result)
+    /// The keys of places in the flow table and in `VIP_HEADS`.
+    pub fn hash_keys(&self) -> &[u64; HASH_WORDS] {
+        &self.settings.hash_keys
     }
 
-    /// The flows of a backend that sweeps have counted since the last call.
-    pub fn flows_of(&mut self, id: u32) -> anyhow::Result<u32> {
-        let flows = self
-            .backend_flows
-            .get(&id, 0)
-            .context("read BACKEND_FLOWS")?;
-        self.backend_flows
-            .set(id, 0, 0)
-            .context("reset BACKEND_FLOWS")?;
-        Ok(flows)
+    /// Length of `VIP_HEADS`, a power of two, less one.
+    pub fn vip_mask(&self) -> u32 {
+        self.settings.vip_mask
     }
 
-    /// Runs the packet program on a frame as if it had just come in, without sending anything.
-    ///
-    /// `repeat` times on the same buffer: only the first of them sees `frame` as it is.
-    pub fn run(&mut self, frame: &[u8], repeat: u32) -> anyhow::Result<Run> {
-        // What a veth's headroom could grow a frame by.
-        let mut out = vec![0; frame.len() + 256];
-        let run = self.run_program("viaduct", frame, repeat, Some(&mut out))?;
-        out.truncate(run.data_size_out as usize);
-        Ok(Run {
-            action: run.return_value,
-            frame: out,
-            nanoseconds: run.duration.as_nanos() as u64,
-        })
-    }
-
-    /// The packet program, for a program array.
-    pub fn packet_program(&mut self) -> anyhow::Result<ProgramFd> {
-        Ok(program(&mut self.ebpf, "viaduct")?.fd()?.try_clone()?)
+    /// One to two.
+    pub fn ticks_per_second(&self) -> f64 {
+        self.clock.ticks_per_second()
     }
 
     /// A reader of the counters, for other threads.
@@ -354,199 +153,50 @@ impl Datapath {
         self.counters.clone()
     }
 
+    /// A reader of the flow table, for other threads.
+    pub fn flows(&self) -> Flows {
+        self.flows.clone()
+    }
+
+    /// The reader of sampled packets. There is one of them: a second call is an error.
+    pub fn take_events(&mut self) -> anyhow::Result<Events> {
+        Events::take(&mut self.ebpf)
+    }
+
+    /// Which programs the kernel took, and why it refused one that layer 4 can do without.
+    pub fn loaded(&self) -> &[Loaded] {
+        &self.loaded
+    }
+
     /// Hands what the programs logged since the last call to this process's log.
     pub fn forward_logs(&mut self) {
         self.logger.flush();
     }
 
-    fn run_program(
-        &mut self,
-        name: &str,
-        frame: &[u8],
-        repeat: u32,
-        out: Option<&mut [u8]>,
-    ) -> anyhow::Result<TestRunResult> {
-        program(&mut self.ebpf, name)?
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: out,
-                repeat,
-                ..TestRunOptions::default()
-            })
-            .with_context(|| format!("run program {name}"))
-    }
-
-    fn attach_new(&mut self, interface: &str, mode: Attach) -> anyhow::Result<(XdpLink, Attached)> {
-        let program = program(&mut self.ebpf, "viaduct")?;
-        let native = |program: &mut Xdp| -> anyhow::Result<XdpLink> {
-            let id = program.attach(interface, XdpMode::Driver)?;
-            Ok(program.take_link(id)?)
-        };
-        let generic = |program: &mut Xdp| -> anyhow::Result<XdpLink> {
-            let id = program.attach(interface, XdpMode::Skb)?;
-            Ok(program.take_link(id)?)
-        };
-        match mode {
-            Attach::Native => {
-                let link = native(program)
-                    .with_context(|| format!("attach XDP to {interface} in native mode"))?;
-                Ok((link, Attached::Native))
-            }
-            Attach::Generic => {
-                let link = generic(program)
-                    .with_context(|| format!("attach XDP to {interface} in generic mode"))?;
-                Ok((link, Attached::Generic))
-            }
-            Attach::Auto => match native(program) {
-                Ok(link) => Ok((link, Attached::Native)),
-                Err(error) => {
-                    tracing::warn!(
-                        interface,
-                        "no native XDP, falling back to generic: {error:#}"
-                    );
-                    let link = generic(program).with_context(|| {
-                        format!("attach XDP to {interface} in native or generic mode")
-                    })?;
-                    Ok((link, Attached::Generic))
-                }
-            },
+    fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) -> anyhow::Result<()> {
+        let mut settings = self.settings;
+        change(&mut settings);
+        if settings != self.settings {
+            self.maps.set_settings(settings)?;
+            self.settings = settings;
         }
-    }
-
-    /// Puts this agent's program into a pinned link; the kernel swaps it between two packets.
-    fn adopt_link(&mut self, pin: &Path) -> anyhow::Result<()> {
-        let link: FdLink = PinnedLink::from_pin(pin).context("open")?.into();
-        let link = XdpLink::try_from(link).context("not an XDP link")?;
-        let program = program(&mut self.ebpf, "viaduct")?;
-        let id = program
-            .attach_to_link(link)
-            .context("replace its program")?;
-        // The pin keeps it; this handle may go.
-        drop(program.take_link(id)?);
         Ok(())
-    }
-
-    fn write_settings(&mut self, options: &Options) -> anyhow::Result<()> {
-        let before = self.settings.get(&0, 0).context("read SETTINGS")?;
-        let fresh = before.layout == 0;
-        ensure!(
-            fresh || before.layout == LAYOUT,
-            "the pinned maps are of layout {}, this viaduct's of {LAYOUT}: run `viaduct detach` \
-             (which ends their flows) and start again",
-            before.layout
-        );
-        let hz = self.jiffies_per_second()?;
-        // About two ticks a second: fine enough for timeouts, coarse enough to write rarely. Times
-        // in an adopted flow table stay in the unit they were taken in.
-        let tick_shift = if fresh {
-            (hz / 2).max(1).ilog2()
-        } else {
-            before.tick_shift
-        };
-        let ticks = |timeout: Duration| {
-            let jiffies = timeout.as_millis() as u64 * u64::from(hz) / 1000;
-            (jiffies >> tick_shift).clamp(1, u64::from(MAX_TICKS)) as u32
-        };
-        let mut timeouts = [0; FlowState::COUNT];
-        for (state, timeout) in [
-            (FlowState::Syn, options.timeouts.tcp_syn),
-            (FlowState::Established, options.timeouts.tcp_established),
-            (FlowState::FinClient, options.timeouts.tcp_established),
-            (FlowState::FinBackend, options.timeouts.tcp_established),
-            (FlowState::Closing, options.timeouts.tcp_closing),
-            (FlowState::Udp, options.timeouts.udp),
-        ] {
-            timeouts[state as usize] = ticks(timeout);
-        }
-        let settings = Settings {
-            // An adopted flow table stays where its keys put it.
-            hash_keys: if fresh {
-                rand::random()
-            } else {
-                before.hash_keys
-            },
-            bucket_mask: self.buckets - 1,
-            tick_shift,
-            timeouts,
-            nat_port_first: options.nat_ports.first,
-            nat_port_count: options.nat_ports.last - options.nat_ports.first + 1,
-            layout: LAYOUT,
-        };
-        self.settings.set(0, settings, 0).context("write SETTINGS")
-    }
-
-    /// CONFIG_HZ, which the kernel tells nobody: from its two clocks, some milliseconds apart.
-    fn jiffies_per_second(&mut self) -> anyhow::Result<u32> {
-        let clock: Array<MapData, ClockSample> = array(&mut self.ebpf, "CLOCK")?;
-        let mut sample = || -> anyhow::Result<ClockSample> {
-            self.run_program("clock", &EMPTY_FRAME, 1, None)?;
-            clock.get(&0, 0).context("read CLOCK")
-        };
-        // From one edge of a jiffy to another, or the count would be off by one.
-        let mut edge = |after: u64| -> anyhow::Result<ClockSample> {
-            loop {
-                let now = sample()?;
-                if now.jiffies > after {
-                    return Ok(now);
-                }
-                std::thread::yield_now();
-            }
-        };
-        let before = edge(0)?;
-        let first = edge(before.jiffies)?;
-        let last = edge(first.jiffies + JIFFIES_COUNTED - 1)?;
-        let per_second = (last.jiffies - first.jiffies) as f64 * 1e9
-            / (last.monotonic_ns - first.monotonic_ns) as f64;
-        // Kernel: kernel/Kconfig.hz.
-        let nearest = [100u32, 250, 300, 1000]
-            .into_iter()
-            .min_by_key(|hz| (f64::from(*hz) - per_second).abs() as u32);
-        nearest.context("no jiffies")
-    }
-}
-
-/// The kernel's counters, readable from any thread.
-#[derive(Clone)]
-pub struct Counters(Arc<CounterMaps>);
-
-struct CounterMaps {
-    verdicts: PerCpuArray<MapData, u64>,
-    backends: PerCpuArray<MapData, BackendCounters>,
-}
-
-impl Counters {
-    /// Packets by verdict, of all CPUs.
-    pub fn verdicts(&self) -> anyhow::Result<Vec<(Verdict, u64)>> {
-        let mut verdicts = Vec::with_capacity(Verdict::ALL.len());
-        for &verdict in Verdict::ALL {
-            let values = self
-                .0
-                .verdicts
-                .get(&(verdict as u32), 0)
-                .context("read VERDICTS")?;
-            verdicts.push((verdict, values.iter().sum()));
-        }
-        Ok(verdicts)
-    }
-
-    /// What one backend's flows moved, on all CPUs.
-    pub fn backend(&self, id: u32) -> anyhow::Result<BackendCounters> {
-        let mut total = BackendCounters::default();
-        for value in self
-            .0
-            .backends
-            .get(&id, 0)
-            .context("read BACKEND_COUNTERS")?
-            .iter()
-        {
-            total += *value;
-        }
-        Ok(total)
     }
 }
 
 /// The kernel says only "operation not permitted"; this says what is missing.
 fn check_capabilities() -> anyhow::Result<()> {
+    let missing = missing_capabilities()?;
+    ensure!(
+        missing.is_empty(),
+        "missing {}: run as root, or grant them (AmbientCapabilities= in a systemd unit)",
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+/// The capabilities that layer 4 needs and this process does not have.
+pub fn missing_capabilities() -> anyhow::Result<Vec<&'static str>> {
     // Kernel: include/uapi/linux/capability.h. CAP_SYS_ADMIN stands in for the first two.
     const BPF: u32 = 39;
     const PERFMON: u32 = 38;
@@ -559,87 +209,32 @@ fn check_capabilities() -> anyhow::Result<()> {
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .context("no CapEff in /proc/self/status")?;
     let has = |capability: u32| effective >> capability & 1 == 1;
-    let missing: Vec<&str> = [
+    let needed = [
         ("CAP_BPF", has(BPF) || has(SYS_ADMIN)),
         ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
         ("CAP_NET_ADMIN", has(NET_ADMIN)),
-    ]
-    .into_iter()
-    .filter_map(|(name, has)| (!has).then_some(name))
-    .collect();
-    ensure!(
-        missing.is_empty(),
-        "missing {}: run as root, or grant them (AmbientCapabilities= in a systemd unit)",
-        missing.join(", ")
-    );
-    Ok(())
+    ];
+    let missing = needed.into_iter().filter(|(_, has)| !has);
+    Ok(missing.map(|(name, _)| name).collect())
 }
 
-fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
-    match removed {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error))
-            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
-        {
-            Ok(())
-        }
-        other => other,
-    }
-}
-
-/// A pinned map that another version or another configuration made would be misread.
-fn check_pinned(pin: &Path, name: &str, size: Option<u32>) -> anyhow::Result<()> {
-    if !pin.exists() {
-        return Ok(());
-    }
-    let info = MapInfo::from_pin(pin).with_context(|| format!("open {}", pin.display()))?;
-    let value_len = match name {
-        "SETTINGS" => size_of::<Settings>(),
-        "VIPS" => size_of::<VipInfo>(),
-        "RINGS" => size_of::<Ring>(),
-        "BACKENDS" => size_of::<BackendEntry>(),
-        "BACKEND_COUNTERS" => size_of::<BackendCounters>(),
-        "FLOW_SLOTS" | "FLOWS" | "RETURNS" => 64,
-        "VIP_ADDRESSES" => size_of::<u32>(),
-        _ => size_of::<u64>(),
-    };
-    let entries = info.max_entries();
-    if info.value_size() as usize != value_len || size.is_some_and(|size| size != entries) {
-        bail!(
-            "the pinned map {} has {entries} entries of {} octets, not {} of {value_len}: \
-             undo the change of l4.limits, or run `viaduct detach` (which ends its flows) and start again",
-            pin.display(),
-            info.value_size(),
-            size.unwrap_or(entries),
-        );
-    }
-    Ok(())
-}
-
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
-    let program = ebpf
-        .program_mut(name)
-        .with_context(|| format!("no program {name}"))?;
-    program
-        .try_into()
-        .with_context(|| format!("{name} is no XDP program"))
-}
-
-fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
+fn take(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
     ebpf.take_map(name)
         .with_context(|| format!("no map {name}"))
 }
 
-/// A second descriptor of a map, for another thread.
-fn reopen(ebpf: &Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
-    let Some(aya::maps::Map::PerCpuArray(map)) = ebpf.map(name) else {
-        bail!("no per-CPU array {name}");
-    };
-    let fd = map.fd().as_fd().try_clone_to_owned()?;
-    let map = MapData::from_fd(fd).with_context(|| format!("open {name} again"))?;
-    Ok(aya::maps::Map::PerCpuArray(map))
-}
-
 fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Array<MapData, V>> {
     Array::try_from(take(ebpf, name)?).with_context(|| format!("map {name}"))
+}
+
+/// A second descriptor of an array, for another thread.
+fn reopen(ebpf: &Ebpf, name: &str) -> anyhow::Result<Map> {
+    let (data, wrap): (&MapData, fn(MapData) -> Map) = match ebpf.map(name) {
+        Some(Map::Array(map)) => (map, Map::Array),
+        Some(Map::PerCpuArray(map)) => (map, Map::PerCpuArray),
+        _ => bail!("no array {name}"),
+    };
+    let fd = data.fd().as_fd().try_clone_to_owned()?;
+    let data = MapData::from_fd(fd).with_context(|| format!("open {name} again"))?;
+    Ok(wrap(data))
 }

@@ -1,10 +1,11 @@
 //! How a frame reaches a backend: kept by the agent so that no packet asks.
 //!
 //! One task listens to rtnetlink and answers for every watched backend with an
-//! [`Event::NextHop`] whenever the answer changes: which interface, which hardware addresses, and which
-//! address of the gateway the backend will see. The kernel resolves and refreshes the neighbours
-//! (`NTF_EXT_MANAGED`, Linux 5.16), since XDP cannot send ARP requests of its own. Entries that an
-//! administrator made permanent are used and left alone.
+//! [`Event::NextHop`] whenever the answer changes: which interface and VLAN, which hardware addresses,
+//! which address of the gateway the backend will see, and how large a packet may be. The kernel resolves
+//! and refreshes the neighbours (`NTF_EXT_MANAGED`, Linux 5.16), since XDP cannot ask by ARP or
+//! neighbour discovery of its own. Entries that an administrator made permanent are used and left alone.
+//! That interfaces came, went or have other names is told with [`Event::Interfaces`].
 //!
 //! rtnetlink may lose notifications under load and says so; the task then reads everything again. It
 //! holds one entry for each watched backend and for each interface and neighbour of the host; the
@@ -12,37 +13,47 @@
 //! task, which runs on the same thread, has read of it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use anyhow::Context;
 use futures_channel::mpsc::UnboundedReceiver;
 use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
     NeighbourState,
 };
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType, RouteVia,
+};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::event::Event;
+use crate::l4::interface::Interface;
 
 /// The way to one backend address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NextHop {
+    /// The device that frames leave by; for a VLAN the one below.
     pub ifindex: u32,
     /// The device's own address on the wire.
     pub source_mac: [u8; 6],
     /// The backend's, or that of the router in front of it.
     pub destination_mac: [u8; 6],
-    /// The gateway's address that the backend sees in `nat` mode.
+    /// The gateway's address that the backend sees in `nat` mode and on outer headers.
     pub source: IpAddr,
+    /// Octets behind the Ethernet header: the lesser of the route's and the device's.
+    pub mtu: u16,
+    /// VLAN identifier to send with (IEEE 802.1Q-2022, §9.6); 0: untagged.
+    pub vlan: u16,
+    /// Whether no router is in between.
+    pub on_link: bool,
 }
 
 /// Routes change in bursts; all watched backends are looked up again this long after the first.
@@ -50,6 +61,9 @@ const ROUTE_SETTLE: Duration = Duration::from_millis(50);
 
 /// Between two attempts at opening the socket anew.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+
+/// Marks the neighbours that this program made (`NDA_PROTOCOL`; of the numbers that nobody has).
+const NEIGHBOUR_PROTOCOL: RouteProtocol = RouteProtocol::Other(0xd7);
 
 /// Tells the task what to watch. Dropping it ends the task.
 pub struct Watcher {
@@ -74,7 +88,8 @@ impl Watcher {
             handle: connection.handle,
             inbox,
             watched: HashMap::new(),
-            links: HashMap::new(),
+            interfaces: HashMap::new(),
+            interfaces_told: false,
             neighbours: HashMap::new(),
             managed: HashSet::new(),
         };
@@ -111,6 +126,7 @@ impl Connection {
             MulticastGroup::Link,
             MulticastGroup::Neigh,
             MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
         ];
         let (connection, handle, messages) =
             rtnetlink::new_multicast_connection(&groups).context("open a rtnetlink socket")?;
@@ -123,8 +139,9 @@ struct Task {
     handle: Handle,
     inbox: mpsc::Sender<Event>,
     watched: HashMap<IpAddr, Watched>,
-    /// Hardware address by interface index.
-    links: HashMap<u32, [u8; 6]>,
+    interfaces: HashMap<u32, Interface>,
+    /// Whether the agent has heard of the interfaces as they are.
+    interfaces_told: bool,
     /// By interface index and protocol address, while the kernel holds it valid.
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Neighbours that the kernel keeps resolved at our request.
@@ -150,6 +167,8 @@ struct Route {
     /// Whose hardware address the frame needs: the router's, or the backend's own.
     neighbour: IpAddr,
     source: IpAddr,
+    /// Of the route alone.
+    mtu: Option<u32>,
 }
 
 impl Task {
@@ -185,6 +204,7 @@ impl Task {
                 },
                 () = settle => {
                     routes_changed = None;
+                    self.tell_of_interfaces().await;
                     self.resolve_all().await;
                 }
             }
@@ -209,18 +229,20 @@ impl Task {
 
     /// Reads interfaces and neighbours anew and resolves every watched backend.
     async fn read_all(&mut self) {
-        self.links.clear();
+        self.interfaces.clear();
+        self.interfaces_told = false;
         self.neighbours.clear();
-        if let Err(error) = self.read_links_and_neighbours().await {
+        if let Err(error) = self.read_interfaces_and_neighbours().await {
             tracing::error!("read interfaces and neighbours: {error}");
         }
+        self.tell_of_interfaces().await;
         self.resolve_all().await;
     }
 
-    async fn read_links_and_neighbours(&mut self) -> Result<(), rtnetlink::Error> {
+    async fn read_interfaces_and_neighbours(&mut self) -> Result<(), rtnetlink::Error> {
         let mut links = self.handle.link().get().execute();
         while let Some(link) = links.try_next().await? {
-            self.note_link(&link);
+            self.note_interface(&link);
         }
         let mut neighbours = self.handle.neighbours().get().execute();
         while let Some(neighbour) = neighbours.try_next().await? {
@@ -245,12 +267,19 @@ impl Task {
                 // Flushed, or gone with the carrier: whoever uses it asks for it again.
                 true
             }
+            // Of a bridge's port, not of the device.
+            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)
+                if link.header.interface_family == AddressFamily::Bridge =>
+            {
+                false
+            }
             RouteNetlinkMessage::NewLink(link) => {
-                self.note_link(&link);
+                self.note_interface(&link);
                 true
             }
             RouteNetlinkMessage::DelLink(link) => {
-                self.links.remove(&link.header.index);
+                self.interfaces.remove(&link.header.index);
+                self.interfaces_told = false;
                 true
             }
             RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_) => true,
@@ -258,13 +287,20 @@ impl Task {
         }
     }
 
-    fn note_link(&mut self, link: &LinkMessage) {
-        for attribute in &link.attributes {
-            if let LinkAttribute::Address(address) = attribute
-                && let Ok(mac) = address.as_slice().try_into()
-            {
-                self.links.insert(link.header.index, mac);
-            }
+    fn note_interface(&mut self, link: &LinkMessage) {
+        let interface = Interface::read(link);
+        let before = self.interfaces.get(&interface.index);
+        if before.map(|before| (&before.name, before.up)) != Some((&interface.name, interface.up)) {
+            self.interfaces_told = false;
+        }
+        self.interfaces.insert(interface.index, interface);
+    }
+
+    async fn tell_of_interfaces(&mut self) {
+        if !self.interfaces_told {
+            self.interfaces_told = true;
+            // As in `tell`.
+            let _ = self.inbox.send(Event::Interfaces).await;
         }
     }
 
@@ -361,12 +397,8 @@ impl Task {
             return;
         };
         let next_hop = watched.route.and_then(|route| {
-            Some(NextHop {
-                ifindex: route.ifindex,
-                source_mac: *self.links.get(&route.ifindex)?,
-                destination_mac: self.neighbours.get(&route.neighbour_key())?.mac,
-                source: route.source,
-            })
+            let neighbour = self.neighbours.get(&route.neighbour_key())?;
+            next_hop(backend, route, neighbour.mac, &self.interfaces)
         });
         if watched.told == next_hop {
             return;
@@ -378,12 +410,14 @@ impl Task {
 
     /// What `ip route get` says; `None` for an address of this host itself.
     async fn route_to(&self, backend: IpAddr) -> anyhow::Result<Option<Route>> {
-        let IpAddr::V4(v4) = backend else {
-            return Ok(None);
+        let request = match backend {
+            IpAddr::V4(v4) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(v4, 32)
+                .build(),
+            IpAddr::V6(v6) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(v6, 128)
+                .build(),
         };
-        let request = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(v4, 32)
-            .build();
         let mut answers = std::pin::pin!(self.handle.route().get(request).execute());
         let answer = answers.try_next().await?.context("an empty answer")?;
         // The requests that follow wait for this one's stream to end.
@@ -408,8 +442,10 @@ impl Task {
             .state(NeighbourState::None)
             .flags(NeighbourFlags::ExtLearned)
             .replace();
-        let managed = NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed);
-        request.message_mut().attributes.push(managed);
+        request.message_mut().attributes.extend([
+            NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed),
+            NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL),
+        ]);
         request.execute().await?;
         self.managed.insert(key);
         Ok(())
@@ -459,12 +495,21 @@ fn read_route(answer: &RouteMessage, backend: IpAddr) -> Option<Route> {
     if answer.header.kind != RouteType::Unicast {
         return None;
     }
-    let (mut ifindex, mut neighbour, mut source) = (None, backend, None);
+    let (mut ifindex, mut neighbour, mut source, mut mtu) = (None, backend, None, None);
     for attribute in &answer.attributes {
         match attribute {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
-            RouteAttribute::Gateway(RouteAddress::Inet(v4)) => neighbour = IpAddr::V4(*v4),
-            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => source = Some(IpAddr::V4(*v4)),
+            RouteAttribute::Gateway(gateway) => neighbour = address(gateway)?,
+            // Of the other family (RFC 5549).
+            RouteAttribute::Via(RouteVia::Inet(gateway)) => neighbour = IpAddr::V4(*gateway),
+            RouteAttribute::Via(RouteVia::Inet6(gateway)) => neighbour = IpAddr::V6(*gateway),
+            RouteAttribute::PrefSource(preferred) => source = address(preferred),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
             _ => {}
         }
     }
@@ -472,5 +517,74 @@ fn read_route(answer: &RouteMessage, backend: IpAddr) -> Option<Route> {
         ifindex: ifindex?,
         neighbour,
         source: source?,
+        mtu,
     })
 }
+
+fn address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    }
+}
+
+/// `None` if a frame with one VLAN tag, or none, cannot get there.
+fn next_hop(
+    backend: IpAddr,
+    route: Route,
+    destination_mac: [u8; 6],
+    interfaces: &HashMap<u32, Interface>,
+) -> Option<NextHop> {
+    let device = interfaces.get(&route.ifindex)?;
+    let (ifindex, vlan) = match device.vlan {
+        None => (device.index, 0),
+        Some(vlan) => {
+            let lower = interfaces.get(&device.lower?)?;
+            if lower.vlan.is_some() {
+                return None;
+            }
+            (lower.index, vlan)
+        }
+    };
+    let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
+    Some(NextHop {
+        ifindex,
+        source_mac: device.mac?,
+        destination_mac,
+        source: route.source,
+        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        vlan,
+        on_link: route.neighbour == backend,
+    })
+}
+
+/// Gives all neighbours that this program made back to the kernel's own ageing. Says how many.
+///
+/// # Errors
+/// rtnetlink does not answer.
+pub async fn release_neighbours() -> anyhow::Result<usize> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("open a rtnetlink socket")?;
+    let connection = tokio::spawn(connection);
+    let mut neighbours = Vec::new();
+    let mut answers = handle.neighbours().get().execute();
+    while let Some(neighbour) = answers.try_next().await.context("read neighbours")? {
+        let ours = NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL);
+        if neighbour.attributes.contains(&ours) {
+            neighbours.push(neighbour);
+        }
+    }
+    let mut released = 0;
+    for neighbour in neighbours {
+        match handle.neighbours().del(neighbour).execute().await {
+            Ok(()) => released += 1,
+            // Gone meanwhile.
+            Err(error) => tracing::debug!("release a neighbour: {error}"),
+        }
+    }
+    connection.abort();
+    Ok(released)
+}
+
+#[cfg(test)]
+mod tests;

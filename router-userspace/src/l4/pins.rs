@@ -1,22 +1,33 @@
 //! Where layer 4 pins its maps and links: the folder, its names, and its end.
 
+use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-/// Where links are pinned, below the pin path.
-pub(super) const LINKS: &str = "links";
+use crate::l4::datapath::{Hook, release};
 
-/// Removes every pinned link and map below `pin_path`, which detaches the programs. Says how many.
+/// Where links are pinned, below the pin path.
+const LINKS: &str = "links";
+
+/// Removes every trace of layer 4: links and filters first, which takes the programs off their
+/// interfaces, then the maps. Says how many pins there were.
+///
+/// # Errors
+/// Names what could not be removed; the rest is left as it is.
 pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
     if !pin_path.exists() {
         return Ok(0);
     }
     let mut removed = 0;
-    let links = pin_path.join(LINKS);
-    for dir in [links.as_path(), pin_path] {
+    for pin in links(pin_path)? {
+        release(&pin)?;
+        removed += 1;
+    }
+    for dir in [pin_path.join(LINKS).as_path(), pin_path] {
         let Ok(entries) = fs::read_dir(dir) else {
             continue;
         };
@@ -56,13 +67,93 @@ pub(super) fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name of a link's pin: the interface's name and index, since a name may pass to another device.
-pub(super) fn link_name(interface: &str, ifindex: u32) -> String {
-    // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`), VLAN devices have them,
-    // and no interface has a colon.
-    format!("{}:{ifindex}", interface.replace('.', ":"))
+pub fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
-fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+/// A pinned link, or, of a hook whose link cannot be pinned, the pinned program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkPin {
+    pub path: PathBuf,
+    pub ifindex: u32,
+    pub hook: Hook,
+}
+
+impl LinkPin {
+    pub(super) fn new(pin_path: &Path, interface: &str, ifindex: u32, hook: Hook) -> LinkPin {
+        // bpffs refuses dots in names (kernel: kernel/bpf/inode.c, `bpf_lookup`), VLAN devices have
+        // them, and no interface has a colon. A name may pass to another device, an index does not.
+        let name = format!("{}:{ifindex}:{hook}", interface.replace('.', ":"));
+        LinkPin {
+            path: pin_path.join(LINKS).join(name),
+            ifindex,
+            hook,
+        }
+    }
+
+    fn read(path: PathBuf) -> Option<LinkPin> {
+        let name = path.file_name()?.to_str()?;
+        let mut parts = name.rsplitn(3, ':');
+        let hook = parts.next()?.parse().ok()?;
+        let ifindex = parts.next()?.parse().ok()?;
+        parts.next()?;
+        Some(LinkPin {
+            path,
+            ifindex,
+            hook,
+        })
+    }
+}
+
+/// The pinned links. What has another name there is not ours.
+pub(super) fn links(pin_path: &Path) -> anyhow::Result<Vec<LinkPin>> {
+    let dir = pin_path.join(LINKS);
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut links = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))? {
+        let entry = entry.with_context(|| format!("list {}", dir.display()))?;
+        links.extend(LinkPin::read(entry.path()));
+    }
+    Ok(links)
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Hook::Native => "native",
+            Hook::Generic => "generic",
+            Hook::Tcx => "tcx",
+            Hook::Clsact => "clsact",
+        })
+    }
+}
+
+impl FromStr for Hook {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Hook, ()> {
+        [Hook::Native, Hook::Generic, Hook::Tcx, Hook::Clsact]
+            .into_iter()
+            .find(|hook| hook.to_string() == text)
+            .ok_or(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_pin_says_what_is_pinned() {
+        for (interface, name) in [("eth0", "eth0:7:tcx"), ("eth0.100", "eth0:100:7:tcx")] {
+            let pin = LinkPin::new(Path::new("/pins"), interface, 7, Hook::Tcx);
+            assert_eq!(pin.path, Path::new("/pins/links").join(name));
+            assert_eq!(LinkPin::read(pin.path.clone()), Some(pin));
+        }
+        for name in ["eth0", "eth0:7", "eth0:7:other", "eth0:x:native"] {
+            assert_eq!(LinkPin::read(Path::new("/pins/links").join(name)), None);
+        }
+    }
 }

@@ -124,6 +124,18 @@ pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyho
         .with_context(|| format!("publish {subject} to {servers}"))
 }
 
+/// Connects to a server, and says which version it is of.
+///
+/// # Errors
+/// None answers, or it refuses.
+pub async fn reach(config: &NatsConfig) -> anyhow::Result<String> {
+    let (events, _) = mpsc::channel(CLIENT_EVENTS);
+    let options = options(config, events).await?;
+    let client = options.connect(&config.servers[..]).await;
+    let client = client.with_context(|| format!("connect to {}", config.servers.join(", ")))?;
+    Ok(client.server_info().version)
+}
+
 /// Checks all that can be checked without a server, but the certificate files.
 ///
 /// # Errors

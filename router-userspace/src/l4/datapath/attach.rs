@@ -1,0 +1,516 @@
+//! Puts the packet program on interfaces, and keeps it there.
+//!
+//! [`choose`] decides how by what kind of device it is; the rest does it. Links are pinned, and an agent
+//! that starts puts its own program into the links it finds, which the kernel swaps between two
+//! packets. [`Datapath::follow_interfaces`] brings the links in line with the interfaces that there
+//! are: at the start, and whenever rtnetlink tells of a change.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
+use aya::programs::tc;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
+use aya::programs::xdp::{XdpLink, XdpMode};
+
+use super::{Datapath, programs};
+use crate::config::Attach;
+use crate::l4::clsact;
+use crate::l4::interface::Interface;
+use crate::l4::pins::{self, LinkPin};
+
+/// Of our filter where links are not to be had; by these it is found again. Lower priorities run
+/// first, and the kernel gives out handles from 1.
+const FILTER_PRIORITY: u16 = 1;
+const FILTER_HANDLE: TcHandle = TcHandle::new(0x7664, 1);
+/// How long the kernel may take to let go of a device once the last reference to a link is gone.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Where in the kernel the program sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP in the driver.
+    Native,
+    /// XDP on socket buffers: several times as costly.
+    Generic,
+    /// A link at tc's ingress (Linux 6.6).
+    Tcx,
+    /// A filter of the clsact queueing discipline, where the kernel has no tcx.
+    Clsact,
+}
+
+impl Hook {
+    fn is_xdp(self) -> bool {
+        matches!(self, Hook::Native | Hook::Generic)
+    }
+}
+
+/// How the program came to sit on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attached {
+    pub hook: Hook,
+    /// Of the device: that of the interface, or of the one below a VLAN.
+    pub ifindex: u32,
+    /// An earlier agent's, with this agent's program in it.
+    pub adopted: bool,
+}
+
+/// The hooks to try on a kind of device, the best one first, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    pub hooks: &'static [Hook],
+    pub reason: &'static str,
+}
+
+/// What `l4.attach` amounts to on a device.
+pub fn choose(attach: Attach, device: &Interface) -> Choice {
+    match attach {
+        Attach::Native => Choice {
+            hooks: &[Hook::Native],
+            reason: "configured",
+        },
+        Attach::Generic => Choice {
+            hooks: &[Hook::Generic],
+            reason: "configured",
+        },
+        Attach::Tcx => Choice {
+            hooks: &[Hook::Tcx, Hook::Clsact],
+            reason: "configured",
+        },
+        Attach::Auto => match device.kind.as_deref() {
+            _ if device.loopback => SOCKET_BUFFERS,
+            None | Some("bond" | "team" | "dsa") => Choice {
+                hooks: &[Hook::Native, Hook::Generic],
+                reason: "a network card: its frames are whole",
+            },
+            Some(_) => SOCKET_BUFFERS,
+        },
+    }
+}
+
+const SOCKET_BUFFERS: Choice = Choice {
+    hooks: &[Hook::Tcx, Hook::Clsact, Hook::Generic],
+    reason: "a device of software: frames of this host may lack checksums and be large \
+             (native XDP would lose the mark that says so)",
+};
+
+/// The links of this process, and which device each configured interface was.
+#[derive(Default)]
+pub(super) struct Attachments {
+    /// Held while nothing is pinned: dropping a link detaches it.
+    held: Vec<Held>,
+    attached: BTreeMap<String, Attached>,
+}
+
+#[expect(
+    dead_code,
+    reason = "held, never looked at: dropping a link detaches it"
+)]
+enum Held {
+    Xdp(XdpLink),
+    Classifier(SchedClassifierLink),
+}
+
+impl Datapath {
+    /// Attaches to every one of these interfaces, and detaches from all others on which an earlier
+    /// agent may have left its program.
+    ///
+    /// # Errors
+    /// Names the interface that is not there or that the kernel refuses.
+    pub fn attach_all(&mut self, interfaces: &[String], mode: Attach) -> anyhow::Result<()> {
+        for interface in interfaces {
+            self.attach(interface, mode)
+                .with_context(|| format!("l4.interfaces: {interface}"))?;
+        }
+        self.release_others()
+    }
+
+    /// Attaches to an interface, or takes over the link an earlier agent pinned.
+    pub fn attach(&mut self, interface: &str, mode: Attach) -> anyhow::Result<Attached> {
+        let device = device_of(interface, mode)?;
+        let choice = choose(mode, &device);
+        let attached = self.attach_device(&device, choice.hooks)?;
+        tracing::info!(
+            interface,
+            device = device.name,
+            hook = %attached.hook,
+            adopted = attached.adopted,
+            reason = choice.reason,
+            "attached"
+        );
+        self.attachments
+            .attached
+            .insert(interface.to_owned(), attached);
+        Ok(attached)
+    }
+
+    /// Attaches to interfaces that came or were replaced, and lets go of what is gone. Called
+    /// whenever an interface came, went, or has another name.
+    pub fn follow_interfaces(&mut self, interfaces: &[String], mode: Attach) {
+        for interface in interfaces {
+            let before = self.attachments.attached.get(interface).copied();
+            let device = device_of(interface, mode).ok();
+            match (before, device) {
+                (Some(before), Some(device)) if before.ifindex == device.index => {}
+                (_, Some(_)) => {
+                    if let Err(error) = self.attach(interface, mode) {
+                        tracing::error!(interface, "not attached: {error:#}");
+                        self.attachments.attached.remove(interface);
+                    }
+                }
+                (Some(_), None) => {
+                    tracing::warn!(
+                        interface,
+                        "the interface is gone; waiting for it to come back"
+                    );
+                    self.attachments.attached.remove(interface);
+                }
+                (None, None) => {}
+            }
+        }
+        if let Err(error) = self.release_others() {
+            tracing::error!("let go of an interface: {error:#}");
+        }
+    }
+
+    /// Releases the pinned links of devices that no configured interface is.
+    fn release_others(&self) -> anyhow::Result<()> {
+        let Some(path) = &self.pin_path else {
+            return Ok(());
+        };
+        for pin in pins::links(path)? {
+            let mut attached = self.attachments.attached.values();
+            if !attached.any(|attached| attached.ifindex == pin.ifindex) {
+                release(&pin)?;
+                tracing::info!(link = %pin.path.display(), "detached");
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_device(&mut self, device: &Interface, hooks: &[Hook]) -> anyhow::Result<Attached> {
+        let pinned = self.pins_of(device)?;
+        let released = self.make_way(device, hooks, &pinned)?;
+        // The kernel may take a moment to let go.
+        let patience = if released {
+            RELEASE_PATIENCE
+        } else {
+            Duration::ZERO
+        };
+        let mut refused = Vec::new();
+        for &hook in hooks {
+            let pin = pinned.iter().find(|pin| pin.hook == hook);
+            let adopted = pin.is_some_and(|pin| self.adopted(device, pin));
+            if !adopted && let Err(error) = self.attach_new(device, hook, patience) {
+                tracing::debug!(device = device.name, %hook, "refused: {error:#}");
+                refused.push(format!("{hook}: {error:#}"));
+                continue;
+            }
+            if !refused.is_empty() && hook == Hook::Generic {
+                let refused = refused.join("; ");
+                tracing::warn!(
+                    device = device.name,
+                    refused,
+                    "generic XDP, several times as costly"
+                );
+            }
+            // Two hooks of one device do no harm: whom the first forwards, the second never sees.
+            for other in self.pins_of(device)?.iter().filter(|pin| pin.hook != hook) {
+                release(other)?;
+            }
+            return Ok(Attached {
+                hook,
+                ifindex: device.index,
+                adopted,
+            });
+        }
+        bail!("attach to {}: {}", device.name, refused.join("; "))
+    }
+
+    /// Makes way for another mode of XDP, of which a device takes one at a time: the classifier
+    /// carries the packets in between. True if something was released.
+    fn make_way(
+        &mut self,
+        device: &Interface,
+        hooks: &[Hook],
+        pinned: &[LinkPin],
+    ) -> anyhow::Result<bool> {
+        let Some(old) = pinned.iter().find(|pin| pin.hook.is_xdp()) else {
+            return Ok(false);
+        };
+        if !hooks[0].is_xdp() || hooks.contains(&old.hook) {
+            return Ok(false);
+        }
+        let carried = [Hook::Tcx, Hook::Clsact].into_iter().any(|hook| {
+            pinned.iter().any(|pin| pin.hook == hook)
+                || self.attach_new(device, hook, Duration::ZERO).is_ok()
+        });
+        if !carried {
+            tracing::warn!(
+                device = device.name,
+                "packets pass by until XDP is attached anew"
+            );
+        }
+        release(old)?;
+        Ok(true)
+    }
+
+    fn pins_of(&self, device: &Interface) -> anyhow::Result<Vec<LinkPin>> {
+        let Some(path) = &self.pin_path else {
+            return Ok(Vec::new());
+        };
+        let mut pins = pins::links(path)?;
+        pins.retain(|pin| pin.ifindex == device.index);
+        Ok(pins)
+    }
+
+    /// Puts this agent's program into a pinned link; the kernel swaps it between two packets. A link
+    /// that is of no use is removed.
+    fn adopted(&mut self, device: &Interface, pin: &LinkPin) -> bool {
+        let done = match pin.hook {
+            Hook::Native | Hook::Generic => self.adopt_xdp(pin),
+            Hook::Tcx => self.adopt_tcx(pin),
+            Hook::Clsact => self.adopt_filter(device, pin),
+        };
+        // Its device is gone and another has its index, or somebody removed the filter.
+        let Err(error) = done else { return true };
+        tracing::info!(link = %pin.path.display(), "the pinned link is of no use: {error:#}");
+        if let Err(error) = fs::remove_file(&pin.path) {
+            tracing::warn!("remove {}: {error}", pin.path.display());
+        }
+        false
+    }
+
+    fn adopt_xdp(&mut self, pin: &LinkPin) -> anyhow::Result<()> {
+        let link: FdLink = PinnedLink::from_pin(&pin.path).context("open")?.into();
+        let link = XdpLink::try_from(link).context("not an XDP link")?;
+        let program = programs::xdp(&mut self.ebpf, programs::PACKETS)?;
+        let id = program
+            .attach_to_link(link)
+            .context("replace its program")?;
+        // The pin keeps it; this handle may go.
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    fn adopt_tcx(&mut self, pin: &LinkPin) -> anyhow::Result<()> {
+        let link: FdLink = PinnedLink::from_pin(&pin.path).context("open")?.into();
+        let link = SchedClassifierLink::try_from(link).context("not a tcx link")?;
+        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        let id = program
+            .attach_to_link(link)
+            .context("replace its program")?;
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    fn adopt_filter(&mut self, device: &Interface, pin: &LinkPin) -> anyhow::Result<()> {
+        let link = filter_on(&device.name)?;
+        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        let id = program
+            .attach_to_link(link)
+            .context("replace its program")?;
+        // Dropped, it would remove the filter.
+        std::mem::forget(program.take_link(id)?);
+        fs::remove_file(&pin.path).with_context(|| format!("remove {}", pin.path.display()))?;
+        program.pin(&pin.path).context("pin the program")
+    }
+
+    fn attach_new(
+        &mut self,
+        device: &Interface,
+        hook: Hook,
+        patience: Duration,
+    ) -> anyhow::Result<()> {
+        let pin = self
+            .pin_path
+            .as_ref()
+            .map(|path| LinkPin::new(path, &device.name, device.index, hook));
+        match hook {
+            Hook::Native => self.attach_xdp(device, XdpMode::Driver, patience, pin),
+            Hook::Generic => self.attach_xdp(device, XdpMode::Skb, patience, pin),
+            Hook::Tcx => self.attach_tcx(device, pin),
+            Hook::Clsact => self.attach_filter(device, pin),
+        }
+    }
+
+    fn attach_xdp(
+        &mut self,
+        device: &Interface,
+        mode: XdpMode,
+        patience: Duration,
+        pin: Option<LinkPin>,
+    ) -> anyhow::Result<()> {
+        let program = programs::xdp(&mut self.ebpf, programs::PACKETS)?;
+        let begun = Instant::now();
+        let id = loop {
+            match program.attach_to_if_index(device.index, mode) {
+                Ok(id) => break id,
+                Err(error) if is_busy(&error) && begun.elapsed() < patience => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let link = program.take_link(id)?;
+        match pin {
+            Some(pin) => keep(link.try_into().context("no link to pin")?, &pin)?,
+            None => self.attachments.held.push(Held::Xdp(link)),
+        }
+        Ok(())
+    }
+
+    fn attach_tcx(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
+        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        let id = program.attach_with_options(
+            &device.name,
+            TcAttachType::Ingress,
+            TcAttachOptions::TcxOrder(LinkOrder::default()),
+        )?;
+        let link = program.take_link(id)?;
+        match pin {
+            Some(pin) => keep(link.try_into().context("no link to pin")?, &pin)?,
+            None => self.attachments.held.push(Held::Classifier(link)),
+        }
+        Ok(())
+    }
+
+    /// The filter outlives the process by itself; pinning the program notes that it is ours.
+    fn attach_filter(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
+        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        // There may be one already; the filter tells whether there is.
+        let qdisc = tc::qdisc_add_clsact(&device.name);
+        let filter = NlOptions {
+            priority: FILTER_PRIORITY,
+            handle: FILTER_HANDLE,
+            classid: None,
+        };
+        let attached = program.attach_with_options(
+            &device.name,
+            TcAttachType::Ingress,
+            TcAttachOptions::Netlink(filter),
+        );
+        let id = match (attached, qdisc) {
+            (Ok(id), _) => id,
+            (Err(error), Ok(())) => return Err(error.into()),
+            (Err(error), Err(qdisc)) => bail!("{error}; add the clsact qdisc: {qdisc}"),
+        };
+        let link = program.take_link(id)?;
+        match pin {
+            Some(pin) => {
+                std::mem::forget(link);
+                program.pin(&pin.path).context("pin the program")?;
+            }
+            None => self.attachments.held.push(Held::Classifier(link)),
+        }
+        Ok(())
+    }
+}
+
+/// Takes a program off its device: removes the filter if it is one, and the pin.
+pub(in crate::l4) fn release(pin: &LinkPin) -> anyhow::Result<()> {
+    if pin.hook == Hook::Clsact
+        && let Ok(device) = Interface::indexed(pin.ifindex)
+    {
+        // Dropped, it removes the filter, if nobody has yet.
+        drop(filter_on(&device.name)?);
+        if let Err(error) = clsact::remove_if_empty(device.index) {
+            tracing::debug!(device = device.name, "clsact stays: {error:#}");
+        }
+    }
+    // Unlike the file system, a descriptor lets go at once.
+    let link = PinnedLink::from_pin(&pin.path);
+    fs::remove_file(&pin.path).with_context(|| format!("remove {}", pin.path.display()))?;
+    drop(link);
+    Ok(())
+}
+
+/// The device to attach to: below a VLAN's is the one whose frames have the tag, which the programs
+/// read themselves, unless a classifier is asked for.
+pub fn device_of(interface: &str, mode: Attach) -> anyhow::Result<Interface> {
+    let mut device = Interface::named(interface)?;
+    while mode != Attach::Tcx && device.kind.as_deref() == Some("vlan") {
+        let lower = device
+            .lower
+            .context("a VLAN of another namespace's device")?;
+        device = Interface::indexed(lower)?;
+    }
+    Ok(device)
+}
+
+fn keep(link: FdLink, pin: &LinkPin) -> anyhow::Result<()> {
+    link.pin(&pin.path)
+        .with_context(|| format!("pin {}", pin.path.display()))?;
+    Ok(())
+}
+
+fn filter_on(interface: &str) -> anyhow::Result<SchedClassifierLink> {
+    SchedClassifierLink::attached(
+        interface,
+        TcAttachType::Ingress,
+        FILTER_PRIORITY,
+        FILTER_HANDLE,
+        None,
+    )
+    .with_context(|| format!("find the filter on {interface}"))
+}
+
+/// The kernel's EBUSY, or EEXIST for the other mode.
+fn is_busy(error: &aya::programs::ProgramError) -> bool {
+    use nix::errno::Errno;
+
+    let aya::programs::ProgramError::SyscallError(error) = error else {
+        return false;
+    };
+    [Errno::EBUSY, Errno::EEXIST]
+        .into_iter()
+        .any(|errno| error.io_error.raw_os_error() == Some(errno as i32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hooks(attach: Attach, kind: Option<&str>) -> &'static [Hook] {
+        let device = Interface {
+            kind: kind.map(str::to_owned),
+            ..Interface::default()
+        };
+        choose(attach, &device).hooks
+    }
+
+    #[test]
+    fn auto_takes_xdp_on_cards_and_the_classifier_on_devices_of_software() {
+        for card in [None, Some("bond")] {
+            assert_eq!(hooks(Attach::Auto, card), [Hook::Native, Hook::Generic]);
+        }
+        for kind in [
+            "veth",
+            "bridge",
+            "tun",
+            "vxlan",
+            "wireguard",
+            "ipip",
+            "netkit",
+        ] {
+            assert_eq!(hooks(Attach::Auto, Some(kind))[0], Hook::Tcx, "{kind}");
+        }
+        let lo = Interface {
+            loopback: true,
+            ..Interface::default()
+        };
+        assert_eq!(choose(Attach::Auto, &lo).hooks[0], Hook::Tcx);
+    }
+
+    #[test]
+    fn what_is_configured_is_taken_on_every_device() {
+        for kind in [None, Some("veth")] {
+            assert_eq!(hooks(Attach::Native, kind), [Hook::Native]);
+            assert_eq!(hooks(Attach::Generic, kind), [Hook::Generic]);
+            assert_eq!(hooks(Attach::Tcx, kind), [Hook::Tcx, Hook::Clsact]);
+        }
+    }
+}

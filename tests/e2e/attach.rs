@@ -1,0 +1,206 @@
+//! Where the programs sit, through what happens to interfaces and configurations.
+
+use std::net::UdpSocket;
+use std::process::Output;
+use std::sync::mpsc;
+use std::thread;
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use nix::sys::signal::Signal;
+use router_tests::client;
+use router_tests::lab::INTERFACES;
+use router_tests::process::wait_for;
+use router_tests::site::{ECHO_VIP, Site};
+use viaduct::config::Attach;
+
+/// An interface of the gateway that no traffic uses.
+const SPARE: &str = "spare";
+
+#[test]
+fn an_interface_that_is_replaced_or_renamed_is_attached_again() {
+    let mut site = Site::new(1).unwrap();
+    site.start_nats().unwrap();
+    let add = format!("link add {SPARE} type veth peer name other-end");
+    let gateway_ip = |site: &Site, line: &str| site.lab.gateway.ip(&[line]).unwrap();
+    gateway_ip(&site, &add);
+    site.start_gateway(|config| config.l4.interfaces.push(SPARE.to_owned()))
+        .unwrap();
+    wait_until(&site, SPARE, "native");
+
+    gateway_ip(&site, &format!("link del {SPARE}"));
+    gateway_ip(&site, &add);
+    wait_until(&site, SPARE, "native");
+
+    gateway_ip(&site, &format!("link set {SPARE} name renamed"));
+    wait_until(&site, "renamed", "");
+    gateway_ip(&site, &format!("link set renamed name {SPARE}"));
+    wait_until(&site, SPARE, "native");
+
+    gateway_ip(&site, &format!("link set {SPARE} down"));
+    gateway_ip(&site, &format!("link set {SPARE} up"));
+    wait_until(&site, SPARE, "native");
+    wait_until(&site, INTERFACES[0], "native");
+}
+
+#[test]
+fn an_interface_that_is_not_configured_any_more_is_let_go() {
+    let mut site = Site::new(1).unwrap();
+    site.start_nats().unwrap();
+    let add = format!("link add {SPARE} type veth peer name other-end");
+    site.lab.gateway.ip(&[&add]).unwrap();
+    site.start_gateway(|config| config.l4.interfaces.push(SPARE.to_owned()))
+        .unwrap();
+    stop(&mut site);
+    assert_eq!(hooks(&site, SPARE), "native");
+    site.start_gateway(|_| ()).unwrap();
+    wait_until(&site, SPARE, "");
+    wait_until(&site, INTERFACES[0], "native");
+}
+
+#[test]
+fn another_hook_takes_over_without_losing_a_packet() {
+    let mut site = Site::running(2).unwrap();
+    let socket = site.lab.client.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(ECHO_VIP).unwrap();
+        socket.set_read_timeout(Some(client::TIMEOUT)).unwrap();
+        socket
+    });
+    let (stop_exchanges, stopped) = mpsc::channel::<()>();
+    let exchanges = thread::spawn(move || {
+        let mut count = 0;
+        while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+            client::udp_on(&socket).unwrap();
+            count += 1;
+        }
+        count
+    });
+    for (attach, hook) in [
+        (Attach::Tcx, "tcx"),
+        (Attach::Native, "native"),
+        (Attach::Auto, "tcx"),
+        (Attach::Auto, "tcx"),
+        (Attach::Generic, "generic"),
+        (Attach::Native, "native"),
+    ] {
+        stop(&mut site);
+        site.start_gateway(|config| config.l4.attach = attach)
+            .unwrap();
+        for interface in INTERFACES {
+            wait_until(&site, interface, hook);
+        }
+    }
+    drop(stop_exchanges);
+    assert!(exchanges.join().unwrap() > 0);
+}
+
+#[test]
+fn detach_leaves_nothing() {
+    for attach in [Attach::Native, Attach::Tcx] {
+        let mut site = Site::running_with(1, |config| config.l4.attach = attach).unwrap();
+        assert_ne!(managed_neighbours(&site), "");
+        stop(&mut site);
+        let detach = run(&site, &["detach"]);
+        assert!(detach.status.success(), "{detach:?}");
+        for interface in INTERFACES {
+            wait_until(&site, interface, "");
+        }
+        assert!(!site.config().l4.pin_path.exists());
+        assert_eq!(managed_neighbours(&site), "");
+        let again = run(&site, &["detach"]);
+        assert!(again.status.success(), "{again:?}");
+    }
+}
+
+#[test]
+fn the_doctor_says_how_each_interface_is_used_and_what_is_missing() {
+    let mut site = Site::new(1).unwrap();
+    site.start_nats().unwrap();
+    site.write_config(|config| config.l4.attach = Attach::Auto)
+        .unwrap();
+    let report = run(&site, &["doctor"]);
+    let text = String::from_utf8(report.stdout).unwrap();
+    assert!(report.status.success(), "{text}");
+    assert!(text.contains("front (veth, MTU 1500)"), "{text}");
+    assert!(
+        text.contains("attach is tcx: a device of software"),
+        "{text}"
+    );
+
+    site.write_config(|config| {
+        config.l4.interfaces.push("absent".to_owned());
+        config.nats.servers = vec!["nats://127.0.0.1:9".to_owned()];
+    })
+    .unwrap();
+    let report = run(&site, &["doctor", "--json"]);
+    assert_eq!(report.status.code(), Some(1));
+    let checks: Vec<serde_json::Value> = String::from_utf8(report.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let missing: Vec<&str> = checks
+        .iter()
+        .filter(|check| check["verdict"] == "missing")
+        .map(|check| check["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(missing, ["interface absent", "nats"]);
+    assert!(
+        checks
+            .iter()
+            .all(|check| check["verdict"] == "good" || check["remedy"].is_string())
+    );
+}
+
+fn stop(site: &mut Site) {
+    site.gateway().signal(Signal::SIGTERM);
+    assert!(site.gateway().wait().unwrap().success());
+}
+
+fn run(site: &Site, arguments: &[&str]) -> Output {
+    let mut command = site.viaduct().unwrap();
+    command.args(arguments).arg("--config");
+    command.arg(site.config_path()).output().unwrap()
+}
+
+/// The kernel takes a program off a moment after the last reference to its link is gone.
+fn wait_until(site: &Site, interface: &str, expected: &str) {
+    wait_for(&format!("{expected:?} on {interface}"), || {
+        (hooks(site, interface) == expected).then_some(())
+    })
+    .unwrap();
+}
+
+/// Where programs sit on an interface of the gateway, of all hooks there are.
+fn hooks(site: &Site, interface: &str) -> String {
+    let link = ip(site, &["-oneline", "link", "show", "dev", interface]);
+    let words: Vec<&str> = link.split_whitespace().collect();
+    let mut hooks = Vec::new();
+    if words.contains(&"xdp") {
+        hooks.push("native");
+    }
+    if words.contains(&"xdpgeneric") {
+        hooks.push("generic");
+    }
+    let tcx = || SchedClassifier::query_tcx(interface, TcAttachType::Ingress);
+    if site
+        .lab
+        .gateway
+        .run(tcx)
+        .is_ok_and(|(_, programs)| !programs.is_empty())
+    {
+        hooks.push("tcx");
+    }
+    hooks.join(" ")
+}
+
+fn managed_neighbours(site: &Site) -> String {
+    let neighbours = ip(site, &["neigh"]);
+    let managed = neighbours.lines().filter(|line| line.contains("managed"));
+    managed.collect()
+}
+
+fn ip(site: &Site, arguments: &[&str]) -> String {
+    let output = site.lab.gateway.command("ip").args(arguments).output();
+    String::from_utf8(output.unwrap().stdout).unwrap()
+}
