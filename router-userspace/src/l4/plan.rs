@@ -30,16 +30,20 @@ pub enum MapOp {
         id: u32,
         generation: u16,
     },
+    /// `RING_SIZE` slots.
     SetRing {
-        ring: u32,
-        slots: Box<[u32]>,
+        vip: u32,
+        slots: Box<[RingSlot]>,
     },
+    /// All zero frees the index.
     SetVip {
-        key: VipKey,
-        info: VipInfo,
+        index: u32,
+        entry: VipEntry,
     },
-    RemoveVip {
-        key: VipKey,
+    /// Where a chain of VIPs begins: an index plus 1, or 0.
+    SetVipHead {
+        place: u32,
+        first: u32,
     },
     /// How many VIPs have the address; 0 removes it.
     SetVipAddress {
@@ -50,6 +54,44 @@ pub enum MapOp {
         word: u32,
         bits: u64,
     },
+    /// `prefix_len` counts bits of the address, 0..=128: an IPv4 prefix of n bits has 96 + n.
+    SetSource {
+        key: SourceKey,
+        prefix_len: u8,
+        verdict: u32,
+    },
+    RemoveSource {
+        key: SourceKey,
+        prefix_len: u8,
+    },
+    SetQuicServer {
+        key: QuicKey,
+        backend: u32,
+    },
+    RemoveQuicServer {
+        key: QuicKey,
+    },
+    /// Whether answers may come from a backend's own address.
+    SetDnat {
+        in_use: bool,
+    },
+}
+
+/// What the maps of an earlier agent hold, in use or not yet given up.
+#[derive(Clone, Debug, Default)]
+pub struct Installed {
+    /// By index: entries that are not all zero.
+    pub vips: Vec<(u32, VipEntry)>,
+    /// By place: heads that are not 0.
+    pub heads: Vec<(u32, u32)>,
+    /// By id: backends in use, and free ids that have a generation.
+    pub backends: Vec<(u32, BackendEntry)>,
+    /// Of the VIPs above.
+    pub rings: Vec<(u32, Box<[RingSlot]>)>,
+    /// Key, bits of the address, verdict.
+    pub sources: Vec<(SourceKey, u8, u32)>,
+    pub quic_servers: Vec<(QuicKey, u32)>,
+    pub dnat: bool,
 }
 
 /// Why a VIP or a backend of it is not served, though registered.
