@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::{XdpLink, XdpMode};
@@ -17,13 +18,14 @@ use aya::programs::{ProgramFd, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{
-    Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, LAYOUT, MAX_TICKS,
-    RING_SIZE, Ring, SWEEP_BUCKETS, Settings, SweepRequest, SweepResult, Verdict, VipInfo, VipKey,
+    Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, HASH_WORDS, LAYOUT,
+    MAX_TICKS, QuicKey, RING_SIZE, Ring, RingSlot, SWEEP_BUCKETS, Settings, SourceKey, SweepRequest,
+    SweepResult, Verdict, VipEntry,
 };
 
 use crate::config::{Attach, FlowTimeouts, L4Limits, PortRange};
 use crate::l4::pins::{LINKS, link_name, prepare_pin_path};
-use crate::l4::plan::MapOp;
+use crate::l4::plan::{Installed, MapOp};
 
 /// The compiled programs; empty when built without a BPF toolchain.
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));
@@ -58,6 +60,7 @@ pub struct Options {
     pub limits: L4Limits,
     pub timeouts: FlowTimeouts,
     pub nat_ports: PortRange,
+    pub gue_port: u16,
     /// Where to pin; `None` lets everything go with the process.
     pub pin_path: Option<PathBuf>,
 }
@@ -69,8 +72,14 @@ pub struct Datapath {
     cpus: usize,
     buckets: u32,
     settings: Array<MapData, Settings>,
+    written: Settings,
+    ticks_per_second: f64,
     prefilter: Array<MapData, u64>,
-    vips: HashMap<MapData, VipKey, VipInfo>,
+    vips: Array<MapData, VipEntry>,
+    vip_heads: Array<MapData, u32>,
+    sources: LpmTrie<MapData, SourceKey, u32>,
+    quic_servers: HashMap<MapData, QuicKey, u32>,
+    moved_flows: Array<MapData, u32>,
     vip_addresses: HashMap<MapData, Addr, u32>,
     rings: Array<MapData, Ring>,
     backends: Array<MapData, BackendEntry>,
@@ -117,6 +126,10 @@ impl Datapath {
         let backends = options.limits.backends + 1;
         let sizes = [
             ("VIPS", options.limits.vips),
+            ("VIP_HEADS", vip_heads(&options.limits)),
+            ("MOVED_FLOWS", options.limits.vips),
+            ("SOURCES", 1 << 17),
+            ("QUIC_SERVERS", backends),
             ("VIP_ADDRESSES", options.limits.vips),
             ("RINGS", options.limits.vips),
             ("BACKENDS", backends),
@@ -161,9 +174,15 @@ impl Datapath {
                 .map_err(|(_, error)| error)
                 .context("count CPUs")?,
             buckets,
+            written: array::<Settings>(&mut ebpf, "SETTINGS")?.get(&0, 0)?,
+            ticks_per_second: 1.0,
             settings: array(&mut ebpf, "SETTINGS")?,
             prefilter: array(&mut ebpf, "PREFILTER")?,
-            vips: HashMap::try_from(take(&mut ebpf, "VIPS")?)?,
+            vips: array(&mut ebpf, "VIPS")?,
+            vip_heads: array(&mut ebpf, "VIP_HEADS")?,
+            sources: LpmTrie::try_from(take(&mut ebpf, "SOURCES")?)?,
+            quic_servers: HashMap::try_from(take(&mut ebpf, "QUIC_SERVERS")?)?,
+            moved_flows: array(&mut ebpf, "MOVED_FLOWS")?,
             vip_addresses: HashMap::try_from(take(&mut ebpf, "VIP_ADDRESSES")?)?,
             rings: array(&mut ebpf, "RINGS")?,
             backends: array(&mut ebpf, "BACKENDS")?,
@@ -255,13 +274,13 @@ impl Datapath {
                 self.backend_counters
                     .set(*id, PerCpuValues::try_from(zero)?, 0)?;
             }
-            MapOp::SetRing { ring, slots } => {
-                let slots: Box<[u32; RING_SIZE]> = slots
+            MapOp::SetRing { vip, slots } => {
+                let slots: Box<[RingSlot; RING_SIZE]> = slots
                     .clone()
                     .try_into()
                     .map_err(|_| anyhow::anyhow!("a ring of another size"))?;
                 self.rings.set(
-                    *ring,
+                    *vip,
                     Ring {
                         slots: *slots,
                         reserved: Default::default(),
@@ -269,8 +288,27 @@ impl Datapath {
                     0,
                 )?;
             }
-            MapOp::SetVip { key, info } => self.vips.insert(key, info, 0)?,
-            MapOp::RemoveVip { key } => absent_is_fine(self.vips.remove(key))?,
+            MapOp::SetVip { index, entry } => self.vips.set(*index, entry, 0)?,
+            MapOp::SetVipHead { place, first } => self.vip_heads.set(*place, first, 0)?,
+            MapOp::SetSource {
+                key,
+                prefix_len,
+                verdict,
+            } => {
+                let key = Key::new(32 + u32::from(*prefix_len), *key);
+                self.sources.insert(&key, verdict, 0)?;
+            }
+            MapOp::RemoveSource { key, prefix_len } => {
+                let key = Key::new(32 + u32::from(*prefix_len), *key);
+                absent_is_fine(self.sources.remove(&key))?;
+            }
+            MapOp::SetQuicServer { key, backend } => self.quic_servers.insert(key, backend, 0)?,
+            MapOp::RemoveQuicServer { key } => absent_is_fine(self.quic_servers.remove(key))?,
+            MapOp::SetDnat { in_use } => {
+                let mut settings = self.settings.get(&0, 0)?;
+                settings.dnat = u32::from(*in_use);
+                self.settings.set(0, settings, 0)?;
+            }
             MapOp::SetVipAddress { addr, vips: 0 } => {
                 absent_is_fine(self.vip_addresses.remove(addr))?;
             }
@@ -280,25 +318,62 @@ impl Datapath {
         Ok(())
     }
 
-    /// What the maps hold: the VIPs, and every backend id that is or was in use.
-    #[expect(
-        clippy::type_complexity,
-        reason = "two lists of pairs, taken apart by the one caller"
-    )]
-    pub fn installed(&self) -> anyhow::Result<(Vec<(VipKey, VipInfo)>, Vec<(u32, BackendEntry)>)> {
-        let vips = self
-            .vips
-            .iter()
-            .collect::<Result<Vec<_>, _>>()
-            .context("read VIPS")?;
-        let mut backends = Vec::new();
+    /// What the maps hold: all that an earlier agent left.
+    pub fn installed(&self) -> anyhow::Result<Installed> {
+        let mut installed = Installed::default();
+        for index in 0..self.vips.len() {
+            let entry = self.vips.get(&index, 0).context("read VIPS")?;
+            if entry != VipEntry::default() {
+                installed.vips.push((index, entry));
+                let ring = self.rings.get(&index, 0).context("read RINGS")?;
+                installed.rings.push((index, ring.slots.into()));
+            }
+        }
+        for place in 0..self.vip_heads.len() {
+            let first = self.vip_heads.get(&place, 0).context("read VIP_HEADS")?;
+            if first != 0 {
+                installed.heads.push((place, first));
+            }
+        }
         for id in 1..self.backends.len() {
             let entry = self.backends.get(&id, 0).context("read BACKENDS")?;
             if entry.generation != 0 {
-                backends.push((id, entry));
+                installed.backends.push((id, entry));
             }
         }
-        Ok((vips, backends))
+        for source in self.sources.iter() {
+            let (key, verdict) = source.context("read SOURCES")?;
+            let bits = (key.prefix_len() - 32) as u8;
+            installed.sources.push((key.data(), bits, verdict));
+        }
+        for server in self.quic_servers.iter() {
+            installed
+                .quic_servers
+                .push(server.context("read QUIC_SERVERS")?);
+        }
+        installed.dnat = self.settings.get(&0, 0).context("read SETTINGS")?.dnat != 0;
+        Ok(installed)
+    }
+
+    /// Flows, as of the sweeps since the last call, that are not where their slot of the ring says.
+    pub fn moved_flows(&mut self, vip: u32) -> anyhow::Result<u32> {
+        let moved = self.moved_flows.get(&vip, 0).context("read MOVED_FLOWS")?;
+        self.moved_flows
+            .set(vip, 0, 0)
+            .context("reset MOVED_FLOWS")?;
+        Ok(moved)
+    }
+
+    pub fn hash_keys(&self) -> &[u64; HASH_WORDS] {
+        &self.written.hash_keys
+    }
+
+    pub fn vip_mask(&self) -> u32 {
+        self.written.vip_mask
+    }
+
+    pub fn ticks_per_second(&self) -> f64 {
+        self.ticks_per_second
     }
 
     /// How many shares [`Self::sweep`] has the flow table in.
@@ -466,12 +541,19 @@ impl Datapath {
                 before.hash_keys
             },
             bucket_mask: self.buckets - 1,
+            vip_mask: self.vip_heads.len() - 1,
+            sample: 0,
+            dnat: before.dnat,
+            gue_port: options.gue_port,
+            reserved: 0,
             tick_shift,
             timeouts,
             nat_port_first: options.nat_ports.first,
             nat_port_count: options.nat_ports.last - options.nat_ports.first + 1,
             layout: LAYOUT,
         };
+        self.written = settings;
+        self.ticks_per_second = f64::from(hz) / f64::from(1u32 << tick_shift);
         self.settings.set(0, settings, 0).context("write SETTINGS")
     }
 
@@ -545,6 +627,10 @@ impl Counters {
     }
 }
 
+fn vip_heads(limits: &L4Limits) -> u32 {
+    (limits.vips * 2).next_power_of_two()
+}
+
 /// The kernel says only "operation not permitted"; this says what is missing.
 fn check_capabilities() -> anyhow::Result<()> {
     // Kernel: include/uapi/linux/capability.h. CAP_SYS_ADMIN stands in for the first two.
@@ -595,7 +681,7 @@ fn check_pinned(pin: &Path, name: &str, size: Option<u32>) -> anyhow::Result<()>
     let info = MapInfo::from_pin(pin).with_context(|| format!("open {}", pin.display()))?;
     let value_len = match name {
         "SETTINGS" => size_of::<Settings>(),
-        "VIPS" => size_of::<VipInfo>(),
+        "VIPS" => size_of::<VipEntry>(),
         "RINGS" => size_of::<Ring>(),
         "BACKENDS" => size_of::<BackendEntry>(),
         "BACKEND_COUNTERS" => size_of::<BackendCounters>(),

@@ -43,6 +43,12 @@ pub struct NextHop {
     pub destination_mac: [u8; 6],
     /// The gateway's address that the backend sees in `nat` mode.
     pub source: IpAddr,
+    /// Octets that fit behind the Ethernet header on the way.
+    pub mtu: u16,
+    /// IEEE 802.1Q tag; 0: none.
+    pub vlan: u16,
+    /// Whether `destination_mac` is the backend's own.
+    pub on_link: bool,
 }
 
 /// Routes change in bursts; all watched backends are looked up again this long after the first.
@@ -366,6 +372,9 @@ impl Task {
                 source_mac: *self.links.get(&route.ifindex)?,
                 destination_mac: self.neighbours.get(&route.neighbour_key())?.mac,
                 source: route.source,
+                mtu: 1500,
+                vlan: 0,
+                on_link: false,
             })
         });
         if watched.told == next_hop {
