@@ -157,7 +157,10 @@ impl VipEntry {
     /// Whether it is the VIP of a packet.
     #[inline(always)]
     pub fn covers(&self, addr: Addr, port: u16, proto: u8) -> bool {
-        self.addr == addr && self.proto == proto && self.port_first <= port && port <= self.port_last
+        self.addr == addr
+            && self.proto == proto
+            && self.port_first <= port
+            && port <= self.port_last
     }
 
     #[inline(always)]

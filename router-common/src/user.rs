@@ -2,7 +2,8 @@
 
 use crate::{
     Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
-    PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, Settings, SourceKey, SweepRequest, VipEntry,
+    PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, Settings, SourceKey, SweepRequest,
+    VipEntry,
 };
 
 macro_rules! pod {

@@ -10,8 +10,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
-    PREFILTER_WORDS, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, SOURCE_RATE_CELLS, Settings,
-    SourceKey, SweepRequest, Verdict, VipEntry,
+    PREFILTER_WORDS, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, SOURCE_RATE_CELLS,
+    Settings, SourceKey, SweepRequest, Verdict, VipEntry,
 };
 
 /// Makes an array begin on a page, so that values of 64 octets are cache lines and not halves of two:

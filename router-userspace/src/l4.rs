@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState};
+use router_common::{BackendCounters, BackendState, Mode};
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
@@ -134,6 +134,10 @@ impl L4 {
             }),
         };
         l4.adopt_next_hops();
+        let declared: Vec<Vip> = l4.policies.declared().collect();
+        for vip in declared {
+            l4.apply_vip(vip, Instant::now());
+        }
         l4.datapath.detach_others(&config.interfaces)?;
         for interface in &config.interfaces {
             match l4.datapath.attach(interface, config.attach)? {
@@ -169,6 +173,28 @@ impl L4 {
         for vip in changed {
             self.apply_vip(*vip, now);
         }
+    }
+
+    /// Brings the kernel in line with other policies. Of `config`, the rest must be as it was.
+    pub fn reload(&mut self, config: &L4Config, now: Instant) {
+        self.config = config.clone();
+        let before = std::mem::replace(&mut self.policies, Policies::new(config));
+        let mut vips: BTreeSet<Vip> = self.planner.vips().keys().copied().collect();
+        vips.extend(self.snapshot.vips.keys().copied());
+        vips.extend(before.declared().chain(self.policies.declared()));
+        vips.retain(|vip| before.policy_of(vip) != self.policies.policy_of(vip));
+        for vip in vips {
+            self.apply_vip(vip, now);
+        }
+    }
+
+    /// What the proxy on this host serves without an address or a listener of its own: address, first
+    /// and last port. All are TCP.
+    pub fn l7_vips(&self) -> Vec<(IpAddr, u16, u16)> {
+        let vips = self.planner.vips().keys();
+        let l7 = vips.filter(|vip| self.policies.policy_of(vip).mode == Mode::L7);
+        l7.map(|vip| (vip.address, vip.ports.first, vip.ports.last))
+            .collect()
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.

@@ -19,8 +19,8 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{
     Addr, BackendCounters, BackendEntry, ClockSample, FLOW_WAYS, FlowState, HASH_WORDS, LAYOUT,
-    MAX_TICKS, QuicKey, RING_SIZE, Ring, RingSlot, SWEEP_BUCKETS, Settings, SourceKey, SweepRequest,
-    SweepResult, Verdict, VipEntry,
+    MAX_TICKS, QuicKey, RING_SIZE, Ring, RingSlot, SWEEP_BUCKETS, Settings, SourceKey,
+    SweepRequest, SweepResult, Verdict, VipEntry,
 };
 
 use crate::config::{Attach, FlowTimeouts, L4Limits, PortRange};

@@ -51,7 +51,12 @@ pub fn ring(members: &[Member]) -> Option<Box<[u32]>> {
 fn turns(members: &[Member]) -> impl Iterator<Item = usize> {
     let weight = |member: &Member| u64::from(member.weight.max(1));
     let heaviest = members.iter().map(weight).max().unwrap_or(1);
-    let turns_until = |round: u64| members.iter().map(|m| round * weight(m) / heaviest).sum::<u64>();
+    let turns_until = |round: u64| {
+        members
+            .iter()
+            .map(|m| round * weight(m) / heaviest)
+            .sum::<u64>()
+    };
     // The heaviest alone fills the ring in as many rounds as it has slots.
     let (mut few, mut enough) = (0, RING_SIZE as u64);
     while few + 1 < enough {

@@ -10,8 +10,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use router_common::{
-    Addr, BackendEntry, HASH_WORDS, IPPROTO_TCP, IPPROTO_UDP, Mode, QuicKey, RingSlot,
-    Scheduler, SourceKey, VipEntry, vip_flags,
+    Addr, BackendEntry, HASH_WORDS, IPPROTO_TCP, IPPROTO_UDP, Mode, QuicKey, RingSlot, Scheduler,
+    SourceKey, VipEntry, vip_flags,
 };
 
 use crate::config::{FlowTimeouts, PortRange};
@@ -289,9 +289,13 @@ impl Planner {
         self.set_members(&mut planned, &wanted, policy, world, &mut plan);
         self.set_vip(vip, &mut planned, policy, world, &mut plan.ops);
         self.withdraw_members(&mut planned, &wanted, world.now, &mut plan.ops);
-        let waits = planned
+        if planned
             .unclaimed_until
-            .is_some_and(|until| until > world.now);
+            .is_some_and(|until| until <= world.now)
+        {
+            planned.unclaimed_until = None;
+        }
+        let waits = planned.unclaimed_until.is_some();
         if claimed || waits || !planned.members.is_empty() {
             self.vips.insert(vip, planned);
         } else {
@@ -373,7 +377,8 @@ impl Planner {
         planned.slow_start = policy.slow_start;
         planned.tracks = policy.tracks();
         if let Some(before) = &planned.published {
-            let changed = before.mode != policy.mode as u8 || before.scheduler != policy.scheduler as u8;
+            let changed =
+                before.mode != policy.mode as u8 || before.scheduler != policy.scheduler as u8;
             let tracked = before.flags & vip_flags::TRACK != 0;
             if changed {
                 planned.track_until = Some(world.flows_over(vip.proto));
@@ -535,7 +540,10 @@ impl PlannedVip {
     fn entry(&self, vip: Vip, policy: &VipPolicy, world: &World<'_>) -> VipEntry {
         let mut flags = sources::flags(policy);
         let on = |flag: u8, condition: bool| if condition { flag } else { 0 };
-        flags |= on(vip_flags::TRACK, policy.tracks() || self.track_until.is_some());
+        flags |= on(
+            vip_flags::TRACK,
+            policy.tracks() || self.track_until.is_some(),
+        );
         flags |= on(vip_flags::SILENT, policy.silent);
         flags |= on(vip_flags::QUIC, policy.quic.is_some());
         flags |= on(vip_flags::CHALLENGE, policy.challenge);

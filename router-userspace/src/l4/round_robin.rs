@@ -40,9 +40,7 @@ fn turns(members: &[Member]) -> Vec<u64> {
     }
     // One each, and what is left by weight: rounds down, so that the sum fits.
     let (spare, total) = (size - members.len() as u64, sum * divisor);
-    weights
-        .map(|weight| 1 + spare * weight / total)
-        .collect()
+    weights.map(|weight| 1 + spare * weight / total).collect()
 }
 
 fn greatest_common_divisor(a: u64, b: u64) -> u64 {

@@ -6,9 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use router_common::{
-    BackendState, Mode, RingSlot, Scheduler, VIP_CHAIN, VipEntry, vip_flags,
-};
+use router_common::{BackendState, Mode, RingSlot, Scheduler, VIP_CHAIN, VipEntry, vip_flags};
 
 use super::chains::Link;
 use super::members::quic_key;
@@ -68,10 +66,15 @@ impl Planner {
         let rings: BTreeMap<u32, _> = installed.rings.into_iter().collect();
         for (index, (vip, mut planned)) in found {
             let slots = rings.get(&index).map(|slots| &slots[..]);
-            self.adopt_ring(vip, &mut planned, slots.unwrap_or_default(), world, &mut ops);
+            self.adopt_ring(
+                vip,
+                &mut planned,
+                slots.unwrap_or_default(),
+                world,
+                &mut ops,
+            );
             self.adopt_answers(&mut planned, &mut ops);
-            planned.unclaimed_until =
-                Some(world.now + world.policies.policy_of(&vip).drain);
+            planned.unclaimed_until = Some(world.now + world.policies.policy_of(&vip).drain);
             self.vips.insert(vip, planned);
         }
         self.write_dnat(&mut ops);

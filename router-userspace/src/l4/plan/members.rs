@@ -118,7 +118,10 @@ fn avoid_unhealthy(
 ) {
     let active = |wanted: &Wanted| wanted.entry.state == BackendState::Active as u8;
     let healthy = |address: &SocketAddr| !unhealthy.contains(address);
-    if wanted.iter().any(|(address, wanted)| active(wanted) && healthy(address)) {
+    if wanted
+        .iter()
+        .any(|(address, wanted)| active(wanted) && healthy(address))
+    {
         for (address, wanted) in wanted {
             if !healthy(address) {
                 wanted.entry.state = BackendState::Draining as u8;
@@ -233,11 +236,7 @@ impl Planner {
 
 impl PlannedVip {
     /// A server ID is its owner's until the owner is cleared, or another backend has it.
-    fn set_quic_servers(
-        &mut self,
-        wanted: &BTreeMap<SocketAddr, Wanted>,
-        ops: &mut Vec<MapOp>,
-    ) {
+    fn set_quic_servers(&mut self, wanted: &BTreeMap<SocketAddr, Wanted>, ops: &mut Vec<MapOp>) {
         let mut owners: BTreeMap<[u8; 8], u32> = BTreeMap::new();
         for (address, wanted) in wanted {
             let member = self.members.get(address);
@@ -319,7 +318,10 @@ impl PlannedMember {
 
     fn set_ramp(&mut self, begins: bool, slow_start: Duration, now: Instant) {
         if begins && self.is_active() {
-            self.ramp = Some(Ramp { since: now, step: 1 });
+            self.ramp = Some(Ramp {
+                since: now,
+                step: 1,
+            });
         } else if let Some(ramp) = &mut self.ramp {
             ramp.step = Ramp::step(ramp.since, now, slow_start);
         }

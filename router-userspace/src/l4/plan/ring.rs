@@ -82,7 +82,10 @@ impl Ring {
         });
         ring.slots = sound.collect();
         ring.len = len;
-        ring.unquiet = ring.slots.iter().any(|slot| slot.previous() == RingSlot::NOBODY);
+        ring.unquiet = ring
+            .slots
+            .iter()
+            .any(|slot| slot.previous() == RingSlot::NOBODY);
         ring.remembering.push((over, remembering));
         ring.changed = true;
         ring.built = Some(Plan {
@@ -104,7 +107,9 @@ impl Ring {
 
     /// Backends in the ring.
     pub(super) fn backends(&self) -> u32 {
-        self.built.as_ref().map_or(0, |built| built.members.len() as u32)
+        self.built
+            .as_ref()
+            .map_or(0, |built| built.members.len() as u32)
     }
 
     /// Whether a flow that only the ring knows of may be on this backend, though it is not in the ring.

@@ -1,14 +1,16 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use router_common::{RING_SIZE, SOURCE_ALLOW, SOURCE_DENY, VIP_CHAIN, prefilter_bit, vip_head};
+use router_common::{RING_SIZE, VIP_CHAIN, prefilter_bit, vip_head};
 
 use super::prefilter::{ANSWER, VIP};
 use super::*;
-use crate::config::{Forwarding, L4Config, QuicConfig, Scheduler as Schedule, VipConfig};
+use crate::config::{Forwarding, L4Config, Scheduler as Schedule, VipConfig};
 use crate::route::{Backend, Origin};
 
 mod flows;
+mod policies;
+mod rings;
 
 /// What the kernel holds after some operations; refuses any that would leave a packet in the void.
 #[derive(Clone, Default)]
@@ -226,7 +228,11 @@ const HASH_KEYS: [u64; HASH_WORDS] = router_common::RING_KEYS;
 const VIP_MASK: u32 = 3;
 
 fn place_of(entry: &VipEntry) -> u32 {
-    let port = if entry.is_range() { 0 } else { entry.port_first };
+    let port = if entry.is_range() {
+        0
+    } else {
+        entry.port_first
+    };
     vip_head(entry.addr, port, entry.proto, &HASH_KEYS) & VIP_MASK
 }
 

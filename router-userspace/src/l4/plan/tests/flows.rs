@@ -159,8 +159,11 @@ impl Gateway {
             }),
             Step::Open(number, hash) => {
                 let (vip, now) = (vip(number), self.bench.now);
-                self.flows.retain(|flow| (flow.vip, flow.hash) != (vip, hash));
-                let backend = self.program.packet(&self.bench.kernel, (vip, hash), true, now);
+                self.flows
+                    .retain(|flow| (flow.vip, flow.hash) != (vip, hash));
+                let backend = self
+                    .program
+                    .packet(&self.bench.kernel, (vip, hash), true, now);
                 self.flows.extend(backend.map(|backend| Flow {
                     vip,
                     hash,
