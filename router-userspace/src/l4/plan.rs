@@ -380,9 +380,8 @@ impl Planner {
             let changed =
                 before.mode != policy.mode as u8 || before.scheduler != policy.scheduler as u8;
             let tracked = before.flags & vip_flags::TRACK != 0;
-            if changed {
-                planned.track_until = Some(world.flows_over(vip.proto));
-            } else if tracked && !policy.tracks() && planned.track_until.is_none() {
+            let untracked = tracked && !policy.tracks() && planned.track_until.is_none();
+            if changed || untracked {
                 planned.track_until = Some(world.flows_over(vip.proto));
             }
         }
@@ -457,7 +456,7 @@ impl Planner {
             self.remove_vip_address(entry.addr, ops);
             self.chains.remove(planned.index, &entry, ops);
         }
-        for (&(source, prefix_len), _) in &planned.sources {
+        for &(source, prefix_len) in planned.sources.keys() {
             let key = sources::key(planned.index, source);
             ops.push(MapOp::RemoveSource { key, prefix_len });
         }
