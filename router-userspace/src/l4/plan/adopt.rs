@@ -9,7 +9,6 @@ use std::net::SocketAddr;
 use router_common::{BackendState, Mode, RingSlot, Scheduler, VIP_CHAIN, VipEntry, vip_flags};
 
 use super::chains::Link;
-use super::members::quic_key;
 use super::ring::Ring;
 use super::{Installed, MapOp, PlannedMember, PlannedVip, Planner, World, vip_of};
 use crate::route::Vip;
@@ -20,6 +19,7 @@ impl Planner {
     pub fn adopt(&mut self, installed: Installed, world: &World<'_>) -> Vec<MapOp> {
         let mut ops = Vec::new();
         let mut found = self.adopt_vips(&installed, &mut ops);
+        let mut members = BTreeSet::new();
         self.dnat_in_use = installed.dnat;
         for (id, entry) in installed.backends {
             self.generations[id as usize] = entry.generation;
@@ -36,6 +36,7 @@ impl Planner {
                     member.drain_until = drains.then_some(world.now + drain);
                     let address = SocketAddr::new(entry.address.ip(), entry.port);
                     planned.members.insert(address, member);
+                    members.insert((entry.vip, id));
                 }
                 None => {
                     let generation = entry.generation;
@@ -53,14 +54,11 @@ impl Planner {
         }
         for (key, backend) in installed.quic_servers {
             let owner = found.get_mut(&key.vip);
-            let owner = owner.filter(|(_, planned)| planned.has_member(backend));
-            match owner {
+            match owner.filter(|_| members.contains(&(key.vip, backend))) {
                 Some((_, planned)) => {
                     planned.quic_servers.insert(key.server, backend);
                 }
-                None => ops.push(MapOp::RemoveQuicServer {
-                    key: quic_key(key.vip, key.server),
-                }),
+                None => ops.push(MapOp::RemoveQuicServer { key }),
             }
         }
         let rings: BTreeMap<u32, _> = installed.rings.into_iter().collect();
@@ -90,8 +88,9 @@ impl Planner {
     ) -> BTreeMap<u32, (Vip, PlannedVip)> {
         let entries: BTreeMap<u32, VipEntry> = installed.vips.iter().copied().collect();
         let mut found = BTreeMap::new();
+        let mut seen = BTreeSet::new();
         for &(place, first) in &installed.heads {
-            let Some(chain) = self.chain(place, first, &entries, &found) else {
+            let Some(chain) = self.chain(place, first, &entries, &mut seen) else {
                 ops.push(MapOp::SetVipHead { place, first: 0 });
                 continue;
             };
@@ -124,16 +123,14 @@ impl Planner {
         place: u32,
         first: u32,
         entries: &BTreeMap<u32, VipEntry>,
-        found: &BTreeMap<u32, (Vip, PlannedVip)>,
+        seen: &mut BTreeSet<Vip>,
     ) -> Option<Vec<Link>> {
         let mut chain: Vec<Link> = Vec::new();
         let mut next = first;
         while let Some(index) = next.checked_sub(1) {
             let entry = *entries.get(&index)?;
-            let is_new = !found.contains_key(&index)
-                && found.values().all(|(vip, _)| *vip != vip_of(&entry))
-                && chain.iter().all(|link| link.index != index);
-            if !is_new || self.chains.place(&entry) != place || chain.len() == VIP_CHAIN as usize {
+            let is_sound = seen.insert(vip_of(&entry)) && self.chains.place(&entry) == place;
+            if !is_sound || chain.len() == VIP_CHAIN as usize {
                 return None;
             }
             next = entry.next;
@@ -189,12 +186,6 @@ impl Planner {
         if planned.modes.contains(&Mode::Dnat) {
             self.dnat.insert(planned.index);
         }
-    }
-}
-
-impl PlannedVip {
-    fn has_member(&self, id: u32) -> bool {
-        self.members.values().any(|member| member.id == id)
     }
 }
 

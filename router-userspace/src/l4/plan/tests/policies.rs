@@ -381,3 +381,16 @@ fn ipv6_is_served_like_ipv4() {
     assert_eq!(bench.kernel.serving(vip), BTreeSet::from([address]));
     assert!(bench.kernel.prefilter_knows(source, ANSWER));
 }
+
+#[test]
+fn the_proxy_takes_no_udp() {
+    let vip: Vip = "udp/192.0.2.1:8080".parse().unwrap();
+    let mut bench = Bench::new(4, 16).forwarding(Forwarding::Ipip);
+    bench.plan(vip, &[1]);
+    bench.config.forwarding = Forwarding::L7;
+    assert_eq!(refusals(&bench.plan(vip, &[1])), [Refusal::NotTcp]);
+    bench.now += DRAIN;
+    bench.plan(vip, &[1]);
+    assert!(bench.kernel.vips.is_empty() && bench.kernel.backends.is_empty());
+    assert_eq!(refusals(&bench.plan(vip, &[1])), [Refusal::NotTcp]);
+}
