@@ -6,12 +6,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use router_common::{BackendState, Mode, RingSlot, Scheduler, VIP_CHAIN, VipEntry, vip_flags};
+use router_common::{
+    BackendEntry, BackendState, Mode, QuicKey, RingSlot, Scheduler, SourceKey, VIP_CHAIN, VipEntry,
+    vip_flags,
+};
 
 use super::chains::Link;
 use super::ring::Ring;
 use super::{Installed, MapOp, PlannedMember, PlannedVip, Planner, World, vip_of};
 use crate::route::Vip;
+
+/// The VIPs that packets find, by index.
+type Found = BTreeMap<u32, (Vip, PlannedVip)>;
 
 impl Planner {
     /// Takes over what is installed. What was draining drains anew, and where flows were before a ring
@@ -19,73 +25,33 @@ impl Planner {
     pub fn adopt(&mut self, installed: Installed, world: &World<'_>) -> Vec<MapOp> {
         let mut ops = Vec::new();
         let mut found = self.adopt_vips(&installed, &mut ops);
-        let mut members = BTreeSet::new();
         self.dnat_in_use = installed.dnat;
-        for (id, entry) in installed.backends {
-            self.generations[id as usize] = entry.generation;
-            if entry.state == BackendState::Free as u8 {
-                continue;
-            }
-            match found.get_mut(&entry.vip) {
-                Some((vip, planned)) => {
-                    self.backends.take(id);
-                    let drain = world.policies.policy_of(vip).drain;
-                    let drains = entry.state != BackendState::Active as u8;
-                    let mut member = PlannedMember::new(id);
-                    member.entry = entry;
-                    member.drain_until = drains.then_some(world.now + drain);
-                    let address = SocketAddr::new(entry.address.ip(), entry.port);
-                    planned.members.insert(address, member);
-                    members.insert((entry.vip, id));
-                }
-                None => {
-                    let generation = entry.generation;
-                    ops.push(MapOp::ClearBackend { id, generation });
-                }
-            }
-        }
-        for (key, prefix_len, verdict) in installed.sources {
-            match found.get_mut(&u32::from_be_bytes(key.vip)) {
-                Some((_, planned)) => {
-                    planned.sources.insert((key.source, prefix_len), verdict);
-                }
-                None => ops.push(MapOp::RemoveSource { key, prefix_len }),
-            }
-        }
-        for (key, backend) in installed.quic_servers {
-            let owner = found.get_mut(&key.vip);
-            match owner.filter(|_| members.contains(&(key.vip, backend))) {
-                Some((_, planned)) => {
-                    planned.quic_servers.insert(key.server, backend);
-                }
-                None => ops.push(MapOp::RemoveQuicServer { key }),
-            }
-        }
+        let gone = self.adopt_backends(&mut found, installed.backends, world);
+        adopt_lists(
+            &mut found,
+            installed.sources,
+            installed.quic_servers,
+            &mut ops,
+        );
+        ops.extend(gone);
         let rings: BTreeMap<u32, _> = installed.rings.into_iter().collect();
         for (index, (vip, mut planned)) in found {
-            let slots = rings.get(&index).map(|slots| &slots[..]);
-            self.adopt_ring(
-                vip,
-                &mut planned,
-                slots.unwrap_or_default(),
-                world,
-                &mut ops,
-            );
+            let slots = rings.get(&index).map_or(&[][..], |slots| slots);
+            self.adopt_ring(vip, &mut planned, slots, world, &mut ops);
             self.adopt_answers(&mut planned, &mut ops);
             planned.unclaimed_until = Some(world.now + world.policies.policy_of(&vip).drain);
             self.vips.insert(vip, planned);
         }
         self.write_dnat(&mut ops);
-        merge_prefilter(&mut ops);
+        // Each word once, since the programs look at it all the while, and all of them: that agent may
+        // have left bits that have no reason any more.
+        ops.retain(|op| !matches!(op, MapOp::SetPrefilter { .. }));
+        ops.extend(self.prefilter.all());
         ops
     }
 
     /// The VIPs that packets find, by index. Clears all others.
-    fn adopt_vips(
-        &mut self,
-        installed: &Installed,
-        ops: &mut Vec<MapOp>,
-    ) -> BTreeMap<u32, (Vip, PlannedVip)> {
+    fn adopt_vips(&mut self, installed: &Installed, ops: &mut Vec<MapOp>) -> Found {
         let entries: BTreeMap<u32, VipEntry> = installed.vips.iter().copied().collect();
         let mut found = BTreeMap::new();
         let mut seen = BTreeSet::new();
@@ -115,6 +81,36 @@ impl Planner {
             });
         }
         found
+    }
+
+    /// Gives each backend to its VIP; returns what clears those that have none.
+    fn adopt_backends(
+        &mut self,
+        found: &mut Found,
+        backends: Vec<(u32, BackendEntry)>,
+        world: &World<'_>,
+    ) -> Vec<MapOp> {
+        let mut gone = Vec::new();
+        for (id, entry) in backends {
+            let generation = entry.generation;
+            self.generations[id as usize] = generation;
+            if entry.state == BackendState::Free as u8 {
+                continue;
+            }
+            let Some((vip, planned)) = found.get_mut(&entry.vip) else {
+                gone.push(MapOp::ClearBackend { id, generation });
+                continue;
+            };
+            self.backends.take(id);
+            let drains = entry.state != BackendState::Active as u8;
+            let drain = world.policies.policy_of(vip).drain;
+            let mut member = PlannedMember::new(id);
+            member.entry = entry;
+            member.drain_until = drains.then_some(world.now + drain);
+            let address = SocketAddr::new(entry.address.ip(), entry.port);
+            planned.members.insert(address, member);
+        }
+        gone
     }
 
     /// A chain from its head to its end; `None` if it is not one that an agent writes.
@@ -189,14 +185,33 @@ impl Planner {
     }
 }
 
-/// Writes each word of the prefilter once: the programs look at it all the while.
-fn merge_prefilter(ops: &mut Vec<MapOp>) {
-    let words: BTreeMap<u32, MapOp> = ops
-        .extract_if(.., |op| matches!(op, MapOp::SetPrefilter { .. }))
-        .filter_map(|op| match op {
-            MapOp::SetPrefilter { word, .. } => Some((word, op)),
-            _ => None,
-        })
-        .collect();
-    ops.extend(words.into_values());
+/// Gives sources and server IDs to their VIPs; removes those of others.
+fn adopt_lists(
+    found: &mut Found,
+    sources: Vec<(SourceKey, u8, u32)>,
+    quic_servers: Vec<(QuicKey, u32)>,
+    ops: &mut Vec<MapOp>,
+) {
+    for (key, prefix_len, verdict) in sources {
+        match found.get_mut(&u32::from_be_bytes(key.vip)) {
+            Some((_, planned)) => {
+                planned.sources.insert((key.source, prefix_len), verdict);
+            }
+            None => ops.push(MapOp::RemoveSource { key, prefix_len }),
+        }
+    }
+    let planned = found.iter().flat_map(|(index, (_, planned))| {
+        let members = planned.members.values();
+        members.map(|member| (*index, member.id))
+    });
+    let members: BTreeSet<(u32, u32)> = planned.collect();
+    for (key, backend) in quic_servers {
+        let owner = found.get_mut(&key.vip);
+        match owner.filter(|_| members.contains(&(key.vip, backend))) {
+            Some((_, planned)) => {
+                planned.quic_servers.insert(key.server, backend);
+            }
+            None => ops.push(MapOp::RemoveQuicServer { key }),
+        }
+    }
 }
