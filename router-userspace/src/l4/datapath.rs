@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use aya::maps::{Array, Map, MapData};
 use aya::{Ebpf, EbpfLoader, Pod};
+use aya_log::EbpfLogger;
 use router_common::{HASH_WORDS, Settings};
 
 use crate::config::{FlowTimeouts, L4Limits, PortRange};
@@ -66,6 +67,7 @@ pub struct Datapath {
     clock: settings::Clock,
     counters: Counters,
     flows: Flows,
+    logger: EbpfLogger<&'static dyn log::Log>,
     attachments: attach::Attachments,
 }
 
@@ -104,6 +106,7 @@ impl Datapath {
             clock,
             counters: Counters::open(&ebpf)?,
             flows: Flows::open(&ebpf, clock, settings.bucket_mask + 1)?,
+            logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
             ebpf,
@@ -163,6 +166,11 @@ impl Datapath {
     /// Which programs the kernel took, and why it refused one that layer 4 can do without.
     pub fn loaded(&self) -> &[Loaded] {
         &self.loaded
+    }
+
+    /// Hands what the programs logged since the last call to this process's log.
+    pub fn forward_logs(&mut self) {
+        self.logger.flush();
     }
 
     fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) -> anyhow::Result<()> {

@@ -29,7 +29,7 @@ pub(super) struct Shape {
     value_len: usize,
 }
 
-/// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS` and the programs' notes) are the
+/// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS` and the log) are the
 /// agent's own.
 pub(super) fn shapes(limits: &L4Limits) -> [Shape; 20] {
     let buckets = buckets(limits);
