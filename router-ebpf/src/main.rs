@@ -110,6 +110,9 @@ fn to_vip<F: Frame>(frame: &F) -> Outcome {
     if outcome.is(Verdict::UnknownFlow) {
         outcome = frame.track();
     }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = frame.open();
+    }
     if outcome.goes_on() {
         outcome = frame.deliver();
     }
@@ -182,14 +185,22 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`open`].
 #[inline(always)]
 fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
-    let now = maps::now(settings);
-    let chosen = flows::of_client(frame, &scratch.packet, vip, settings, now);
-    scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
+    let notes = (&mut scratch.hash, &mut scratch.place);
+    scratch.steered = flows::of_client(frame, &scratch.packet, vip, settings, notes)?;
+    Ok(Outcome::NEXT)
+}
+
+#[inline(always)]
+fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let scratch = scratch::get()?;
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    flows::open(frame, scratch).map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
 }
 
@@ -212,10 +223,9 @@ fn lead_back<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     flows::of_backend::<F>(&packet.key, packet.tcp, settings, now, &mut scratch.flow)
         .ok_or(Verdict::NotAReply)?;
     if packet.fragment == Fragment::FIRST && !F::DRY {
-        scratch.flow.reply = 1;
-        flows::remember_fragments(packet, &scratch.flow, settings, now);
+        flows::remember_answer_fragments(scratch);
     }
-    rewrite::to_client(frame, packet, &scratch.flow)
+    rewrite::to_client(frame, &scratch.packet, &scratch.flow)
 }
 
 /// A piece of a datagram, to where its first one went.

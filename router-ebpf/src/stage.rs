@@ -86,6 +86,8 @@ pub trait Stages {
     fn choose(&self) -> Outcome;
     /// The backend by the flow table.
     fn track(&self) -> Outcome;
+    /// The backend of a packet without a flow, and the flow.
+    fn open(&self) -> Outcome;
     /// Sends the packet to the backend.
     fn deliver(&self) -> Outcome;
     /// Sends a backend's answer to its client.
@@ -132,6 +134,7 @@ stages!(
     (parse, xdp_parse, crate::parse),
     (choose, xdp_choose, crate::choose),
     (track, xdp_track, crate::track),
+    (open, xdp_open, crate::open),
     (deliver, xdp_deliver, crate::rewrite::deliver),
     (lead_back, xdp_lead_back, crate::lead_back),
     (icmp, xdp_icmp, crate::icmp::steer),
@@ -149,6 +152,7 @@ stages!(
     (parse, dry_parse, crate::parse),
     (choose, dry_choose, crate::choose),
     (track, dry_track, crate::track),
+    (open, dry_open, crate::open),
     (deliver, dry_deliver, crate::rewrite::deliver),
     (lead_back, dry_lead_back, crate::lead_back),
     (icmp, dry_icmp, crate::icmp::steer),
@@ -166,6 +170,7 @@ stages!(
     (parse, tcx_parse, crate::parse),
     (choose, tcx_choose, crate::choose),
     (track, tcx_track, crate::track),
+    (open, tcx_open, crate::open),
     (deliver, tcx_deliver, crate::rewrite::deliver),
     (lead_back, tcx_lead_back, crate::lead_back),
     (icmp, tcx_icmp, crate::icmp::steer),
