@@ -4,7 +4,8 @@
 //! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
-//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN.
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
+//! connections to VIPs of the proxy to it.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -30,6 +31,7 @@ mod quic;
 mod rewrite;
 mod schedule;
 mod scratch;
+mod sk_lookup;
 mod stage;
 mod sweep;
 mod table;

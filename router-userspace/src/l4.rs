@@ -5,7 +5,7 @@
 //! of events; [`L4Reader`] is what everyone else may look at.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::config::{L4Config, PortRange};
 use crate::event::Event;
 use crate::l4::datapath::Datapath;
+use crate::l4::local_routes::LocalRoutes;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
@@ -27,7 +28,9 @@ use crate::snapshot::Snapshot;
 
 mod clsact;
 pub mod datapath;
+mod detach;
 pub(crate) mod interface;
+mod local_routes;
 pub mod maglev;
 mod netlink;
 pub mod next_hop;
@@ -39,8 +42,7 @@ mod stats;
 pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
-pub use next_hop::release_neighbours;
-pub use pins::detach;
+pub use detach::detach;
 pub use stats::{
     BackendStats, L4Reader, L4Stats, MemberState, Moved, Views, VipStats, VipView, mode_name,
     scheduler_name,
@@ -62,6 +64,7 @@ pub struct L4 {
     datapath: Datapath,
     planner: Planner,
     watcher: Watcher,
+    local_routes: LocalRoutes,
     /// The latest, for what time alone changes.
     snapshot: Snapshot,
     next_hops: HashMap<IpAddr, NextHop>,
@@ -124,6 +127,7 @@ impl L4 {
             config: config.clone(),
             policies,
             watcher: Watcher::start(inbox)?,
+            local_routes: LocalRoutes::adopt()?,
             datapath,
             planner,
             snapshot: Snapshot::default(),
@@ -146,8 +150,21 @@ impl L4 {
         for vip in declared {
             l4.apply_vip(vip, Instant::now());
         }
+        let planned: Vec<Vip> = l4.planner.vips().keys().copied().collect();
+        for vip in planned {
+            l4.route_locally(vip);
+        }
+        l4.local_routes.remove_unused();
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
         Ok(l4)
+    }
+
+    /// Has connections to VIPs of `l7` mode handed to these listeners of the proxy.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn hand_up_to(&mut self, listeners: &[TcpListener]) -> anyhow::Result<()> {
+        self.datapath.hand_up_to(listeners)
     }
 
     /// What the adopted maps already serve, as registrations of [`Origin::Adopted`].
@@ -182,15 +199,6 @@ impl L4 {
         for vip in vips {
             self.apply_vip(vip, now);
         }
-    }
-
-    /// What the proxy on this host serves without an address or a listener of its own: address, first
-    /// and last port. All are TCP.
-    pub fn l7_vips(&self) -> Vec<(IpAddr, u16, u16)> {
-        let vips = self.planner.vips().keys();
-        let l7 = vips.filter(|vip| self.policies.policy_of(vip).mode == Mode::L7);
-        l7.map(|vip| (vip.address, vip.ports.first, vip.ports.last))
-            .collect()
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.
@@ -259,6 +267,7 @@ impl L4 {
         self.backlog
             .extend(plan.ops.into_iter().map(|op| (vip, op)));
         self.write_backlog();
+        self.route_locally(vip);
         let members = self.members(vip, pool.as_deref());
         self.watch_next_hops(
             vip,
@@ -300,6 +309,13 @@ impl L4 {
             });
         }
         members
+    }
+
+    /// The kernel takes packets to a VIP of the proxy as its own.
+    fn route_locally(&mut self, vip: Vip) {
+        let served = self.planner.vips().contains_key(&vip);
+        let local = served && self.policies.policy_of(&vip).mode == Mode::L7;
+        self.local_routes.set(vip, local);
     }
 
     /// Writes what waits, up to the first operation that fails.

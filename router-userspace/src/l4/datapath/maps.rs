@@ -17,7 +17,7 @@ use crate::config::L4Limits;
 use crate::l4::plan::{Installed, MapOp};
 
 /// Source prefixes of all VIPs together. Memory is taken for those there are.
-const MAX_SOURCES: u32 = 65_536;
+const MAX_SOURCES: u32 = 1 << 17;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
 const HEADS_PER_VIP: u32 = 4;
 
@@ -264,6 +264,11 @@ impl Maps {
 
     pub(super) fn sweep(&self) -> anyhow::Result<SweepRequest> {
         self.sweep.get(&0, 0).context("read SWEEP")
+    }
+
+    pub(super) fn clear_explained(&mut self) -> anyhow::Result<()> {
+        let nothing = PacketEvent::default();
+        self.explained.set(0, nothing, 0).context("clear EXPLAINED")
     }
 
     pub(super) fn explained(&self) -> anyhow::Result<PacketEvent> {
