@@ -7,6 +7,7 @@
 
 mod cargo;
 mod dist;
+mod kernel;
 mod setup;
 
 use std::ffi::OsString;
@@ -47,6 +48,10 @@ enum Command {
     },
     /// Run every test; arguments go to `cargo nextest run`
     Test {
+        /// On Debian's stock kernel of this version, emulated by qemu: packet tests and what attaches
+        /// programs; arguments go to each test binary instead
+        #[arg(long, value_name = "VERSION")]
+        kernel: Option<String>,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
@@ -88,7 +93,14 @@ fn run(command: Command) -> anyhow::Result<()> {
                 .exec();
             Err(error).context("start viaduct")
         }
-        Command::Test { filter } => test(&filter),
+        Command::Test {
+            kernel: None,
+            filter,
+        } => test(&filter),
+        Command::Test {
+            kernel: Some(version),
+            filter,
+        } => kernel::test(&version, &filter),
         Command::Bench { which, json } => bench(which.as_deref(), json),
         Command::Ci => ci(),
         Command::Dist => {

@@ -1,0 +1,276 @@
+//! Runs tests on another kernel than the host's: `cargo xtask test --kernel 6.1`.
+//!
+//! The host's distribution gives the kernel, qemu emulates the machine, and the machine's whole
+//! system is an initramfs: the test binaries, the agent, the programs they start, busybox and the
+//! kernel's modules. Nothing but qemu is installed, and nothing but starting needs the host's
+//! kernel, so no root. It emulates in software, which every host can: tens of times slower than the
+//! host itself, and therefore only for tests whose subject is the kernel.
+
+mod cpio;
+mod packages;
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, BufWriter};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+
+use crate::{cargo, setup};
+use cpio::Archive;
+
+/// What runs unless the caller says otherwise: a test binary and the tests of it, by the start of
+/// their names. The rest of `e2e` is about sockets and messages, which no kernel of the last
+/// ten years does differently.
+const TESTS: &[(&str, &[&str])] = &[
+    ("xdp", &[]),
+    ("e2e", &["l4::", "restart::", "start::", "lab::"]),
+];
+
+/// What the tests start, from the host.
+const PROGRAMS: &[&str] = &[
+    "ip",
+    "ethtool",
+    "nats-server",
+    "mount",
+    "umount",
+    "nsenter",
+    "unshare",
+    "setpriv",
+];
+
+const CORES: &str = "2";
+const MEMORY: &str = "2G";
+/// Seconds after which the machine is killed.
+const DEADLINE: &str = "900";
+
+/// Runs the tests on Debian's stock kernel of `version`; `filter` goes to each test binary instead
+/// of our own choice.
+///
+/// # Errors
+/// A test failed, the machine did not get to its end, or something of it is not to be had.
+pub(crate) fn test(version: &str, filter: &[OsString]) -> anyhow::Result<()> {
+    ensure!(
+        cfg!(target_arch = "x86_64"),
+        "tests on another kernel need an x86_64 host"
+    );
+    setup::ensure(&[setup::BASE, setup::KERNEL].concat())?;
+    let kernel = Kernel::fetch(version)?;
+    let runs: Vec<Run> = TESTS
+        .iter()
+        .map(|(name, tests)| Run {
+            name,
+            arguments: arguments(tests, filter),
+        })
+        .collect();
+    let initramfs = folder().join("initramfs");
+    write_initramfs(&initramfs, &kernel, &runs)?;
+    let started = Instant::now();
+    let codes = boot(&kernel, &initramfs, &runs)?;
+    let summary: Vec<String> = runs
+        .iter()
+        .zip(&codes)
+        .map(|(run, code)| match code {
+            Some(code) => format!("{} ended with {code}", run.name),
+            None => format!("{} did not end", run.name),
+        })
+        .collect();
+    println!(
+        "kernel {}: {}; {} s",
+        kernel.release,
+        summary.join(", "),
+        started.elapsed().as_secs()
+    );
+    ensure!(
+        codes.iter().all(|code| *code == Some(0)),
+        "tests failed on kernel {}",
+        kernel.release
+    );
+    Ok(())
+}
+
+/// A test binary, to be run once.
+struct Run {
+    name: &'static str,
+    arguments: Vec<OsString>,
+}
+
+/// One test at a time: what waits for something shall not wait for another test as well.
+fn arguments(tests: &[&str], filter: &[OsString]) -> Vec<OsString> {
+    let one_by_one = std::iter::once(OsString::from("--test-threads=1"));
+    if filter.is_empty() {
+        one_by_one.chain(tests.iter().map(OsString::from)).collect()
+    } else {
+        one_by_one.chain(filter.iter().cloned()).collect()
+    }
+}
+
+/// A kernel as its package brings it.
+struct Kernel {
+    /// As `uname -r` prints it.
+    release: String,
+    image: PathBuf,
+    /// `lib/modules/RELEASE` of the package.
+    modules: PathBuf,
+    busybox: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel that the package `linux-image-cloud-amd64` of this host's release stands for: the
+    /// stock kernel with the drivers of virtual machines only.
+    fn fetch(version: &str) -> anyhow::Result<Kernel> {
+        let depends = packages::depends("linux-image-cloud-amd64")?;
+        let release = depends
+            .iter()
+            .find_map(|package| package.strip_prefix("linux-image-"))
+            .context("linux-image-cloud-amd64 stands for no kernel")?;
+        if !release.starts_with(&format!("{version}.")) {
+            bail!("kernel {version} is not to be had: this system's stock kernel is {release}");
+        }
+        let files = packages::unpack(&format!("linux-image-{release}"))?;
+        let kernel = Kernel {
+            release: release.to_owned(),
+            image: files.join(format!("boot/vmlinuz-{release}")),
+            modules: files.join(format!("lib/modules/{release}")),
+            busybox: packages::unpack("busybox-static")?.join("bin/busybox"),
+        };
+        // The package leaves the index of its modules to its installation.
+        let mut depmod = Command::new(&kernel.busybox);
+        depmod.args(["depmod", "-b"]).arg(files).arg(release);
+        cargo::status(&mut depmod)?;
+        Ok(kernel)
+    }
+}
+
+/// Builds the tests and writes the machine's whole system into `path`.
+fn write_initramfs(path: &Path, kernel: &Kernel, runs: &[Run]) -> anyhow::Result<()> {
+    let mut build = vec![
+        "build",
+        "-p",
+        "router-userspace",
+        "-p",
+        "router-tests",
+        "--bins",
+    ];
+    build.extend(runs.iter().flat_map(|run| ["--test", run.name]));
+    let built = cargo::executables(build)?;
+    let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+    let mut archive = Archive::new(BufWriter::new(file));
+
+    archive.file("/init", 0o755, init(runs).as_bytes())?;
+    archive.copy(&kernel.busybox, "/bin/busybox")?;
+    archive.copy_all(&kernel.modules, &format!("/lib/modules/{}", kernel.release))?;
+    for name in PROGRAMS {
+        let found = setup::on_path(name).with_context(|| format!("{name} is not installed"))?;
+        archive.program(Path::new(&found), &format!("/bin/{name}"))?;
+    }
+    // Tests look for the agent beside themselves.
+    let agent = executable(&built, |path| path.ends_with("debug/viaduct"))?;
+    archive.program(&stripped(agent, "viaduct")?, "/tests/viaduct")?;
+    for run in runs {
+        let start = format!("{}-", run.name);
+        let binary = executable(&built, |path| {
+            let name = path.file_name().unwrap_or_default();
+            path.parent().is_some_and(|folder| folder.ends_with("deps"))
+                && name.to_string_lossy().starts_with(&start)
+        })?;
+        archive.program(
+            &stripped(binary, run.name)?,
+            &format!("/tests/{}", run.name),
+        )?;
+    }
+    // Tests read files of the workspace by their paths on the host.
+    let root = cargo::root();
+    archive.folder(&root.join("tests").to_string_lossy())?;
+    let packaging = root.join("packaging");
+    archive.copy_all(&packaging, &packaging.to_string_lossy())?;
+    archive.finish()
+}
+
+fn executable(built: &[PathBuf], is_it: impl Fn(&Path) -> bool) -> anyhow::Result<&Path> {
+    built
+        .iter()
+        .map(PathBuf::as_path)
+        .find(|path| is_it(path))
+        .context("cargo built no such binary")
+}
+
+/// Debug information is three quarters of a binary, and would have to fit the machine's memory.
+fn stripped(binary: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let result = folder().join(name);
+    let mut strip = Command::new("strip");
+    strip
+        .arg("--strip-debug")
+        .arg("-o")
+        .arg(&result)
+        .arg(binary);
+    cargo::status(&mut strip)?;
+    Ok(result)
+}
+
+/// The script that is process 1: prepares the system, then runs one binary after the other.
+fn init(runs: &[Run]) -> String {
+    let mut script = include_str!("kernel/init.sh").to_owned();
+    let tests = cargo::root().join("tests");
+    script += &format!("cd {}\n", quoted(tests.as_os_str()));
+    for run in runs {
+        let words: Vec<String> = run.arguments.iter().map(|word| quoted(word)).collect();
+        script += &format!("run {} {}\n", run.name, words.join(" "));
+    }
+    script + "poweroff -f\n"
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &OsStr) -> String {
+    format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"))
+}
+
+/// Boots the machine, shows its console, and returns the exit code of each run, if it ended.
+fn boot(kernel: &Kernel, initramfs: &Path, runs: &[Run]) -> anyhow::Result<Vec<Option<i32>>> {
+    let mut machine = Command::new("timeout");
+    // In the foreground Ctrl-C reaches the machine as well.
+    machine.args(["--foreground", DEADLINE, "qemu-system-x86_64"]);
+    machine.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max"]);
+    machine.args(["-smp", CORES, "-m", MEMORY, "-nic", "none"]);
+    machine.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+    machine.arg("-kernel").arg(&kernel.image);
+    machine.arg("-initrd").arg(initramfs);
+    // What the kernel itself finds wrong ends the machine, and with it the run.
+    machine.args(["-no-reboot", "-append"]);
+    machine.arg("console=ttyS0 quiet oops=panic panic=1");
+    let line = cargo::display(&machine);
+    println!("kernel: {line}");
+
+    machine.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = machine.spawn().with_context(|| format!("start {line}"))?;
+    let console = BufReader::new(child.stdout.take().expect("stdout is piped"));
+    let mut codes = vec![None; runs.len()];
+    for text in console.split(b'\n') {
+        let text = text.context("read the machine's console")?;
+        let text = String::from_utf8_lossy(&text);
+        let text = text.trim_end_matches('\r');
+        println!("{text}");
+        for (run, code) in runs.iter().zip(&mut codes) {
+            // As the function `run` of init.sh prints it.
+            let end = text.strip_prefix(&format!("=== {} ended with ", run.name));
+            *code = end.and_then(|end| end.parse().ok()).or(*code);
+        }
+    }
+    let status = child.wait().context("wait for the machine")?;
+    ensure!(
+        status.code() != Some(124),
+        "the machine was killed after {DEADLINE} s"
+    );
+    ensure!(status.success(), "{line}: {status}");
+    Ok(codes)
+}
+
+/// Where packages, stripped binaries and the initramfs are kept.
+fn folder() -> PathBuf {
+    let folder = cargo::target().join("kernel");
+    // What goes wrong here goes wrong again where the folder is used, with a better message.
+    let _ = fs::create_dir_all(&folder);
+    folder
+}
