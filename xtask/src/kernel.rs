@@ -2,9 +2,9 @@
 //!
 //! The host's distribution gives the kernel, qemu emulates the machine, and the machine's whole
 //! system is an initramfs: the test binaries, the agent, the programs they start, busybox and the
-//! kernel's modules. Nothing but qemu is installed, and nothing but starting needs the host's
-//! kernel, so no root. It emulates in software, which every host can: tens of times slower than the
-//! host itself, and therefore only for tests whose subject is the kernel.
+//! kernel's modules. Nothing but qemu is installed, and root is not needed. Emulation in software
+//! works on every host and is tens of times slower than the host itself, so only tests whose subject
+//! is the kernel run here.
 
 mod cpio;
 mod packages;
@@ -21,9 +21,8 @@ use anyhow::{Context, bail, ensure};
 use crate::{cargo, setup};
 use cpio::Archive;
 
-/// What runs unless the caller says otherwise: a test binary and the tests of it, by the start of
-/// their names. The rest of `e2e` is about sockets and messages, which no kernel of the last
-/// ten years does differently.
+/// What runs unless the caller says otherwise: test binaries, each with what the names of its tests
+/// contain; nothing stands for all of them. The rest of `e2e` is about requests and messages.
 const TESTS: &[(&str, &[&str])] = &[
     ("xdp", &[]),
     ("e2e", &["l4::", "restart::", "start::", "lab::"]),
@@ -62,7 +61,10 @@ pub(crate) fn test(version: &str, filter: &[OsString]) -> anyhow::Result<()> {
         .iter()
         .map(|(name, tests)| Run {
             name,
-            arguments: arguments(tests, filter),
+            arguments: match filter {
+                [] => tests.iter().map(OsString::from).collect(),
+                filter => filter.to_vec(),
+            },
         })
         .collect();
     let initramfs = folder().join("initramfs");
@@ -95,16 +97,6 @@ pub(crate) fn test(version: &str, filter: &[OsString]) -> anyhow::Result<()> {
 struct Run {
     name: &'static str,
     arguments: Vec<OsString>,
-}
-
-/// One test at a time: what waits for something shall not wait for another test as well.
-fn arguments(tests: &[&str], filter: &[OsString]) -> Vec<OsString> {
-    let one_by_one = std::iter::once(OsString::from("--test-threads=1"));
-    if filter.is_empty() {
-        one_by_one.chain(tests.iter().map(OsString::from)).collect()
-    } else {
-        one_by_one.chain(filter.iter().cloned()).collect()
-    }
 }
 
 /// A kernel as its package brings it.

@@ -149,3 +149,30 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_come_before_what_is_in_them_and_every_part_is_padded() {
+        let mut bytes = Vec::new();
+        let mut archive = Archive::new(&mut bytes);
+        archive.file("/a/b", 0o755, b"hello").unwrap();
+        archive.file("/a/c", 0o644, b"").unwrap();
+        archive.finish().unwrap();
+        // Magic, inode, mode, six fields, ... : the name starts after 6 + 13 * 8 octets.
+        let text = String::from_utf8(bytes).unwrap();
+        let entries: Vec<&str> = text.split("070701").skip(1).collect();
+        let names = entries
+            .iter()
+            .map(|entry| entry[104..].trim_end_matches('\0'));
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            ["a", "a/b\0\0\0hello", "a/c", "TRAILER!!!"]
+        );
+        let modes: Vec<&str> = entries.iter().map(|entry| &entry[8..16]).collect();
+        assert_eq!(modes, ["000041ed", "000081ed", "000081a4", "00000000"]);
+        assert!(entries.iter().all(|entry| (entry.len() + 6) % 4 == 0));
+    }
+}

@@ -11,8 +11,10 @@ mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
-# Modules are loaded when something asks for them, as on any host.
+# Modules are loaded when something asks for them, as on any host; but busybox's modprobe does not
+# wait for one that another is loading, so what all labs ask for at once is loaded here.
 echo /applets/modprobe > /proc/sys/kernel/modprobe
+modprobe -a veth bridge
 ip link set lo up
 ulimit -n 1048576
 
