@@ -23,6 +23,6 @@ run() {
     shift
     echo "=== $name starts on $(uname -r)"
     "/tests/$name" "$@"
-    echo "=== $name ended with $?"
+    printf "\n=== %s ended with %s\n" "$name" $?
 }
 
