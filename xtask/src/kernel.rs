@@ -40,7 +40,9 @@ const PROGRAMS: &[&str] = &[
     "setpriv",
 ];
 
-const CORES: &str = "2";
+/// What `bench ipvs` starts besides, and what that needs; unpacked, not installed.
+const IPVS: &[&str] = &["ipvsadm", "libnl-3-200", "libnl-genl-3-200", "libpopt0"];
+
 const MEMORY: &str = "2G";
 /// Seconds after which the machine is killed.
 const DEADLINE: &str = "900";
@@ -51,52 +53,89 @@ const DEADLINE: &str = "900";
 /// # Errors
 /// A test failed, the machine did not get to its end, or something of it is not to be had.
 pub(crate) fn test(version: &str, filter: &[OsString]) -> anyhow::Result<()> {
-    ensure!(
-        cfg!(target_arch = "x86_64"),
-        "tests on another kernel need an x86_64 host"
-    );
-    setup::ensure(&[setup::BASE, setup::KERNEL].concat())?;
-    let kernel = Kernel::fetch(version)?;
-    let runs: Vec<Run> = TESTS
-        .iter()
-        .map(|(name, tests)| Run {
-            name,
-            arguments: match filter {
-                [] => tests.iter().map(OsString::from).collect(),
-                filter => filter.to_vec(),
-            },
-        })
-        .collect();
-    let initramfs = folder().join("initramfs");
-    write_initramfs(&initramfs, &kernel, &runs)?;
-    let started = Instant::now();
-    let codes = boot(&kernel, &initramfs, &runs)?;
-    let summary: Vec<String> = runs
-        .iter()
-        .zip(&codes)
-        .map(|(run, code)| match code {
-            Some(code) => format!("{} ended with {code}", run.name),
-            None => format!("{} did not end", run.name),
-        })
-        .collect();
-    println!(
-        "kernel {}: {}; {} s",
-        kernel.release,
-        summary.join(", "),
-        started.elapsed().as_secs()
-    );
-    ensure!(
-        codes.iter().all(|code| *code == Some(0)),
-        "tests failed on kernel {}",
-        kernel.release
-    );
-    Ok(())
+    let arguments = |tests: &[&str]| match filter {
+        [] => tests.iter().map(OsString::from).collect(),
+        filter => filter.to_vec(),
+    };
+    let run = |(name, tests): &(&'static str, &[&str])| Run {
+        name,
+        arguments: arguments(tests),
+    };
+    Machine {
+        runs: TESTS.iter().map(run).collect(),
+        packages: &[],
+        // Two cores, so that cores meet in the tables.
+        processor: &["-cpu", "max", "-smp", "2"],
+    }
+    .run(version)
 }
 
-/// A test binary, to be run once.
+/// Measures the gateway beside IPVS, on Debian 12's kernel because it has IPVS.
+///
+/// The machine's clock counts instructions of its one core, a nanosecond each, and skips what the
+/// core is idle: the same figures on every host, however busy it is.
+pub(crate) fn bench_ipvs(json: bool) -> anyhow::Result<()> {
+    let json = json.then_some("--json");
+    let arguments = ["ipvs"].into_iter().chain(json);
+    Machine {
+        runs: vec![Run {
+            name: "bench",
+            arguments: arguments.map(OsString::from).collect(),
+        }],
+        packages: IPVS,
+        processor: &[
+            "-cpu",
+            // Else the kernel copies and clears by an instruction that is counted once an octet.
+            "max,erms=off,fsrm=off",
+            "-smp",
+            "1",
+            "-icount",
+            "shift=0,sleep=off",
+        ],
+    }
+    .run("6.1")
+}
+
+/// What is emulated, and what for.
+struct Machine {
+    /// One after the other.
+    runs: Vec<Run>,
+    packages: &'static [&'static str],
+    /// Options of qemu.
+    processor: &'static [&'static str],
+}
+
+/// A test binary or a program of the workspace, to be run once.
 struct Run {
     name: &'static str,
     arguments: Vec<OsString>,
+}
+
+impl Machine {
+    fn run(&self, version: &str) -> anyhow::Result<()> {
+        ensure!(
+            cfg!(target_arch = "x86_64"),
+            "another kernel needs an x86_64 host"
+        );
+        setup::ensure(&[setup::BASE, setup::KERNEL].concat())?;
+        let kernel = Kernel::fetch(version)?;
+        let initramfs = folder().join("initramfs");
+        self.write_initramfs(&initramfs, &kernel)?;
+        let started = Instant::now();
+        let codes = self.boot(&kernel, &initramfs)?;
+        let ends = self.runs.iter().zip(&codes).map(|(run, code)| match code {
+            Some(code) => format!("{} ended with {code}", run.name),
+            None => format!("{} did not end", run.name),
+        });
+        let summary = format!(
+            "kernel {}: {}",
+            kernel.release,
+            ends.collect::<Vec<_>>().join(", ")
+        );
+        ensure!(codes.iter().all(|code| *code == Some(0)), summary);
+        println!("{summary}; {} s", started.elapsed().as_secs());
+        Ok(())
+    }
 }
 
 /// A kernel as its package brings it.
@@ -136,57 +175,99 @@ impl Kernel {
     }
 }
 
-/// Builds the tests and writes the machine's whole system into `path`.
-fn write_initramfs(path: &Path, kernel: &Kernel, runs: &[Run]) -> anyhow::Result<()> {
-    let mut build = vec![
-        "build",
-        "-p",
-        "router-userspace",
-        "-p",
-        "router-tests",
-        "--bins",
-    ];
-    build.extend(runs.iter().flat_map(|run| ["--test", run.name]));
-    let built = cargo::executables(build)?;
-    let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
-    let mut archive = Archive::new(BufWriter::new(file));
+impl Machine {
+    /// Builds what runs, and writes the machine's whole system into `path`.
+    fn write_initramfs(&self, path: &Path, kernel: &Kernel) -> anyhow::Result<()> {
+        let built = cargo::executables([
+            "build",
+            "-p",
+            "router-userspace",
+            "-p",
+            "router-tests",
+            "--bins",
+            "--test",
+            "*",
+        ])?;
+        let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+        let mut archive = Archive::new(BufWriter::new(file));
 
-    archive.file("/init", 0o755, init(runs).as_bytes())?;
-    archive.copy(&kernel.busybox, "/bin/busybox")?;
-    archive.copy_all(&kernel.modules, &format!("/lib/modules/{}", kernel.release))?;
-    for name in PROGRAMS {
-        let found = setup::on_path(name).with_context(|| format!("{name} is not installed"))?;
-        archive.program(Path::new(&found), &format!("/bin/{name}"))?;
+        archive.file("/init", 0o755, init(&self.runs).as_bytes())?;
+        archive.copy(&kernel.busybox, "/bin/busybox")?;
+        let modules = format!("/lib/modules/{}", kernel.release);
+        archive.copy_all(&kernel.modules, &modules)?;
+        for package in self.packages {
+            archive.copy_all(&packages::unpack(package)?, "")?;
+        }
+        for name in PROGRAMS {
+            let found = setup::on_path(name).with_context(|| format!("{name} is not installed"))?;
+            archive.program(Path::new(&found), &format!("/bin/{name}"))?;
+        }
+        // What runs looks for the agent beside itself.
+        for name in self.runs.iter().map(|run| run.name).chain(["viaduct"]) {
+            let binary = stripped(executable(&built, name)?, name)?;
+            archive.program(&binary, &format!("/tests/{name}"))?;
+        }
+        // Tests read files of the workspace by their paths on the host.
+        let root = cargo::root();
+        archive.folder(&root.join("tests").to_string_lossy())?;
+        let packaging = root.join("packaging");
+        archive.copy_all(&packaging, &packaging.to_string_lossy())?;
+        archive.finish()
     }
-    // Tests look for the agent beside themselves.
-    let agent = executable(&built, |path| path.ends_with("debug/viaduct"))?;
-    archive.program(&stripped(agent, "viaduct")?, "/tests/viaduct")?;
-    for run in runs {
-        let start = format!("{}-", run.name);
-        let binary = executable(&built, |path| {
-            let name = path.file_name().unwrap_or_default();
-            path.parent().is_some_and(|folder| folder.ends_with("deps"))
-                && name.to_string_lossy().starts_with(&start)
-        })?;
-        archive.program(
-            &stripped(binary, run.name)?,
-            &format!("/tests/{}", run.name),
-        )?;
+
+    /// Boots the machine, shows its console, and returns the exit code of each run, if it ended.
+    fn boot(&self, kernel: &Kernel, initramfs: &Path) -> anyhow::Result<Vec<Option<i32>>> {
+        let mut machine = Command::new("timeout");
+        // In the foreground Ctrl-C reaches the machine as well.
+        machine.args(["--foreground", DEADLINE, "qemu-system-x86_64"]);
+        machine.args(["-machine", "q35", "-accel", "tcg"]);
+        machine.args(self.processor);
+        machine.args(["-m", MEMORY, "-nic", "none"]);
+        machine.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+        machine.arg("-kernel").arg(&kernel.image);
+        machine.arg("-initrd").arg(initramfs);
+        // What the kernel itself finds wrong ends the machine, and with it the run.
+        machine.args(["-no-reboot", "-append"]);
+        machine.arg("console=ttyS0 quiet oops=panic panic=1");
+        let line = cargo::display(&machine);
+        println!("kernel: {line}");
+
+        machine.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = machine.spawn().with_context(|| format!("start {line}"))?;
+        let console = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut codes = vec![None; self.runs.len()];
+        for text in console.split(b'\n') {
+            let text = text.context("read the machine's console")?;
+            let text = String::from_utf8_lossy(&text);
+            let text = text.trim_end_matches('\r');
+            println!("{text}");
+            for (run, code) in self.runs.iter().zip(&mut codes) {
+                // As the function `run` of init.sh prints it.
+                let end = text.strip_prefix(&format!("=== {} ended with ", run.name));
+                *code = end.and_then(|end| end.parse().ok()).or(*code);
+            }
+        }
+        let status = child.wait().context("wait for the machine")?;
+        ensure!(
+            status.code() != Some(124),
+            "the machine was killed after {DEADLINE} s"
+        );
+        ensure!(status.success(), "{line}: {status}");
+        Ok(codes)
     }
-    // Tests read files of the workspace by their paths on the host.
-    let root = cargo::root();
-    archive.folder(&root.join("tests").to_string_lossy())?;
-    let packaging = root.join("packaging");
-    archive.copy_all(&packaging, &packaging.to_string_lossy())?;
-    archive.finish()
 }
 
-fn executable(built: &[PathBuf], is_it: impl Fn(&Path) -> bool) -> anyhow::Result<&Path> {
-    built
-        .iter()
-        .map(PathBuf::as_path)
-        .find(|path| is_it(path))
-        .context("cargo built no such binary")
+/// A binary by the name that the workspace has for it. Those of tests end in a hash.
+fn executable<'a>(built: &'a [PathBuf], name: &str) -> anyhow::Result<&'a Path> {
+    let is_it = |path: &&PathBuf| {
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        file == name
+            || file
+                .rsplit_once('-')
+                .is_some_and(|(start, _)| start == name)
+    };
+    let found = built.iter().find(is_it);
+    Ok(found.with_context(|| format!("cargo built no {name}"))?)
 }
 
 /// Debug information is three quarters of a binary, and would have to fit the machine's memory.
@@ -217,46 +298,6 @@ fn init(runs: &[Run]) -> String {
 /// A word as a shell reads it.
 fn quoted(word: &OsStr) -> String {
     format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"))
-}
-
-/// Boots the machine, shows its console, and returns the exit code of each run, if it ended.
-fn boot(kernel: &Kernel, initramfs: &Path, runs: &[Run]) -> anyhow::Result<Vec<Option<i32>>> {
-    let mut machine = Command::new("timeout");
-    // In the foreground Ctrl-C reaches the machine as well.
-    machine.args(["--foreground", DEADLINE, "qemu-system-x86_64"]);
-    machine.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max"]);
-    machine.args(["-smp", CORES, "-m", MEMORY, "-nic", "none"]);
-    machine.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
-    machine.arg("-kernel").arg(&kernel.image);
-    machine.arg("-initrd").arg(initramfs);
-    // What the kernel itself finds wrong ends the machine, and with it the run.
-    machine.args(["-no-reboot", "-append"]);
-    machine.arg("console=ttyS0 quiet oops=panic panic=1");
-    let line = cargo::display(&machine);
-    println!("kernel: {line}");
-
-    machine.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = machine.spawn().with_context(|| format!("start {line}"))?;
-    let console = BufReader::new(child.stdout.take().expect("stdout is piped"));
-    let mut codes = vec![None; runs.len()];
-    for text in console.split(b'\n') {
-        let text = text.context("read the machine's console")?;
-        let text = String::from_utf8_lossy(&text);
-        let text = text.trim_end_matches('\r');
-        println!("{text}");
-        for (run, code) in runs.iter().zip(&mut codes) {
-            // As the function `run` of init.sh prints it.
-            let end = text.strip_prefix(&format!("=== {} ended with ", run.name));
-            *code = end.and_then(|end| end.parse().ok()).or(*code);
-        }
-    }
-    let status = child.wait().context("wait for the machine")?;
-    ensure!(
-        status.code() != Some(124),
-        "the machine was killed after {DEADLINE} s"
-    );
-    ensure!(status.success(), "{line}: {status}");
-    Ok(codes)
 }
 
 /// Where packages, stripped binaries and the initramfs are kept.

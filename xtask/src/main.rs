@@ -55,7 +55,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
-    /// Measure l4, l7 or routes; without a name, everything
+    /// Measure l4, l7 or routes, without a name all three; or ipvs, in a machine that has it
     Bench {
         which: Option<String>,
         /// One JSON object a line instead of a table
@@ -156,6 +156,9 @@ fn test(filter: &[OsString]) -> anyhow::Result<()> {
 }
 
 fn bench(which: Option<&str>, json: bool) -> anyhow::Result<()> {
+    if which == Some("ipvs") {
+        return kernel::bench_ipvs(json);
+    }
     require_root("the benchmarks load XDP programs and make network namespaces")?;
     setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
     build_lab()?;

@@ -56,9 +56,12 @@ impl<W: Write> Archive<W> {
         self.file(path, mode, &fs::read(from).with_context(read)?)
     }
 
-    /// Adds a folder of the host with all that is in it; links are followed.
+    /// Adds a folder of the host with all that is in it; links are followed. The empty path is the
+    /// root.
     pub(super) fn copy_all(&mut self, from: &Path, path: &str) -> anyhow::Result<()> {
-        self.folder(path)?;
+        if !path.is_empty() {
+            self.folder(path)?;
+        }
         let entries = fs::read_dir(from).with_context(|| format!("read {}", from.display()))?;
         let mut files = entries
             .map(|entry| Ok(entry?.path()))

@@ -3,7 +3,7 @@
 /bin/busybox mkdir -p /applets /dev /etc /proc /root /run /sys /tmp
 /bin/busybox --install -s /applets
 # Programs of the host before busybox's own.
-export PATH=/bin:/applets HOME=/root
+export PATH=/bin:/sbin:/applets HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
