@@ -1,10 +1,11 @@
-//! Runs tests on another kernel than the host's: `cargo xtask test --kernel 6.1`.
+//! Runs tests on another kernel than the host's, `cargo xtask test --kernel 6.1`, and the benchmark
+//! that needs one, `cargo xtask bench ipvs`.
 //!
 //! The host's distribution gives the kernel, qemu emulates the machine, and the machine's whole
-//! system is an initramfs: the test binaries, the agent, the programs they start, busybox and the
-//! kernel's modules. Nothing but qemu is installed, and root is not needed. Emulation in software
-//! works on every host and is tens of times slower than the host itself, so only tests whose subject
-//! is the kernel run here.
+//! system is an initramfs: what runs, the agent, the programs they start, busybox and the kernel's
+//! modules. Nothing but qemu is installed, and root is not needed. Emulation in software works on
+//! every host and is tens of times slower than the host itself, so only tests whose subject is the
+//! kernel run here.
 
 mod cpio;
 mod packages;
@@ -136,46 +137,7 @@ impl Machine {
         println!("{summary}; {} s", started.elapsed().as_secs());
         Ok(())
     }
-}
 
-/// A kernel as its package brings it.
-struct Kernel {
-    /// As `uname -r` prints it.
-    release: String,
-    image: PathBuf,
-    /// `lib/modules/RELEASE` of the package.
-    modules: PathBuf,
-    busybox: PathBuf,
-}
-
-impl Kernel {
-    /// The kernel that the package `linux-image-cloud-amd64` of this host's release stands for: the
-    /// stock kernel with the drivers of virtual machines only.
-    fn fetch(version: &str) -> anyhow::Result<Kernel> {
-        let depends = packages::depends("linux-image-cloud-amd64")?;
-        let release = depends
-            .iter()
-            .find_map(|package| package.strip_prefix("linux-image-"))
-            .context("linux-image-cloud-amd64 stands for no kernel")?;
-        if !release.starts_with(&format!("{version}.")) {
-            bail!("kernel {version} is not to be had: this system's stock kernel is {release}");
-        }
-        let files = packages::unpack(&format!("linux-image-{release}"))?;
-        let kernel = Kernel {
-            release: release.to_owned(),
-            image: files.join(format!("boot/vmlinuz-{release}")),
-            modules: files.join(format!("lib/modules/{release}")),
-            busybox: packages::unpack("busybox-static")?.join("bin/busybox"),
-        };
-        // The package leaves the index of its modules to its installation.
-        let mut depmod = Command::new(&kernel.busybox);
-        depmod.args(["depmod", "-b"]).arg(files).arg(release);
-        cargo::status(&mut depmod)?;
-        Ok(kernel)
-    }
-}
-
-impl Machine {
     /// Builds what runs, and writes the machine's whole system into `path`.
     fn write_initramfs(&self, path: &Path, kernel: &Kernel) -> anyhow::Result<()> {
         let built = cargo::executables([
@@ -257,6 +219,43 @@ impl Machine {
     }
 }
 
+/// A kernel as its package brings it.
+struct Kernel {
+    /// As `uname -r` prints it.
+    release: String,
+    image: PathBuf,
+    /// `lib/modules/RELEASE` of the package.
+    modules: PathBuf,
+    busybox: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel that the package `linux-image-cloud-amd64` of this host's release stands for: the
+    /// stock kernel with the drivers of virtual machines only.
+    fn fetch(version: &str) -> anyhow::Result<Kernel> {
+        let depends = packages::depends("linux-image-cloud-amd64")?;
+        let release = depends
+            .iter()
+            .find_map(|package| package.strip_prefix("linux-image-"))
+            .context("linux-image-cloud-amd64 stands for no kernel")?;
+        if !release.starts_with(&format!("{version}.")) {
+            bail!("kernel {version} is not to be had: this system's stock kernel is {release}");
+        }
+        let files = packages::unpack(&format!("linux-image-{release}"))?;
+        let kernel = Kernel {
+            release: release.to_owned(),
+            image: files.join(format!("boot/vmlinuz-{release}")),
+            modules: files.join(format!("lib/modules/{release}")),
+            busybox: packages::unpack("busybox-static")?.join("bin/busybox"),
+        };
+        // The package leaves the index of its modules to its installation.
+        let mut depmod = Command::new(&kernel.busybox);
+        depmod.args(["depmod", "-b"]).arg(files).arg(release);
+        cargo::status(&mut depmod)?;
+        Ok(kernel)
+    }
+}
+
 /// A binary by the name that the workspace has for it. Those of tests end in a hash.
 fn executable<'a>(built: &'a [PathBuf], name: &str) -> anyhow::Result<&'a Path> {
     let is_it = |path: &&PathBuf| {
@@ -266,8 +265,8 @@ fn executable<'a>(built: &'a [PathBuf], name: &str) -> anyhow::Result<&'a Path> 
                 .rsplit_once('-')
                 .is_some_and(|(start, _)| start == name)
     };
-    let found = built.iter().find(is_it);
-    Ok(found.with_context(|| format!("cargo built no {name}"))?)
+    let found = built.iter().find(is_it).map(PathBuf::as_path);
+    found.with_context(|| format!("cargo built no {name}"))
 }
 
 /// Debug information is three quarters of a binary, and would have to fit the machine's memory.

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# Process 1 of the machine that `cargo xtask test --kernel` boots. xtask appends what to run.
+# Process 1 of the machine that `cargo xtask test --kernel` or `bench ipvs` boots. xtask appends what
+# to run.
 /bin/busybox mkdir -p /applets /dev /etc /proc /root /run /sys /tmp
 /bin/busybox --install -s /applets
 # Programs of the host before busybox's own.

@@ -76,43 +76,33 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
             mode.name
         );
     }
-    let mut report = Report::new("ipvs");
-    let mut harness = Harness::load()?;
-    let pass = harness.empty.try_clone()?;
-
+    let mut stream = Stream {
+        harness: Harness::load()?,
+        report: Report::new("ipvs"),
+    };
+    let pass = stream.harness.empty.try_clone()?;
     let lab = Lab::new(1)?;
-    Street::to_dummy(&lab)?.measure(
-        &mut report,
-        &mut harness,
-        ("routing", "kernel"),
-        &pass,
-        backend(1),
-    )?;
+    out_by_dummy(&lab)?;
+    stream.measure(&lab.gateway, ("routing", "kernel"), &pass, backend(1))?;
     drop(lab);
     for mode in &MODES {
         let lab = Lab::new(1)?;
-        let street = Street::to_dummy(&lab)?;
+        out_by_dummy(&lab)?;
         let backends: Vec<Ipv4Addr> = (1..=BACKENDS).map(backend).collect();
         serve_by_ipvs(&lab.gateway, mode, &backends)?;
-        let names = (mode.name, "ipvs");
-        street.measure(&mut report, &mut harness, names, &pass, VIP)?;
+        stream.measure(&lab.gateway, (mode.name, "ipvs"), &pass, VIP)?;
     }
     for mode in &MODES {
         let Some(forwarding) = mode.viaduct else {
             continue;
         };
         let mut site = Site::new(1)?;
-        let sink = Street::to_veth(&site.lab)?._sink;
+        let _sink = out_by_veth(&site.lab)?;
         serve_by_viaduct(&mut site, forwarding)?;
-        let program = attached(&site.lab.gateway)?;
-        let street = Street {
-            lab: &site.lab,
-            _sink: sink,
-        };
-        let names = (mode.name, "viaduct");
-        street.measure(&mut report, &mut harness, names, &program, VIP)?;
+        let gateway = &site.lab.gateway;
+        stream.measure(gateway, (mode.name, "viaduct"), &attached(gateway)?, VIP)?;
     }
-    Ok(report)
+    Ok(stream.report)
 }
 
 /// Four connections from the client to a VIP of two backends, and bytes both ways.
@@ -208,66 +198,59 @@ fn serve_by_viaduct(site: &mut Site, forwarding: Forwarding) -> anyhow::Result<(
     })
 }
 
-/// The way of the stream: in by `front`, out by [`OUT`].
-struct Street<'a> {
-    lab: &'a Lab,
-    /// Throws away what comes out, if something has to.
-    _sink: Option<Ebpf>,
+/// Lets the stream out by a device whose driver throws everything away at once.
+fn out_by_dummy(lab: &Lab) -> anyhow::Result<()> {
+    lab.gateway
+        .ip(&[&format!("link add {OUT} arp on type dummy")])?;
+    connect(&lab.gateway)
 }
 
-impl Street<'_> {
-    /// Out by a device whose driver throws everything away at once.
-    fn to_dummy(lab: &Lab) -> anyhow::Result<Street<'_>> {
-        lab.gateway
-            .ip(&[&format!("link add {OUT} arp on type dummy")])?;
-        let street = Street { lab, _sink: None };
-        street.connect()?;
-        Ok(street)
-    }
+/// Lets the stream out by a veth, since a dummy takes no redirected frames. Its other end throws
+/// frames away by the returned harness, which aborts without a target; what that takes counts as
+/// well.
+fn out_by_veth(lab: &Lab) -> anyhow::Result<Ebpf> {
+    let end = &lab.backends[0];
+    let peer = end.name();
+    lab.gateway.ip(&[&format!(
+        "link add {OUT} type veth peer name {SINK} netns {peer}"
+    )])?;
+    end.ip(&[&format!("link set {SINK} up")])?;
+    let mut sink = Ebpf::load(BENCH_PROGRAM).context("load the sink")?;
+    let program = l4::program(&mut sink, "bench")?;
+    program.load().context("load the sink")?;
+    end.run(|| program.attach(SINK, XdpMode::Driver))?;
+    connect(&lab.gateway)?;
+    Ok(sink)
+}
 
-    /// Out by a veth, since a dummy takes no redirected frames. Its other end, whose work counts as
-    /// well, throws frames away by the harness: without a target it aborts.
-    fn to_veth(lab: &Lab) -> anyhow::Result<Street<'_>> {
-        let end = &lab.backends[0];
-        let peer = format!(
-            "link add {OUT} type veth peer name {SINK} netns {}",
-            end.name()
-        );
-        lab.gateway.ip(&[&peer])?;
-        end.ip(&[&format!("link set {SINK} up")])?;
-        let mut sink = Ebpf::load(BENCH_PROGRAM).context("load the sink")?;
-        let program = l4::program(&mut sink, "bench")?;
-        program.load().context("load the sink")?;
-        end.run(|| program.attach(SINK, XdpMode::Driver))?;
-        let street = Street {
-            lab,
-            _sink: Some(sink),
-        };
-        street.connect()?;
-        Ok(street)
-    }
-
-    fn connect(&self) -> anyhow::Result<()> {
+/// Makes [`OUT`] the way to the backends of the stream, all of whom are known there.
+fn connect(gateway: &Netns) -> anyhow::Result<()> {
+    gateway.ip(&[
         // As the frames of the harness have it.
-        let front = "link set front address 02:00:00:00:00:02".to_owned();
-        let up = format!("link set {OUT} up");
-        let own = format!("address add {}/24 dev {OUT}", backend(254));
-        let neighbors = (1..=BACKENDS).map(|host| {
-            let address = backend(host);
-            format!(
-                "neighbor add {address} lladdr 02:00:00:00:09:{host:02x} dev {OUT} nud permanent"
-            )
-        });
-        let lines: Vec<String> = [front, up, own].into_iter().chain(neighbors).collect();
-        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
-        self.lab.gateway.ip(&lines)
+        "link set front address 02:00:00:00:00:02",
+        &format!("link set {OUT} up"),
+        &format!("address add {}/24 dev {OUT}", backend(254)),
+    ])?;
+    for host in 1..=BACKENDS {
+        let address = backend(host);
+        gateway.ip(&[&format!(
+            "neighbor add {address} lladdr 02:00:00:00:09:{host:02x} dev {OUT} nud permanent"
+        )])?;
     }
+    Ok(())
+}
 
-    /// Adds the figures of one contender: `name` is the row's and its own.
+/// What makes the packets, and what was found out by them.
+struct Stream {
+    harness: Harness,
+    report: Report,
+}
+
+impl Stream {
+    /// Adds the figures of one contender: `row` and `who` of the report.
     fn measure(
-        &self,
-        report: &mut Report,
-        harness: &mut Harness,
+        &mut self,
+        gateway: &Netns,
         (row, who): (&str, &'static str),
         target: &ProgramFd,
         destination: Ipv4Addr,
@@ -279,16 +262,17 @@ impl Street<'_> {
                     .map(|number| flow(number, destination, flags))
                     .collect()
             };
-            harness.lay(&flows(SYN), false)?;
-            self.send(harness, Some(target), count)
+            self.harness.lay(&flows(SYN), false)?;
+            self.send(gateway, Some(target), count)
                 .with_context(|| format!("open the flows of {row}"))?;
-            harness.lay(&flows(ACK), false)?;
+            self.harness.lay(&flows(ACK), false)?;
             for _ in 0..ROUNDS {
-                let alone = self.send(harness, None, PACKETS)?;
+                let alone = self.send(gateway, None, PACKETS)?;
                 let total = self
-                    .send(harness, Some(target), PACKETS)
+                    .send(gateway, Some(target), PACKETS)
                     .with_context(|| format!("row {row}"))?;
                 let net = total.saturating_sub(alone).as_secs_f64() / f64::from(PACKETS);
+                let report = &mut self.report;
                 report.add(&row, who, "instructions_per_packet", net * 1e9);
                 report.add(&row, who, "packets_per_cpu_s", 1.0 / net);
             }
@@ -299,18 +283,18 @@ impl Street<'_> {
     /// Sends `packets`, and returns how long it took until all had gone out; without a target they
     /// end in the generator.
     fn send(
-        &self,
-        harness: &mut Harness,
+        &mut self,
+        gateway: &Netns,
         target: Option<&ProgramFd>,
         packets: u32,
     ) -> anyhow::Result<Duration> {
-        let ifindex = link(&self.lab.gateway, "front")?["ifindex"].as_u64();
+        let ifindex = link(gateway, "front")?["ifindex"].as_u64();
         let ifindex = u32::try_from(ifindex.context("front has no index")?)?;
         // One thread does all of it: between two the clock would go on to the next timer.
-        self.lab.gateway.run(|| {
+        gateway.run(|| {
             let before = sent()?;
             let started = Instant::now();
-            harness.send(target, ifindex, packets)?;
+            self.harness.send(target, ifindex, packets)?;
             if target.is_some() {
                 wait_for("the stream to go out", || {
                     let count = sent().ok()? - before;
@@ -345,7 +329,8 @@ fn backend(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 9, 0, host)
 }
 
-/// Flows differ in the port alone, so that one checksum of the IP header fits all.
+/// Flows differ in the port alone, so that one checksum of the IP header fits all. Nobody on the way
+/// reads the checksum of TCP.
 fn flow(number: u32, destination: Ipv4Addr, flags: u8) -> Flow {
     Flow {
         source: CLIENT,
