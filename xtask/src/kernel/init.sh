@@ -12,10 +12,11 @@ mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
-# Modules are loaded when something asks for them, as on any host; but busybox's modprobe does not
-# wait for one that another is loading, so what all labs ask for at once is loaded here.
+# Modules are loaded when something asks for them, as on any host. But busybox's modprobe does not
+# wait for one that another is loading, and all labs ask for veth and bridge at once; and nothing asks
+# for fou.
 echo /applets/modprobe > /proc/sys/kernel/modprobe
-modprobe -a veth bridge
+modprobe -a veth bridge fou fou6
 ip link set lo up
 ulimit -n 1048576
 
