@@ -103,7 +103,9 @@ fn get(site: &Site, address: &str) -> Option<u16> {
 fn local_routes(site: &Site) -> String {
     let routes = |family: &str| {
         let mut ip = site.lab.gateway.command("ip");
-        let output = ip.args([family, "route", "show", "table", "local"]).output();
+        let output = ip
+            .args([family, "route", "show", "table", "local"])
+            .output();
         String::from_utf8(output.unwrap().stdout).unwrap()
     };
     let all = routes("-4") + &routes("-6");

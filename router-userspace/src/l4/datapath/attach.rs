@@ -5,7 +5,7 @@
 //! packets. [`Datapath::follow_interfaces`] brings the links in line with the interfaces that there
 //! are: at the start, and whenever rtnetlink tells of a change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -103,6 +103,8 @@ pub(super) struct Attachments {
     /// Held while nothing is pinned: dropping a link detaches it.
     held: Vec<Held>,
     attached: BTreeMap<String, Attached>,
+    /// Interfaces that are there, but that the kernel refused.
+    refused: BTreeSet<String>,
 }
 
 #[expect(
@@ -157,8 +159,13 @@ impl Datapath {
                 (Some(before), Some(device)) if before.ifindex == device.index => {}
                 (_, Some(_)) => {
                     if let Err(error) = self.attach(interface, mode) {
-                        tracing::error!(interface, "not attached: {error:#}");
                         self.attachments.attached.remove(interface);
+                        // Told once, tried with every tick.
+                        if self.attachments.refused.insert(interface.clone()) {
+                            tracing::error!(interface, "not attached: {error:#}; trying on");
+                        }
+                    } else {
+                        self.attachments.refused.remove(interface);
                     }
                 }
                 (Some(_), None) => {
@@ -168,12 +175,19 @@ impl Datapath {
                     );
                     self.attachments.attached.remove(interface);
                 }
-                (None, None) => {}
+                (None, None) => {
+                    self.attachments.refused.remove(interface);
+                }
             }
         }
         if let Err(error) = self.release_others() {
             tracing::error!("let go of an interface: {error:#}");
         }
+    }
+
+    /// Whether there is an interface to attach to that the kernel refused so far.
+    pub fn is_refused(&self) -> bool {
+        !self.attachments.refused.is_empty()
     }
 
     /// Releases the pinned links of devices that no configured interface is.
