@@ -17,7 +17,7 @@ use crate::scratch::Scratch;
 use crate::table::{self, Place};
 use crate::verifier::{add, forget, load, swap};
 use crate::vip::{Rate, Vip};
-use crate::{explain, maps, schedule, scratch, vip};
+use crate::{challenge, explain, maps, schedule, scratch, vip};
 
 /// Gateway ports tried for a new flow. A try fails if eight others share its bucket or one its hash.
 /// `RETURNS` is never more than half full, where that is one in fifty: all fail once in 10^13 flows,
@@ -177,6 +177,12 @@ fn may_be_decided(vip: Vip, tcp: bool) -> bool {
         && vip.entry.flags & vip_flags::TRACK == 0
 }
 
+/// The backend with an id, for a packet of a flow that it knows.
+#[inline(always)]
+pub fn by_id(vip: Vip, backend_id: u32) -> Result<Steered, Verdict> {
+    by_ring(vip, backend_id, false)
+}
+
 #[inline(always)]
 fn by_ring(vip: Vip, backend_id: u32, opens: bool) -> Result<Steered, Verdict> {
     if vip.entry.backends == 0 && opens {
@@ -214,8 +220,12 @@ fn older(vip: Vip, slot: RingSlot) -> Result<u32, Verdict> {
 fn admit(packet: &Packet, vip: Vip, settings: &Settings, now: u32) -> Result<(), Verdict> {
     match vip::count_new(vip, &packet.key.source, settings, now) {
         Rate::Within => Ok(()),
-        Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 => {
-            Err(Verdict::Challenged)
+        Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 && packet.tcp.opens() => {
+            if challenge::is_proven(vip.index, now) != 0 {
+                Ok(())
+            } else {
+                Err(Verdict::Challenged)
+            }
         }
         Rate::SourceExceeded | Rate::VipExceeded => Err(Verdict::RateLimited),
     }

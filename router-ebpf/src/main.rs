@@ -20,12 +20,14 @@
 )]
 
 mod answer;
+mod challenge;
 mod explain;
 mod flows;
 mod frame;
 mod icmp;
 mod maps;
 mod packet;
+mod quic;
 mod rewrite;
 mod schedule;
 mod scratch;
@@ -107,6 +109,9 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
 #[inline(always)]
 fn to_vip<F: Frame>(frame: &F) -> Outcome {
     let mut outcome = frame.choose();
+    if outcome.is(Verdict::Proven) {
+        outcome = frame.prove();
+    }
     if outcome.is(Verdict::UnknownFlow) {
         outcome = frame.track();
     }
@@ -180,6 +185,9 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     if vip.entry.mode == Mode::L7 as u8 {
         return Err(Verdict::HandedUp);
     }
+    if vip.entry.flags & vip_flags::CHALLENGE != 0 && scratch.packet.tcp.rst() {
+        return Err(Verdict::Proven);
+    }
     let chosen = flows::by_ring_alone::<F>(&scratch.packet, vip, settings);
     scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
@@ -191,6 +199,13 @@ fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    if vip.entry.flags & vip_flags::QUIC != 0
+        && let Some(id) = quic::server(frame, &scratch.packet, vip)
+        && let Ok(steered) = flows::by_id(vip, id)
+    {
+        scratch.steered = steered;
+        return Ok(Outcome::NEXT);
+    }
     let notes = (&mut scratch.hash, &mut scratch.place);
     scratch.steered = flows::of_client(frame, &scratch.packet, vip, settings, notes)?;
     Ok(Outcome::NEXT)

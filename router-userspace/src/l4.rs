@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState, Mode};
+use router_common::{BackendCounters, Mode};
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
@@ -22,8 +22,8 @@ use crate::l4::local_routes::LocalRoutes;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
-use crate::l4::stats::{MemberView, Shared, VipView};
-use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
+use crate::l4::stats::{MemberView, Shared};
+use crate::route::{Backend, Origin, Pool, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 mod clsact;
@@ -43,7 +43,10 @@ pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
 pub use detach::detach;
-pub use stats::{BackendStats, L4Reader, L4Stats, Moved, VipStats};
+pub use stats::{
+    BackendStats, L4Reader, L4Stats, MemberState, Moved, Views, VipStats, VipView, mode_name,
+    scheduler_name,
+};
 
 /// How often expired flows are cleared away and the others counted.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -268,32 +271,47 @@ impl L4 {
             .extend(plan.ops.into_iter().map(|op| (vip, op)));
         self.write_backlog();
         self.route_locally(vip);
-        let mut members: Vec<MemberView> = Vec::new();
-        if let Some(planned) = self.planner.vips().get(&vip) {
-            members.extend(planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some() || member.state() == BackendState::Draining,
-                weight: member.entry.weight,
-            }));
-        }
-        let planned = self.planner.vips().get(&vip);
-        for backend in pool.iter().flat_map(|pool| &pool.backends) {
-            let (address, weight) = (backend.address, backend.weight);
-            if !planned.is_some_and(|planned| planned.members.contains_key(&address)) {
-                members.push(MemberView {
-                    address,
-                    id: None,
-                    draining: false,
-                    weight,
-                });
-            }
-        }
+        let members = self.members(vip, pool.as_deref());
         self.watch_next_hops(
             vip,
             members.iter().map(|member| member.address.ip()).collect(),
         );
         self.publish(vip, members);
+    }
+
+    /// The backends of a VIP, those that are registered and those that drain.
+    fn members(&self, vip: Vip, pool: Option<&Pool>) -> Vec<MemberView> {
+        let mut members: Vec<MemberView> = Vec::new();
+        let planned = self.planner.vips().get(&vip);
+        if let Some(planned) = planned {
+            members.extend(planned.members.iter().map(|(address, member)| MemberView {
+                address: *address,
+                id: Some(member.id),
+                state: match member.is_active() {
+                    true => MemberState::Active,
+                    false => MemberState::Draining,
+                },
+                weight: member.entry.weight,
+            }));
+        }
+        for backend in pool.into_iter().flat_map(|pool| &pool.backends) {
+            let address = backend.address;
+            if planned.is_some_and(|planned| planned.members.contains_key(&address)) {
+                continue;
+            }
+            let mut refused = self.refused.get(&vip).into_iter().flatten();
+            let refusal = refused.find(|(refused, _)| *refused == address);
+            members.push(MemberView {
+                address,
+                id: None,
+                state: match refusal {
+                    Some((_, refusal)) => MemberState::Refused(*refusal),
+                    None => MemberState::NoNextHop,
+                },
+                weight: backend.weight,
+            });
+        }
+        members
     }
 
     /// The kernel takes packets to a VIP of the proxy as its own.
@@ -359,7 +377,14 @@ impl L4 {
             vips.without(&vip)
         } else {
             let retired = vips.get(&vip).map(|view| view.retired).unwrap_or_default();
-            vips.update(vip, Arc::new(VipView { members, retired }))
+            let policy = self.policies.policy_of(&vip);
+            let view = VipView {
+                mode: policy.mode,
+                scheduler: policy.scheduler,
+                members,
+                retired,
+            };
+            vips.update(vip, Arc::new(view))
         };
         self.shared.vips.store(Arc::new(next));
     }
@@ -414,13 +439,7 @@ impl L4 {
                 };
                 self.next_hops.insert(entry.address.ip(), hop);
             }
-            let members = planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some(),
-                weight: member.entry.weight,
-            });
-            adopted.push((*vip, members.collect()));
+            adopted.push((*vip, self.members(*vip, None)));
         }
         for (vip, members) in adopted {
             self.watch_next_hops(
