@@ -24,16 +24,17 @@ mod counters;
 mod events;
 mod flows;
 mod hand_up;
+mod links;
 mod maps;
 mod programs;
 mod run;
 mod settings;
 
-pub(super) use attach::release;
 pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
 pub use events::Events;
 pub use flows::{Flow, Flows};
+pub(super) use links::release;
 pub use programs::Loaded;
 pub use run::Run;
 
