@@ -12,6 +12,7 @@
 mod addr;
 pub mod checksum;
 mod flow;
+mod local;
 mod tables;
 mod verdict;
 
@@ -19,6 +20,9 @@ pub use addr::{Addr, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Por
 pub use flow::{
     FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, MAX_TICKS,
     RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, mix64, ticks_since,
+};
+pub use local::{
+    LocalFlow, LocalPeer, LocalPeerKey, LocalSocket, Peer, Side, UNTRANSLATED_MARK, is_untranslated,
 };
 pub use tables::{
     BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, MAX_BACKENDS,

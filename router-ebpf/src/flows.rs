@@ -95,7 +95,7 @@ pub fn of_client<F: Frame>(
     } else {
         admit(packet, vip, settings, now)?;
         let state = if tcp { FlowState::Syn } else { FlowState::Udp };
-        let id = schedule::choose::<F>(packet, vip, slot, hash, settings, now)?;
+        let id = schedule::choose::<F>(&packet.key, vip, slot, hash, settings, now)?;
         (id, state)
     };
     if F::DRY {

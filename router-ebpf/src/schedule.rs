@@ -6,7 +6,6 @@ use router_common::{
 };
 
 use crate::frame::Frame;
-use crate::packet::Packet;
 use crate::verifier::{load, next};
 use crate::vip::Vip;
 use crate::{explain, maps, table};
@@ -55,7 +54,7 @@ pub fn member(vip: Vip, id: u32) -> Option<&'static BackendEntry> {
 /// The backend for a new flow.
 #[inline(always)]
 pub fn choose<F: Frame>(
-    packet: &Packet,
+    key: &FlowKey,
     vip: Vip,
     slot: RingSlot,
     hash: u64,
@@ -74,7 +73,7 @@ pub fn choose<F: Frame>(
         hash,
         now,
     };
-    match slow::<F>(packet, &ask, settings) {
+    match slow::<F>(key, &ask, settings) {
         0 => Err(Verdict::Internal),
         id => Ok(id as u32),
     }
@@ -90,7 +89,7 @@ struct Ask {
 
 /// The schedulers that keep count, and affinity in front of any.
 #[inline(never)]
-fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
+fn slow<F: Frame>(key: &FlowKey, ask: &Ask, settings: &Settings) -> u64 {
     let Ask {
         vip,
         slot,
@@ -101,8 +100,8 @@ fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
         return scheduled::<F>(vip, slot, hash).into();
     }
     let client = FlowKey {
-        ports: Ports::new(0, packet.key.ports.destination()),
-        ..packet.key
+        ports: Ports::new(0, key.ports.destination()),
+        ..*key
     };
     let client_hash = client.hash(&settings.hash_keys) ^ AFFINITY_SALT;
     let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Affinity as u8;
@@ -169,13 +168,15 @@ fn scheduled<F: Frame>(vip: Vip, slot: RingSlot, hash: u64) -> u32 {
     }
 }
 
-/// Flows of a backend for its weight, as a fraction with 1000 * 2^16 below.
+/// Flows of a backend, packets' and local clients', for its weight, as a fraction with 1000 * 2^16 below.
 #[inline(always)]
 fn load_of(id: u32) -> u64 {
     let (Some(load), Some(backend)) = (maps::BACKEND_LOAD.get(id), maps::BACKENDS.get(id)) else {
         return u64::MAX;
     };
-    let flows = if load.flows < 0 { 0 } else { load.flows as u64 };
+    let local = maps::LOCAL_FLOWS.get(id).map_or(0, crate::verifier::load) as i64;
+    let flows = load.flows + local;
+    let flows = if flows < 0 { 0 } else { flows as u64 };
     let weight = if backend.weight == 0 {
         1
     } else {
