@@ -18,6 +18,7 @@ use aya_ebpf::helpers::generated::{
     bpf_xdp_adjust_tail,
 };
 use aya_ebpf::programs::{TcContext, XdpContext};
+use aya_log_ebpf::warn;
 use router_common::checksum::Delta;
 
 use crate::packet::{ETH_LEN, VLAN_LEN};
@@ -77,6 +78,8 @@ pub trait Frame: Stages {
     fn send(&self, ifindex: u32) -> i32;
     fn pass(&self) -> i32;
     fn drop(&self) -> i32;
+    /// Tells the agent's log that the tables contradict each other.
+    fn complain(&self);
 }
 
 /// A pointer to a `T` at `offset` of the frame, which must not lie beyond what verifier and masks allow.
@@ -198,6 +201,11 @@ macro_rules! xdp_frame {
             #[inline(always)]
             fn drop(&self) -> i32 {
                 XDP_DROP as i32
+            }
+
+            #[inline(always)]
+            fn complain(&self) {
+                warn!(self.0, "the tables contradict each other; packet dropped");
             }
         }
     };
@@ -339,6 +347,11 @@ impl Frame for Tcx<'_> {
     #[inline(always)]
     fn drop(&self) -> i32 {
         TC_ACT_SHOT as i32
+    }
+
+    #[inline(always)]
+    fn complain(&self) {
+        warn!(self.0, "the tables contradict each other; packet dropped");
     }
 }
 

@@ -139,8 +139,19 @@ fn conclude<F: Frame>(frame: &F, outcome: Outcome) -> i32 {
     match outcome.action() {
         Some(action) => action,
         None if PASSED >> (verdict & 31) & 1 == 1 => frame.pass(),
-        None => frame.drop(),
+        None => {
+            if outcome.is(Verdict::Internal) {
+                frame.complaint();
+            }
+            frame.drop()
+        }
     }
+}
+
+#[inline(always)]
+fn complaint<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    frame.complain();
+    Err(Verdict::Internal)
 }
 
 #[inline(always)]

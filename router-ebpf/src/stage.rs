@@ -98,6 +98,8 @@ pub trait Stages {
     fn too_big(&self) -> Outcome;
     /// Asks the client whether it exists.
     fn challenge(&self) -> Outcome;
+    /// Logs that the tables contradict each other.
+    fn complaint(&self) -> Outcome;
 }
 
 macro_rules! stages {
@@ -137,6 +139,7 @@ stages!(
     (reject, xdp_reject, crate::answer::reject),
     (too_big, xdp_too_big, crate::answer::too_big),
     (challenge, xdp_challenge, crate::answer::challenge),
+    (complaint, xdp_complaint, crate::complaint),
 );
 
 stages!(
@@ -153,6 +156,7 @@ stages!(
     (reject, dry_reject, crate::answer::reject),
     (too_big, dry_too_big, crate::answer::too_big),
     (challenge, dry_challenge, crate::answer::challenge),
+    (complaint, dry_complaint, crate::complaint),
 );
 
 stages!(
@@ -169,4 +173,5 @@ stages!(
     (reject, tcx_reject, crate::answer::reject),
     (too_big, tcx_too_big, crate::answer::too_big),
     (challenge, tcx_challenge, crate::answer::challenge),
+    (complaint, tcx_complaint, crate::complaint),
 );

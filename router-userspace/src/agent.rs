@@ -204,6 +204,9 @@ impl Agent {
     fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
         self.tick = tick(&config.nats);
+        if let Some(l4) = &mut self.l4 {
+            l4.reload(&config.l4, now());
+        }
         let mut change = self
             .table
             .retain_vips(|vip| config.l4.allows_vip(vip.address));

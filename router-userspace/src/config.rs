@@ -4,16 +4,23 @@
 //! rest of the program takes a `Config` at its word.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use http::uri::{Authority, PathAndQuery};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+mod l4;
+
+pub use l4::{
+    Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, MAX_AFFINITY, MAX_SOURCE_PREFIXES,
+    QuicConfig, Reject, Scheduler, VipConfig,
+};
 
 /// The longest `health.interval`.
 const MAX_HEALTH_INTERVAL: Duration = Duration::from_secs(24 * 3600);
@@ -166,75 +173,6 @@ pub struct BackendTlsConfig {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct L4Config {
-    /// Where the XDP program attaches. Empty switches layer 4 off.
-    pub interfaces: Vec<String>,
-    pub attach: Attach,
-    /// Registrations of VIPs outside are refused.
-    pub vip_ranges: Vec<IpNet>,
-    pub forwarding: Forwarding,
-    /// The gateway's ports in `nat` mode; must not overlap the kernel's `ip_local_port_range`.
-    pub nat_ports: PortRange,
-    /// How long the flows of a backend that left may go on.
-    #[serde(with = "humantime_serde")]
-    pub drain: Duration,
-    pub timeouts: FlowTimeouts,
-    pub limits: L4Limits,
-    /// Where maps and links are pinned; a bpffs is mounted there if none is.
-    pub pin_path: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Attach {
-    /// XDP on network cards, the classifier on veths, bridges, tunnels and other devices of software.
-    #[default]
-    Auto,
-    /// XDP in the driver.
-    Native,
-    /// XDP on socket buffers.
-    Generic,
-    /// A classifier at tc's ingress, by a link where the kernel has them (Linux 6.6).
-    Tcx,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Forwarding {
-    #[default]
-    Nat,
-}
-
-/// How long a flow without packets is remembered, by the state it is in.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct FlowTimeouts {
-    /// TCP before the backend answered.
-    #[serde(with = "humantime_serde")]
-    pub tcp_syn: Duration,
-    #[serde(with = "humantime_serde")]
-    pub tcp_established: Duration,
-    /// TCP after a RST, or a FIN of both sides.
-    #[serde(with = "humantime_serde")]
-    pub tcp_closing: Duration,
-    #[serde(with = "humantime_serde")]
-    pub udp: Duration,
-}
-
-/// Capacities of the kernel maps, fixed when they are created.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct L4Limits {
-    /// 64 KiB of kernel memory each.
-    pub vips: u32,
-    /// Memberships of a backend in a VIP, draining ones included; 80 bytes each, and 40 more a CPU.
-    pub backends: u32,
-    /// Rounded up to a power of two; 88 bytes each. Twice as many as expected leaves room in every bucket.
-    pub flows: u32,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
 pub struct HealthConfig {
     pub check: HealthCheck,
     #[serde(with = "humantime_serde")]
@@ -366,46 +304,6 @@ impl Default for HttpLimits {
     }
 }
 
-impl Default for L4Config {
-    fn default() -> L4Config {
-        L4Config {
-            interfaces: Vec::new(),
-            attach: Attach::Auto,
-            vip_ranges: Vec::new(),
-            forwarding: Forwarding::Nat,
-            nat_ports: PortRange {
-                first: 1024,
-                last: 32767,
-            },
-            drain: Duration::from_secs(300),
-            timeouts: FlowTimeouts::default(),
-            limits: L4Limits::default(),
-            pin_path: PathBuf::from("/sys/fs/bpf/viaduct"),
-        }
-    }
-}
-
-impl Default for FlowTimeouts {
-    fn default() -> FlowTimeouts {
-        FlowTimeouts {
-            tcp_syn: Duration::from_secs(30),
-            tcp_established: Duration::from_secs(2 * 3600),
-            tcp_closing: Duration::from_secs(10),
-            udp: Duration::from_secs(60),
-        }
-    }
-}
-
-impl Default for L4Limits {
-    fn default() -> L4Limits {
-        L4Limits {
-            vips: 256,
-            backends: 16_384,
-            flows: 262_144,
-        }
-    }
-}
-
 impl Default for HealthConfig {
     fn default() -> HealthConfig {
         HealthConfig {
@@ -478,13 +376,6 @@ impl Config {
                 "http.timeouts.backend_idle",
                 self.http.timeouts.backend_idle,
             ),
-            ("l4.timeouts.tcp_syn", self.l4.timeouts.tcp_syn),
-            (
-                "l4.timeouts.tcp_established",
-                self.l4.timeouts.tcp_established,
-            ),
-            ("l4.timeouts.tcp_closing", self.l4.timeouts.tcp_closing),
-            ("l4.timeouts.udp", self.l4.timeouts.udp),
             ("health.interval", self.health.interval),
             ("health.timeout", self.health.timeout),
         ];
@@ -498,8 +389,6 @@ impl Config {
                 self.http.limits.request_headers,
             ),
             ("http.limits.attempts", self.http.limits.attempts),
-            ("l4.limits.vips", self.l4.limits.vips as usize),
-            ("l4.limits.backends", self.l4.limits.backends as usize),
             ("health.rise", self.health.rise as usize),
             ("health.fall", self.health.fall as usize),
             ("health.concurrency", self.health.concurrency),
@@ -512,19 +401,8 @@ impl Config {
             self.http.limits.request_header_bytes >= 8192,
             "http.limits.request_header_bytes must be at least 8192"
         );
-        ensure!(
-            (1024..=1 << 24).contains(&self.l4.limits.flows),
-            "l4.limits.flows must be 1024..=16777216"
-        );
         self.health.validate()?;
-        let mut interfaces = self.l4.interfaces.clone();
-        interfaces.sort();
-        for pair in interfaces.windows(2) {
-            if pair[0] == pair[1] {
-                bail!("l4.interfaces names {:?} twice", pair[0]);
-            }
-        }
-        Ok(())
+        self.l4.validate()
     }
 }
 
@@ -551,13 +429,6 @@ impl HealthConfig {
             "health.panic_threshold must be 0..=100"
         );
         Ok(())
-    }
-}
-
-impl L4Config {
-    /// Whether registrations may claim this VIP address.
-    pub fn allows_vip(&self, address: IpAddr) -> bool {
-        self.vip_ranges.iter().any(|range| range.contains(&address))
     }
 }
 
@@ -604,7 +475,7 @@ impl<'de> Deserialize<'de> for Secret {
 }
 
 /// Ports `first..=last`, written `"1024-32767"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortRange {
     pub first: u16,
     pub last: u16,
@@ -731,7 +602,7 @@ macro_rules! serde_as_text {
         }
     )*};
 }
-serde_as_text!(PortRange, StatusSet, AdminListen);
+serde_as_text!(PortRange, StatusSet, AdminListen, crate::route::Vip);
 
 #[cfg(test)]
 mod tests;

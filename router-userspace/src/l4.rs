@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState};
+use router_common::{BackendCounters, BackendState, Mode};
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
@@ -20,6 +20,7 @@ use crate::event::Event;
 use crate::l4::datapath::Datapath;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
+use crate::l4::policy::Policies;
 use crate::l4::stats::{MemberView, Shared, VipView};
 use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
@@ -32,6 +33,8 @@ mod netlink;
 pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;
+pub mod policy;
+mod round_robin;
 mod stats;
 pub(crate) mod xdp_features;
 
@@ -52,6 +55,7 @@ const MAX_BACKLOG: usize = 65_536;
 /// The layer 4 projection and the kernel objects it writes.
 pub struct L4 {
     config: L4Config,
+    policies: Policies,
     datapath: Datapath,
     planner: Planner,
     watcher: Watcher,
@@ -92,9 +96,22 @@ impl L4 {
             gue_port: config.gue_port,
             pin_path: Some(config.pin_path.clone()),
         })?;
-        let mut planner = Planner::new(config.limits.vips, config.limits.backends);
-        let (vips, backends) = datapath.installed()?;
-        for op in planner.adopt(vips, backends, Instant::now(), config.drain) {
+        let mut planner = Planner::new(
+            config.limits.vips,
+            config.limits.backends,
+            *datapath.hash_keys(),
+            datapath.vip_mask(),
+        );
+        let policies = Policies::new(config);
+        let world = World {
+            now: Instant::now(),
+            policies: &policies,
+            timeouts: &config.timeouts,
+            ticks_per_second: datapath.ticks_per_second(),
+            next_hops: &HashMap::new(),
+            unhealthy: &imbl::HashSet::new(),
+        };
+        for op in planner.adopt(datapath.installed()?, &world) {
             datapath
                 .apply(&op)
                 .with_context(|| format!("write {op:?}"))?;
@@ -102,6 +119,7 @@ impl L4 {
         let counters = datapath.counters();
         let mut l4 = L4 {
             config: config.clone(),
+            policies,
             watcher: Watcher::start(inbox)?,
             datapath,
             planner,
@@ -121,6 +139,10 @@ impl L4 {
             }),
         };
         l4.adopt_next_hops();
+        let declared: Vec<Vip> = l4.policies.declared().collect();
+        for vip in declared {
+            l4.apply_vip(vip, Instant::now());
+        }
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
         Ok(l4)
     }
@@ -144,6 +166,28 @@ impl L4 {
         for vip in changed {
             self.apply_vip(*vip, now);
         }
+    }
+
+    /// Brings the kernel in line with other policies. Of `config`, the rest must be as it was.
+    pub fn reload(&mut self, config: &L4Config, now: Instant) {
+        self.config = config.clone();
+        let before = std::mem::replace(&mut self.policies, Policies::new(config));
+        let mut vips: BTreeSet<Vip> = self.planner.vips().keys().copied().collect();
+        vips.extend(self.snapshot.vips.keys().copied());
+        vips.extend(before.declared().chain(self.policies.declared()));
+        vips.retain(|vip| before.policy_of(vip) != self.policies.policy_of(vip));
+        for vip in vips {
+            self.apply_vip(vip, now);
+        }
+    }
+
+    /// What the proxy on this host serves without an address or a listener of its own: address, first
+    /// and last port. All are TCP.
+    pub fn l7_vips(&self) -> Vec<(IpAddr, u16, u16)> {
+        let vips = self.planner.vips().keys();
+        let l7 = vips.filter(|vip| self.policies.policy_of(vip).mode == Mode::L7);
+        l7.map(|vip| (vip.address, vip.ports.first, vip.ports.last))
+            .collect()
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.
@@ -176,12 +220,12 @@ impl L4 {
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");
         }
-        for vip in self.planner.drained(now) {
+        for vip in self.planner.due(now) {
             self.apply_vip(vip, now);
         }
         if self.planner.has_room() {
             let waits = |refused: &Vec<(SocketAddr, Refusal)>| {
-                let room = |(_, refusal): &(_, Refusal)| *refusal != Refusal::AddressFamily;
+                let room = |(_, refusal): &(_, Refusal)| refusal.is_for_room();
                 refused.iter().any(room)
             };
             let waiting = self.refused.iter().filter(|(_, refused)| waits(refused));
@@ -201,7 +245,9 @@ impl L4 {
         let pool = self.snapshot.vips.get(&vip).cloned();
         let world = World {
             now,
-            drain: self.config.drain,
+            policies: &self.policies,
+            timeouts: &self.config.timeouts,
+            ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &self.snapshot.unhealthy,
         };
@@ -342,6 +388,10 @@ impl L4 {
                     source_mac: entry.source_mac,
                     destination_mac: entry.destination_mac,
                     source: entry.source.ip(),
+                    mtu: entry.mtu,
+                    vlan: entry.vlan,
+                    // In dsr mode it was, or it would not be here.
+                    on_link: true,
                 };
                 self.next_hops.insert(entry.address.ip(), hop);
             }
@@ -360,6 +410,23 @@ impl L4 {
             );
             self.publish(vip, members);
         }
+    }
+
+    /// Has rings forget where flows were that are over.
+    fn settle(&mut self, now: Instant) -> anyhow::Result<()> {
+        let mut moved = HashMap::new();
+        for planned in self.planner.vips().values() {
+            let index = planned.index();
+            moved.insert(index, self.datapath.moved_flows(index)?);
+        }
+        // The sweep went by rings that are yet to be written.
+        if !self.backlog.is_empty() {
+            return Ok(());
+        }
+        let moved = |index| moved.get(&index).copied().unwrap_or(0);
+        self.backlog.extend(self.planner.settle(now, moved));
+        self.write_backlog();
+        Ok(())
     }
 
     /// Sweeps the next shares; with the last one, publishes what they counted.
@@ -396,7 +463,7 @@ impl L4 {
         self.planner
             .end_drains(now, |id| flows.get(&id) == Some(&0));
         self.shared.flows.store(Arc::new(flows));
-        Ok(())
+        self.settle(now)
     }
 }
 

@@ -5,12 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::L4Config;
+use crate::config::{L4Config, PortRange};
 
 pub mod expiry;
 pub mod table;
@@ -23,13 +23,17 @@ pub enum Proto {
     Udp,
 }
 
-/// A virtual IP: the address, protocol and port that clients dial. Written `tcp/192.0.2.10:9090`.
+/// A virtual IP: the address, protocol and ports that clients dial.
+///
+/// Written `tcp/192.0.2.10:9090`, with several ports `tcp/192.0.2.10:8000-8999`, with any port
+/// `tcp/192.0.2.10:*`. Backends of a VIP of several ports get packets on the port that was dialed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Vip {
     pub proto: Proto,
+    /// Never an IPv4 address in the form of an IPv6 one.
     pub address: IpAddr,
-    /// Host byte order, never 0.
-    pub port: u16,
+    /// One port is a range of one; 0 to 65,535 is any port, no other begins with 0.
+    pub ports: PortRange,
 }
 
 /// What an HTTP request must match: a host and a path prefix by whole segments.
@@ -67,7 +71,8 @@ pub enum Origin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     pub address: SocketAddr,
-    /// Share of new flows and requests relative to the rest of the pool, 1..=1000; default 100.
+    /// Share of new flows and requests relative to the rest of the pool, 0..=1000; default 100. At 0 it
+    /// drains: it gets nothing new, and its flows go on.
     pub weight: u16,
     /// Whether the L7 proxy speaks TLS to it, and the name its certificate must carry.
     pub tls: Option<BackendTls>,
@@ -187,12 +192,42 @@ impl Origin {
     }
 }
 
-impl fmt::Display for Vip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = SocketAddr::new(self.address, self.port);
-        write!(f, "{}/{address}", self.proto.as_str())
+impl Vip {
+    pub fn new(proto: Proto, address: SocketAddr) -> Vip {
+        Vip {
+            proto,
+            address: address.ip().to_canonical(),
+            ports: PortRange {
+                first: address.port(),
+                last: address.port(),
+            },
+        }
+    }
+
+    pub fn is_range(&self) -> bool {
+        self.ports.first != self.ports.last
     }
 }
+
+impl fmt::Display for Vip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/", self.proto.as_str())?;
+        match self.address {
+            IpAddr::V4(v4) => write!(f, "{v4}:")?,
+            IpAddr::V6(v6) => write!(f, "[{v6}]:")?,
+        }
+        match self.ports {
+            ANY_PORT => f.write_str("*"),
+            ports if self.is_range() => ports.fmt(f),
+            port => port.first.fmt(f),
+        }
+    }
+}
+
+const ANY_PORT: PortRange = PortRange {
+    first: 0,
+    last: u16::MAX,
+};
 
 /// Why a string is not a VIP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,7 +236,7 @@ pub enum VipError {
     Proto,
     /// What follows the protocol is not `address:port`.
     Address,
-    PortZero,
+    Port,
 }
 
 impl fmt::Display for VipError {
@@ -209,7 +244,7 @@ impl fmt::Display for VipError {
         f.write_str(match self {
             VipError::Proto => "a VIP starts with tcp/ or udp/",
             VipError::Address => "a VIP is written tcp/ADDRESS:PORT or udp/[ADDRESS]:PORT",
-            VipError::PortZero => "the port of a VIP is 1..=65535",
+            VipError::Port => "the port of a VIP is 1..=65535, FIRST-LAST or *",
         })
     }
 }
@@ -220,21 +255,41 @@ impl FromStr for Vip {
     type Err = VipError;
 
     fn from_str(text: &str) -> Result<Vip, VipError> {
-        let (proto, address) = text.split_once('/').ok_or(VipError::Proto)?;
+        let (proto, rest) = text.split_once('/').ok_or(VipError::Proto)?;
         let proto = match proto {
             "tcp" => Proto::Tcp,
             "udp" => Proto::Udp,
             _ => return Err(VipError::Proto),
         };
-        let address: SocketAddr = address.parse().map_err(|_| VipError::Address)?;
-        if address.port() == 0 {
-            return Err(VipError::PortZero);
-        }
+        let (address, ports) = rest.rsplit_once(':').ok_or(VipError::Address)?;
+        let v6 = address
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
+        let address = match v6 {
+            Some(v6) => v6.parse::<Ipv6Addr>().map(IpAddr::V6),
+            None => address.parse::<Ipv4Addr>().map(IpAddr::V4),
+        };
         Ok(Vip {
             proto,
-            address: address.ip(),
-            port: address.port(),
+            address: address.map_err(|_| VipError::Address)?.to_canonical(),
+            ports: parse_ports(ports).ok_or(VipError::Port)?,
         })
+    }
+}
+
+fn parse_ports(text: &str) -> Option<PortRange> {
+    if text == "*" {
+        return Some(ANY_PORT);
+    }
+    if text.contains('-') {
+        return text.parse().ok();
+    }
+    match text.parse() {
+        Ok(port @ 1..) => Some(PortRange {
+            first: port,
+            last: port,
+        }),
+        Ok(0) | Err(_) => None,
     }
 }
 

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
 use router_common::Verdict;
-use viaduct::config::{FlowTimeouts, L4Limits, PortRange};
+use viaduct::config::{FlowTimeouts, L4Config, L4Limits, PortRange};
 use viaduct::l4::datapath::{Datapath, Options};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{Planner, World};
+use viaduct::l4::policy::Policies;
 use viaduct::route::{Backend, Origin, Pool, Vip};
 
 /// Kernel: include/uapi/linux/bpf.h, `enum xdp_action`.
@@ -28,6 +29,9 @@ pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub const GATEWAY_INNER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 pub const BACKEND_MAC: [u8; 6] = [2, 0, 0, 0, 0, 4];
+
+/// More than a VIP's drain time.
+pub const DRAIN: Duration = Duration::from_secs(3600);
 
 pub const CLIENT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 7), 40000);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 254);
@@ -49,6 +53,7 @@ pub fn options() -> Options {
             first: 1024,
             last: 32767,
         },
+        gue_port: 6080,
         pin_path: None,
     }
 }
@@ -57,9 +62,9 @@ pub fn options() -> Options {
 pub struct Gateway {
     pub datapath: Datapath,
     planner: Planner,
+    policies: Policies,
     next_hops: HashMap<IpAddr, NextHop>,
     pub now: Instant,
-    pub drain: Duration,
 }
 
 /// What became of a packet.
@@ -80,15 +85,24 @@ impl Gateway {
             source_mac: GATEWAY_INNER_MAC,
             destination_mac: BACKEND_MAC,
             source: IpAddr::V4(GATEWAY),
+            mtu: 1500,
+            vlan: 0,
+            on_link: true,
         };
+        let planner = Planner::new(
+            options.limits.vips,
+            options.limits.backends,
+            *datapath.hash_keys(),
+            datapath.vip_mask(),
+        );
         Gateway {
             datapath,
-            planner: Planner::new(options.limits.vips, options.limits.backends),
+            planner,
+            policies: Policies::new(&L4Config::default()),
             next_hops: (1..=250)
                 .map(|host| (IpAddr::V4(*backend(host).ip()), hop))
                 .collect(),
             now: Instant::now(),
-            drain: Duration::from_secs(60),
         }
     }
 
@@ -117,7 +131,9 @@ impl Gateway {
         };
         let world = World {
             now: self.now,
-            drain: self.drain,
+            policies: &self.policies,
+            timeouts: &FlowTimeouts::default(),
+            ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &imbl::HashSet::new(),
         };
@@ -132,7 +148,7 @@ impl Gateway {
     /// Runs the program on one frame; exactly one verdict must be counted.
     pub fn send(&mut self, frame: &[u8]) -> Outcome {
         let before = self.datapath.counters().verdicts().expect("counters");
-        let run = self.datapath.run(frame, 1).expect("run");
+        let run = self.datapath.run(frame).expect("run");
         let after = self.datapath.counters().verdicts().expect("counters");
         let counted: Vec<Verdict> = before
             .iter()

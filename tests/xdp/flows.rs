@@ -112,7 +112,7 @@ fn a_drained_backend_gets_nothing_and_its_id_serves_another() {
     let (to, from) = open(&mut gateway, CLIENT);
     assert_eq!(to, backend(1));
     gateway.set_pool("tcp", &[2]);
-    gateway.now += gateway.drain;
+    gateway.now += DRAIN;
     gateway.set_pool("tcp", &[2]);
     // Backend 3 takes the id that backend 1 had.
     gateway.set_pool("tcp", &[2, 3]);
@@ -143,12 +143,12 @@ fn a_vip_whose_backends_all_left_keeps_old_flows_and_takes_no_new_ones() {
     );
     let out = gateway.send(&tcp(client(1), VIP, Segment::Syn, b""));
     assert_eq!((out.action, out.verdict), (DROP, Verdict::NoBackend));
-    gateway.now += gateway.drain;
+    gateway.now += DRAIN;
     gateway.set_pool("tcp", &[]);
     let out = gateway.send(&tcp(client(1), VIP, Segment::Syn, b""));
     assert_eq!((out.action, out.verdict), (PASS, Verdict::NoSuchVip));
     gateway.set_pool("udp", &[]);
-    gateway.now += gateway.drain;
+    gateway.now += DRAIN;
     gateway.set_pool("udp", &[]);
     assert_eq!(
         gateway.send(&udp(client(1), VIP, b"")).verdict,
@@ -345,7 +345,7 @@ fn flows_of_a_backend_that_is_gone_hold_no_place() {
     open(&mut gateway, CLIENT);
     gateway.set_pool("tcp", &[2]);
     assert_eq!(sweep(&mut gateway).live, 1);
-    gateway.now += gateway.drain;
+    gateway.now += DRAIN;
     gateway.set_pool("tcp", &[2]);
     let swept = sweep(&mut gateway);
     assert_eq!((swept.live, swept.freed), (0, 1));

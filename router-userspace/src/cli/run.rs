@@ -39,13 +39,19 @@ pub struct Options {
 }
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 9] = [
+const RELOADABLE: [&str; 15] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
     "nats.startup_grace",
     "file.",
     "http.",
+    "l4.drain",
+    "l4.forwarding",
+    "l4.reject",
+    "l4.scheduler",
+    "l4.slow_start",
+    "l4.vip",
     "l4.vip_ranges",
     "health.",
     "log.filter",
@@ -422,15 +428,17 @@ mod tests {
         };
         let same = "[nats]\npassword = \"a\"\nuser = \"u\"\nstale_threshold = \"1s\"\n";
         check(&format!(
-            "{same}[l4]\nvip_ranges = [\"192.0.2.0/24\"]\n[health]\ncheck = \"tcp\"\n"
+            "{same}[l4]\nvip_ranges = [\"192.0.2.0/24\"]\ndrain = \"1s\"\nforwarding = \"ipip\"\n\
+             [[l4.vip]]\naddress = \"tcp/192.0.2.10:80\"\nscheduler = \"round-robin\"\n\
+             [health]\ncheck = \"tcp\"\n"
         ))
         .unwrap();
         let error = check(&format!(
-            "{same}[l4]\ninterfaces = [\"eth0\"]\ndrain = \"1s\"\n"
+            "{same}[l4]\ninterfaces = [\"eth0\"]\ngue_port = 6081\n"
         ));
         assert_eq!(
             error.unwrap_err(),
-            "l4.drain, l4.interfaces cannot change without a restart"
+            "l4.gue_port, l4.interfaces cannot change without a restart"
         );
         let error = check("[nats]\npassword = \"b\"\nuser = \"u\"\n").unwrap_err();
         assert!(

@@ -22,43 +22,65 @@ pub struct Member {
 /// The ring of `members`, slot to id; `None` without members.
 ///
 /// With equal weights shares differ by at most one slot (§3.4), otherwise by about one turn. Members
-/// beyond `RING_SIZE` get no slot. Costs about two claims a slot, well under a millisecond.
+/// beyond `RING_SIZE` get no slot. Costs about ten probes a slot.
 pub fn ring(members: &[Member]) -> Option<Box<[u32]>> {
+    if members.is_empty() {
+        return None;
+    }
     // The order of turns must not depend on the order of arrival.
     let mut members: Vec<Member> = members.to_vec();
     members.sort_by_key(|member| member.address);
-    let heaviest = members.iter().map(|member| member.weight.max(1)).max()?;
     let mut walks: Vec<Walk> = members
         .iter()
         .map(|member| Walk::new(member.address))
         .collect();
     let mut ring: Vec<u32> = vec![0; RING_SIZE];
     let mut taken = vec![false; RING_SIZE];
-    let mut free = RING_SIZE;
-    loop {
-        for (member, walk) in members.iter().zip(&mut walks) {
-            // §3.4: weights alter the relative frequency of turns. The heaviest has one each round.
-            walk.credit += u32::from(member.weight.max(1));
-            if walk.credit < u32::from(heaviest) {
-                continue;
-            }
-            walk.credit -= u32::from(heaviest);
-            let slot = walk.next_free(&taken);
-            taken[slot] = true;
-            ring[slot] = member.id;
-            free -= 1;
-            if free == 0 {
-                return Some(ring.into_boxed_slice());
-            }
+    for index in turns(&members) {
+        let slot = walks[index].next_free(&taken);
+        taken[slot] = true;
+        ring[slot] = members[index].id;
+    }
+    Some(ring.into_boxed_slice())
+}
+
+/// Whose turn it is for each slot.
+///
+/// §3.4: weights alter the relative frequency of turns. The heaviest member has one in each round, one
+/// of weight w its k-th in the first round r with r * w >= k * heaviest.
+fn turns(members: &[Member]) -> impl Iterator<Item = usize> {
+    let weight = |member: &Member| u64::from(member.weight.max(1));
+    let heaviest = members.iter().map(weight).max().unwrap_or(1);
+    let turns_until = |round: u64| {
+        members
+            .iter()
+            .map(|m| round * weight(m) / heaviest)
+            .sum::<u64>()
+    };
+    // The heaviest alone fills the ring in as many rounds as it has slots.
+    let (mut few, mut enough) = (0, RING_SIZE as u64);
+    while few + 1 < enough {
+        let middle = (few + enough) / 2;
+        if turns_until(middle) < RING_SIZE as u64 {
+            few = middle;
+        } else {
+            enough = middle;
         }
     }
+    let mut turns = Vec::with_capacity(RING_SIZE + members.len());
+    for (index, member) in members.iter().enumerate() {
+        let weight = weight(member);
+        let until = enough * weight / heaviest;
+        turns.extend((1..=until).map(|turn| ((turn * heaviest).div_ceil(weight), index)));
+    }
+    turns.sort_unstable();
+    turns.into_iter().take(RING_SIZE).map(|(_, index)| index)
 }
 
 /// One member's way through the slots: `offset`, `offset + skip`, ... modulo the ring's prime size.
 struct Walk {
     at: usize,
     skip: usize,
-    credit: u32,
 }
 
 impl Walk {
@@ -67,7 +89,6 @@ impl Walk {
         Walk {
             at: (hash >> 32) as usize % RING_SIZE,
             skip: (hash & 0xffff_ffff) as usize % (RING_SIZE - 1) + 1,
-            credit: 0,
         }
     }
 

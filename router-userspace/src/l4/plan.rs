@@ -4,19 +4,34 @@
 //! pool costs, whatever else is registered. Each list is safe to stop at any point: backends come
 //! before the rings that name them and rings before their VIPs; what leaves goes the other way round.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use router_common::{
-    Addr, BackendEntry, BackendState, IPPROTO_TCP, IPPROTO_UDP, PREFILTER_WORDS, VipInfo, VipKey,
-    prefilter_bit,
+    Addr, BackendEntry, HASH_WORDS, IPPROTO_TCP, IPPROTO_UDP, Mode, QuicKey, RingSlot, Scheduler,
+    SourceKey, VipEntry, vip_flags,
 };
 
+use crate::config::{FlowTimeouts, PortRange};
 use crate::l4::maglev;
 use crate::l4::next_hop::NextHop;
+use crate::l4::policy::{Policies, VipPolicy};
 use crate::route::{Pool, Proto, Vip};
+
+use chains::Chains;
+use indices::Indices;
+use prefilter::Prefilter;
+use ring::Ring;
+
+mod adopt;
+mod chains;
+mod indices;
+mod members;
+mod prefilter;
+mod ring;
+mod sources;
 
 /// One write to one map.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,16 +45,20 @@ pub enum MapOp {
         id: u32,
         generation: u16,
     },
+    /// `RING_SIZE` slots.
     SetRing {
-        ring: u32,
-        slots: Box<[u32]>,
+        vip: u32,
+        slots: Box<[RingSlot]>,
     },
+    /// All zero frees the index.
     SetVip {
-        key: VipKey,
-        info: VipInfo,
+        index: u32,
+        entry: VipEntry,
     },
-    RemoveVip {
-        key: VipKey,
+    /// Where a chain of VIPs begins: an index plus 1, or 0.
+    SetVipHead {
+        place: u32,
+        first: u32,
     },
     /// How many VIPs have the address; 0 removes it.
     SetVipAddress {
@@ -50,6 +69,44 @@ pub enum MapOp {
         word: u32,
         bits: u64,
     },
+    /// `prefix_len` counts bits of the address, 0..=128: an IPv4 prefix of n bits has 96 + n.
+    SetSource {
+        key: SourceKey,
+        prefix_len: u8,
+        verdict: u32,
+    },
+    RemoveSource {
+        key: SourceKey,
+        prefix_len: u8,
+    },
+    SetQuicServer {
+        key: QuicKey,
+        backend: u32,
+    },
+    RemoveQuicServer {
+        key: QuicKey,
+    },
+    /// Whether answers may come from a backend's own address.
+    SetDnat {
+        in_use: bool,
+    },
+}
+
+/// What the maps of an earlier agent hold, in use or not yet given up.
+#[derive(Clone, Debug, Default)]
+pub struct Installed {
+    /// By index: entries that are not all zero.
+    pub vips: Vec<(u32, VipEntry)>,
+    /// By place: heads that are not 0.
+    pub heads: Vec<(u32, u32)>,
+    /// By id: backends in use, and free ids that have a generation.
+    pub backends: Vec<(u32, BackendEntry)>,
+    /// Of the VIPs above.
+    pub rings: Vec<(u32, Box<[RingSlot]>)>,
+    /// Key, bits of the address, verdict.
+    pub sources: Vec<(SourceKey, u8, u32)>,
+    pub quic_servers: Vec<(QuicKey, u32)>,
+    pub dnat: bool,
 }
 
 /// Why a VIP or a backend of it is not served, though registered.
@@ -57,8 +114,24 @@ pub enum MapOp {
 pub enum Refusal {
     VipsFull,
     BackendsFull,
-    /// The VIP or the backend is not IPv4.
+    ChainFull,
     AddressFamily,
+    NotOnLink,
+    PortDiffers,
+    /// The proxy on this host has no UDP.
+    NotTcp,
+    QuicServerId,
+    QuicServerIdTaken,
+}
+
+impl Refusal {
+    /// Whether it ends when others leave, without the registration or the configuration changing.
+    pub fn is_for_room(self) -> bool {
+        matches!(
+            self,
+            Refusal::VipsFull | Refusal::BackendsFull | Refusal::ChainFull
+        )
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -66,7 +139,17 @@ impl fmt::Display for Refusal {
         f.write_str(match self {
             Refusal::VipsFull => "l4.limits.vips is reached",
             Refusal::BackendsFull => "l4.limits.backends is reached",
-            Refusal::AddressFamily => "nat forwards IPv4 VIPs to IPv4 backends only",
+            Refusal::ChainFull => "too many VIPs of several ports have this address and protocol",
+            Refusal::AddressFamily => {
+                "nat, dnat and dsr forward to backends of the VIP's address family only"
+            }
+            Refusal::NotOnLink => "dsr reaches backends on the gateway's own networks only",
+            Refusal::PortDiffers => "dsr, ipip and gue cannot change the port to another than the VIP's",
+            Refusal::NotTcp => "l7 serves TCP only",
+            Refusal::QuicServerId => {
+                "its tag quic_server_id is not the hexadecimal form of l4.vip.quic.server_id_octets octets"
+            }
+            Refusal::QuicServerIdTaken => "another backend of the VIP has its quic_server_id",
         })
     }
 }
@@ -74,9 +157,23 @@ impl fmt::Display for Refusal {
 /// What the plan of a VIP depends on beside its pool.
 pub struct World<'a> {
     pub now: Instant,
-    pub drain: Duration,
+    pub policies: &'a Policies,
+    /// How long a flow without packets may be alive.
+    pub timeouts: &'a FlowTimeouts,
+    pub ticks_per_second: f64,
     pub next_hops: &'a HashMap<IpAddr, NextHop>,
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+}
+
+impl World<'_> {
+    /// When a flow of the VIP that has no packet from now on is over.
+    fn flows_over(&self, proto: Proto) -> Instant {
+        self.now
+            + match proto {
+                Proto::Tcp => self.timeouts.tcp_established,
+                Proto::Udp => self.timeouts.udp,
+            }
+    }
 }
 
 /// The operations for one VIP, and what could not be done.
@@ -89,33 +186,37 @@ pub struct Plan {
 /// The content of the kernel's tables, VIP by VIP.
 pub struct Planner {
     vips: BTreeMap<Vip, PlannedVip>,
-    rings: Slots,
-    backends: Slots,
+    indices: Indices,
+    backends: Indices,
     /// The last generation given to each backend id.
     generations: Vec<u16>,
+    chains: Chains,
     prefilter: Prefilter,
     vip_addresses: HashMap<Addr, u32>,
+    /// Indices of VIPs whose backends answer from their own address.
+    dnat: BTreeSet<u32>,
+    dnat_in_use: bool,
 }
 
 /// A VIP as the kernel has it.
-#[derive(Debug)]
 pub struct PlannedVip {
-    ring: u32,
-    /// What the ring was built from; empty when the VIP has no backend.
-    in_ring: Vec<maglev::Member>,
-    published: Option<VipInfo>,
+    index: u32,
+    ring: Ring,
+    /// But for its place in a chain.
+    published: Option<VipEntry>,
     pub members: BTreeMap<SocketAddr, PlannedMember>,
-}
-
-impl PlannedVip {
-    fn new(ring: u32) -> PlannedVip {
-        PlannedVip {
-            ring,
-            in_ring: Vec::new(),
-            published: None,
-            members: BTreeMap::new(),
-        }
-    }
+    /// Key, bits of the address, verdict.
+    sources: BTreeMap<(Addr, u8), u32>,
+    quic_servers: BTreeMap<[u8; 8], u32>,
+    /// In which answers may still come: that of the policy, and earlier ones.
+    modes: BTreeSet<Mode>,
+    /// Until when every flow is looked up, whatever the policy says, since it was another before.
+    track_until: Option<Instant>,
+    /// Whether the policy has every flow looked up.
+    tracks: bool,
+    slow_start: Duration,
+    /// Found without registration when the maps were adopted: how long it waits for one.
+    unclaimed_until: Option<Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -124,29 +225,39 @@ pub struct PlannedMember {
     pub entry: BackendEntry,
     /// Set when the backend left its pool: when its flows are given up.
     pub drain_until: Option<Instant>,
+    /// While it has less than its full share of new flows.
+    ramp: Option<Ramp>,
+    /// What the prefilter lets through on its account.
+    answers: BTreeSet<Addr>,
 }
 
-impl PlannedMember {
-    pub fn state(&self) -> BackendState {
-        if self.entry.state == BackendState::Active as u8 {
-            BackendState::Active
-        } else {
-            BackendState::Draining
-        }
-    }
+/// A backend's way to its full share, in [`Ramp::STEPS`].
+#[derive(Clone, Copy, Debug)]
+struct Ramp {
+    since: Instant,
+    step: u32,
 }
 
 impl Planner {
-    /// For maps of these capacities, all empty.
-    pub fn new(max_vips: u32, max_backends: u32) -> Planner {
+    /// For maps of these capacities, all empty, with VIPs at their [`router_common::vip_head`] under
+    /// `hash_keys` and `vip_mask`.
+    pub fn new(
+        max_vips: u32,
+        max_backends: u32,
+        hash_keys: [u64; HASH_WORDS],
+        vip_mask: u32,
+    ) -> Planner {
         Planner {
             vips: BTreeMap::new(),
-            rings: Slots::new(0, max_vips),
+            indices: Indices::new(0, max_vips),
             // Id 0 is "no backend".
-            backends: Slots::new(1, max_backends),
+            backends: Indices::new(1, max_backends),
             generations: vec![0; max_backends as usize + 1],
+            chains: Chains::new(hash_keys, vip_mask),
             prefilter: Prefilter::default(),
             vip_addresses: HashMap::new(),
+            dnat: BTreeSet::new(),
+            dnat_in_use: false,
         }
     }
 
@@ -154,341 +265,224 @@ impl Planner {
         &self.vips
     }
 
-    /// Takes over what the maps of an earlier agent hold. What it was draining drains anew.
-    ///
-    /// That agent may have ended between any two operations. The ones returned make whole what it
-    /// left: every ring is written again from its backends, what belongs to nothing is cleared.
-    pub fn adopt(
-        &mut self,
-        vips: Vec<(VipKey, VipInfo)>,
-        backends: Vec<(u32, BackendEntry)>,
-        now: Instant,
-        drain: Duration,
-    ) -> Vec<MapOp> {
-        let mut ops = Vec::new();
-        let mut found: BTreeMap<Vip, (VipKey, VipInfo)> = BTreeMap::new();
-        for (key, info) in vips {
-            found.insert(vip_of(key.addr(), key.port(), key.proto()), (key, info));
-        }
-        for (id, entry) in backends {
-            self.generations[id as usize] = entry.generation;
-            if entry.state == BackendState::Free as u8 {
-                continue;
-            }
-            let vip = vip_of(entry.vip, entry.vip_port, entry.proto);
-            let Some((_, info)) = found.get(&vip) else {
-                let generation = entry.generation;
-                ops.push(MapOp::ClearBackend { id, generation });
-                continue;
-            };
-            self.backends.take(id);
-            let planned = self
-                .vips
-                .entry(vip)
-                .or_insert_with(|| PlannedVip::new(info.ring));
-            let active = entry.state == BackendState::Active as u8;
-            let member = PlannedMember {
-                id,
-                entry,
-                drain_until: (!active).then_some(now + drain),
-            };
-            let address = SocketAddr::new(entry.address.ip(), entry.port);
-            planned.members.insert(address, member);
-        }
-        for (vip, (key, info)) in found {
-            if !self.vips.contains_key(&vip) {
-                ops.push(MapOp::RemoveVip { key });
-                continue;
-            }
-            self.rings.take(info.ring);
-            let mut plan = Plan::default();
-            self.set_ring(vip, &mut plan);
-            ops.append(&mut plan.ops);
-        }
-        self.adopt_prefilter(&mut ops);
-        ops
-    }
-
-    /// Writes each word of the prefilter once: the programs look at it all the while.
-    fn adopt_prefilter(&mut self, ops: &mut Vec<MapOp>) {
-        let mut unordered = Vec::new();
-        for planned in self.vips.values() {
-            for member in planned.members.values() {
-                self.prefilter
-                    .add(member.entry.source, ANSWER, &mut unordered);
-            }
-        }
-        let words: BTreeMap<u32, MapOp> = ops
-            .extract_if(.., |op| matches!(op, MapOp::SetPrefilter { .. }))
-            .chain(unordered)
-            .filter_map(|op| match op {
-                MapOp::SetPrefilter { word, .. } => Some((word, op)),
-                _ => None,
-            })
-            .collect();
-        ops.extend(words.into_values());
-    }
-
     /// Brings one VIP in line with its pool; `None` when nobody serves it any more.
     pub fn plan(&mut self, vip: Vip, pool: Option<&Pool>, world: &World<'_>) -> Plan {
         let mut plan = Plan::default();
-        if !vip.address.is_ipv4() {
-            let backends = pool.into_iter().flat_map(|pool| &pool.backends);
-            plan.refused
-                .extend(backends.map(|backend| (backend.address, Refusal::AddressFamily)));
-            return plan;
+        let claimed = pool.is_some() || world.policies.is_declared(&vip);
+        let mut planned = match self.vips.remove(&vip) {
+            Some(planned) => planned,
+            None if !claimed => return plan,
+            None => match self.admit(vip) {
+                Ok(index) => PlannedVip::new(index),
+                Err(refusal) => {
+                    plan.refused = refuse_all(vip, pool, refusal);
+                    return plan;
+                }
+            },
+        };
+        if claimed {
+            planned.unclaimed_until = None;
         }
-        if !self.vips.contains_key(&vip) {
-            let Some(pool) = pool else { return plan };
-            let Some(ring) = self.rings.free() else {
-                let all = pool
-                    .backends
-                    .iter()
-                    .map(|backend| (backend.address, Refusal::VipsFull));
-                plan.refused.extend(all);
-                return plan;
-            };
-            self.vips.insert(vip, PlannedVip::new(ring));
+        let policy = world.policies.policy_of(&vip);
+        let wanted = members::wanted(vip, pool, planned.index, policy, world, &mut plan.refused);
+        self.note_mode(vip, &mut planned, policy, world);
+        self.set_members(&mut planned, &wanted, policy, world, &mut plan);
+        self.set_vip(vip, &mut planned, policy, world, &mut plan.ops);
+        self.withdraw_members(&mut planned, &wanted, world.now, &mut plan.ops);
+        if planned
+            .unclaimed_until
+            .is_some_and(|until| until <= world.now)
+        {
+            planned.unclaimed_until = None;
         }
-        let wanted = self.wanted(vip, pool, world, &mut plan);
-        self.set_members(vip, &wanted, world, &mut plan);
-        self.set_ring(vip, &mut plan);
-        self.withdraw_members(vip, &wanted, world, &mut plan);
-        self.drop_if_empty(vip, pool.is_none(), &mut plan);
+        let waits = planned.unclaimed_until.is_some();
+        if claimed || waits || !planned.members.is_empty() {
+            self.vips.insert(vip, planned);
+        } else {
+            self.remove_vip(planned, &mut plan.ops);
+        }
         plan
     }
 
-    /// Ends the drain of backends that no flow uses any more.
+    /// Ends the drain of backends that no flow uses any more, by the flow table.
     pub fn end_drains(&mut self, now: Instant, unused: impl Fn(u32) -> bool) {
         for planned in self.vips.values_mut() {
-            for member in planned.members.values_mut() {
-                if member.drain_until.is_some_and(|until| until > now) && unused(member.id) {
+            let PlannedVip { members, ring, .. } = planned;
+            for member in members.values_mut() {
+                if member.drain_until.is_some_and(|until| until > now)
+                    && unused(member.id)
+                    // The flow table does not know of flows that the ring alone has placed.
+                    && !ring.remembers(member.id)
+                {
                     member.drain_until = Some(now);
                 }
             }
         }
     }
 
-    /// Whether there is room for a VIP, or a backend, that was refused before.
-    pub fn has_room(&self) -> bool {
-        self.rings.has_room() && self.backends.has_room()
+    /// Forgets where flows were that are over, after a sweep of the whole flow table that found `moved`
+    /// flows, by VIP index, on another backend than their slot of the ring says.
+    pub fn settle(&mut self, now: Instant, moved: impl Fn(u32) -> u32) -> Vec<(Vip, MapOp)> {
+        let mut ops = Vec::new();
+        let vips: Vec<Vip> = self.vips.keys().copied().collect();
+        for vip in vips {
+            let mut planned = self.vips.remove(&vip).expect("listed above");
+            let mut of_vip = Vec::new();
+            let mut changed = planned.ring.expire(now);
+            // What the sweep found holds for the ring that it went by.
+            let settled = planned.ring.is_settled() && moved(planned.index) == 0;
+            if settled && planned.ring.backends() > 0 {
+                changed |= planned.ring.quiet();
+            }
+            if changed {
+                of_vip.push(planned.write_ring());
+            }
+            if settled && planned.track_until.is_some_and(|until| until <= now) {
+                self.end_track(&mut planned, &mut of_vip);
+            }
+            self.vips.insert(vip, planned);
+            ops.extend(of_vip.into_iter().map(|op| (vip, op)));
+        }
+        ops
     }
 
-    /// VIPs with a member whose drain is over.
-    pub fn drained(&self, now: Instant) -> Vec<Vip> {
-        let over = |member: &PlannedMember| member.drain_until.is_some_and(|until| until <= now);
-        let vips = self
-            .vips
-            .iter()
-            .filter(|(_, planned)| planned.members.values().any(over));
+    /// Whether there is room for a VIP, or a backend, that was refused before.
+    pub fn has_room(&self) -> bool {
+        self.indices.has_room() && self.backends.has_room()
+    }
+
+    /// VIPs that time alone has changed: a drain is over, or a backend's share grows.
+    pub fn due(&self, now: Instant) -> Vec<Vip> {
+        let vips = self.vips.iter().filter(|(_, planned)| planned.is_due(now));
         vips.map(|(vip, _)| *vip).collect()
     }
 
-    /// The pool's backends that can be reached, with the entry each should have but for its id.
-    fn wanted(
-        &self,
-        vip: Vip,
-        pool: Option<&Pool>,
-        world: &World<'_>,
-        plan: &mut Plan,
-    ) -> BTreeMap<SocketAddr, BackendEntry> {
-        let mut wanted = BTreeMap::new();
-        for backend in pool.into_iter().flat_map(|pool| &pool.backends) {
-            let address = backend.address;
-            if !address.is_ipv4() {
-                plan.refused.push((address, Refusal::AddressFamily));
-                continue;
-            }
-            // Without a next hop there is nowhere to send; the VIP is planned again when it is known.
-            let Some(hop) = world.next_hops.get(&address.ip()) else {
-                continue;
-            };
-            let entry = BackendEntry {
-                vip: Addr::from(vip.address),
-                address: Addr::from(address.ip()),
-                source: Addr::from(hop.source),
-                ifindex: hop.ifindex,
-                vip_port: vip.port,
-                port: address.port(),
-                generation: 0,
-                destination_mac: hop.destination_mac,
-                source_mac: hop.source_mac,
-                proto: proto_number(vip.proto),
-                state: BackendState::Active as u8,
-                weight: backend.weight,
-                reserved: [0; 2],
-            };
-            wanted.insert(address, entry);
+    /// An index for a VIP that is new.
+    fn admit(&mut self, vip: Vip) -> Result<u32, Refusal> {
+        if !self.chains.has_room(&key_of(vip)) {
+            return Err(Refusal::ChainFull);
         }
-        // An unhealthy backend gets no new flows, unless that would leave none.
-        let healthy = |address: &SocketAddr| !world.unhealthy.contains(address);
-        if wanted.keys().any(healthy) {
-            for (address, entry) in &mut wanted {
-                if !healthy(address) {
-                    entry.state = BackendState::Draining as u8;
-                }
-            }
-        }
-        wanted
+        self.indices.give().ok_or(Refusal::VipsFull)
     }
 
-    /// Writes the backends that are new or changed, all but those that leave the ring.
-    fn set_members(
+    /// Takes note when flows are made in another way from here on: the others must still be found.
+    fn note_mode(
         &mut self,
         vip: Vip,
-        wanted: &BTreeMap<SocketAddr, BackendEntry>,
+        planned: &mut PlannedVip,
+        policy: &VipPolicy,
         world: &World<'_>,
-        plan: &mut Plan,
     ) {
-        for (address, entry) in wanted {
-            let planned = self.vips.get_mut(&vip).expect("planned above");
-            let mut entry = *entry;
-            if let Some(member) = planned.members.get_mut(address) {
-                entry.generation = member.entry.generation;
-                member.drain_until = None;
-                if member.entry == entry {
-                    continue;
-                }
-                if member.entry.source != entry.source {
-                    let old = member.entry.source;
-                    self.prefilter.add(entry.source, ANSWER, &mut plan.ops);
-                    self.prefilter.remove(old, ANSWER, &mut plan.ops);
-                    // Answers to the old address no longer find their flows: end those.
-                    entry.generation = next_generation(&mut self.generations, member.id);
-                }
-                member.entry = entry;
-                plan.ops.push(MapOp::SetBackend {
-                    id: member.id,
-                    entry,
-                });
-                continue;
-            }
-            let Some(id) = self.backends.free() else {
-                plan.refused.push((*address, Refusal::BackendsFull));
-                continue;
-            };
-            entry.generation = next_generation(&mut self.generations, id);
-            let member = PlannedMember {
-                id,
-                entry,
-                drain_until: None,
-            };
-            planned.members.insert(*address, member);
-            self.prefilter.add(entry.source, ANSWER, &mut plan.ops);
-            plan.ops.push(MapOp::SetBackend { id, entry });
-        }
-        // Those that left the pool go on draining; the ring below is built without them.
-        let planned = self.vips.get_mut(&vip).expect("planned above");
-        for (address, member) in &mut planned.members {
-            if !wanted.contains_key(address) && member.drain_until.is_none() {
-                member.drain_until = Some(world.now + world.drain);
+        planned.modes.insert(policy.mode);
+        planned.slow_start = policy.slow_start;
+        planned.tracks = policy.tracks();
+        if let Some(before) = &planned.published {
+            let changed =
+                before.mode != policy.mode as u8 || before.scheduler != policy.scheduler as u8;
+            let tracked = before.flags & vip_flags::TRACK != 0;
+            if changed {
+                planned.track_until = Some(world.flows_over(vip.proto));
+            } else if tracked && !policy.tracks() && planned.track_until.is_none() {
+                planned.track_until = Some(world.flows_over(vip.proto));
             }
         }
     }
 
-    fn set_ring(&mut self, vip: Vip, plan: &mut Plan) {
-        let planned = self.vips.get_mut(&vip).expect("planned above");
-        let active = planned.members.iter().filter(|(_, member)| {
-            member.drain_until.is_none() && member.entry.state == BackendState::Active as u8
+    /// Brings the VIP itself in line, with its ring and its list of sources.
+    fn set_vip(
+        &mut self,
+        vip: Vip,
+        planned: &mut PlannedVip,
+        policy: &VipPolicy,
+        world: &World<'_>,
+        ops: &mut Vec<MapOp>,
+    ) {
+        let sources = sources::of(policy);
+        planned.add_sources(&sources, ops);
+        if planned.modes.contains(&Mode::Dnat) {
+            self.dnat.insert(planned.index);
+            self.write_dnat(ops);
+        }
+        let before = planned.published;
+        let ring = planned.ring_plan(policy.scheduler, policy.mode);
+        let ring_changed = planned.ring.set(ring, world.flows_over(vip.proto));
+        let entry = planned.entry(vip, policy, world);
+        // A ring of turns says nothing of where flows are: none may be placed by it as by a hash.
+        let vip_first = before.is_some_and(|before| {
+            let hashed = Scheduler::from_bits(before.scheduler).is_hash();
+            hashed && !policy.scheduler.is_hash() && before.backends > 0 && entry.backends > 0
         });
-        let in_ring: Vec<maglev::Member> = active
-            .map(|(address, member)| maglev::Member {
-                address: *address,
-                weight: member.entry.weight,
-                id: member.id,
-            })
-            .collect();
-        if in_ring != planned.in_ring {
-            if let Some(slots) = maglev::ring(&in_ring) {
-                plan.ops.push(MapOp::SetRing {
-                    ring: planned.ring,
-                    slots,
-                });
-            }
-            planned.in_ring = in_ring;
+        if ring_changed && !vip_first {
+            ops.push(planned.write_ring());
         }
-        let info = VipInfo {
-            ring: planned.ring,
-            backends: planned.in_ring.len() as u32,
-        };
-        let first = planned.published.is_none();
-        if planned.published != Some(info) {
-            planned.published = Some(info);
-            plan.ops.push(MapOp::SetVip {
-                key: key_of(vip),
-                info,
-            });
+        if before != Some(entry) {
+            self.chains.set(planned.index, entry, ops);
+            planned.published = Some(entry);
         }
-        if first {
-            self.add_vip_address(vip, &mut plan.ops);
+        if ring_changed && vip_first {
+            ops.push(planned.write_ring());
         }
+        if before.is_none() {
+            self.add_vip_address(entry.addr, ops);
+        }
+        planned.remove_sources(&sources, ops);
     }
 
-    /// Marks members that left as draining in the kernel and clears those whose drain is over.
-    fn withdraw_members(
-        &mut self,
-        vip: Vip,
-        wanted: &BTreeMap<SocketAddr, BackendEntry>,
-        world: &World<'_>,
-        plan: &mut Plan,
-    ) {
-        let planned = self.vips.get_mut(&vip).expect("planned above");
-        let mut over = Vec::new();
-        for (address, member) in &mut planned.members {
-            let Some(until) = member.drain_until else {
-                continue;
-            };
-            if wanted.contains_key(address) {
-                continue;
-            }
-            if until <= world.now {
-                over.push(*address);
-            } else if member.entry.state != BackendState::Draining as u8 {
-                member.entry.state = BackendState::Draining as u8;
-                plan.ops.push(MapOp::SetBackend {
-                    id: member.id,
-                    entry: member.entry,
-                });
-            }
-        }
-        for address in over {
-            let planned = self.vips.get_mut(&vip).expect("planned above");
-            let member = planned.members.remove(&address).expect("found above");
-            plan.ops.push(MapOp::ClearBackend {
-                id: member.id,
-                generation: member.entry.generation,
-            });
-            self.backends.release(member.id);
-            self.prefilter
-                .remove(member.entry.source, ANSWER, &mut plan.ops);
-        }
-    }
-
-    fn drop_if_empty(&mut self, vip: Vip, withdrawn: bool, plan: &mut Plan) {
-        let planned = &self.vips[&vip];
-        if !withdrawn || !planned.members.is_empty() {
+    /// Flows of earlier modes and schedulers are over.
+    fn end_track(&mut self, planned: &mut PlannedVip, ops: &mut Vec<MapOp>) {
+        planned.track_until = None;
+        let Some(mut entry) = planned.published else {
             return;
+        };
+        let mode = Mode::from_bits(entry.mode);
+        if !planned.tracks {
+            entry.flags &= !vip_flags::TRACK;
         }
-        let (ring, published) = (planned.ring, planned.published.is_some());
-        self.vips.remove(&vip);
-        self.rings.release(ring);
-        if published {
-            self.remove_vip_address(vip, &mut plan.ops);
-            plan.ops.push(MapOp::RemoveVip { key: key_of(vip) });
+        if planned.published != Some(entry) {
+            self.chains.set(planned.index, entry, ops);
+            planned.published = Some(entry);
+        }
+        planned.modes = BTreeSet::from([mode]);
+        for member in planned.members.values_mut() {
+            self.prefilter.let_answers(member, &planned.modes, ops);
+        }
+        if !planned.modes.contains(&Mode::Dnat) {
+            self.dnat.remove(&planned.index);
+            self.write_dnat(ops);
         }
     }
 
-    fn add_vip_address(&mut self, vip: Vip, ops: &mut Vec<MapOp>) {
-        let addr = Addr::from(vip.address);
+    fn remove_vip(&mut self, planned: PlannedVip, ops: &mut Vec<MapOp>) {
+        if let Some(entry) = planned.published {
+            self.remove_vip_address(entry.addr, ops);
+            self.chains.remove(planned.index, &entry, ops);
+        }
+        for (&(source, prefix_len), _) in &planned.sources {
+            let key = sources::key(planned.index, source);
+            ops.push(MapOp::RemoveSource { key, prefix_len });
+        }
+        self.indices.release(planned.index);
+        self.dnat.remove(&planned.index);
+        self.write_dnat(ops);
+    }
+
+    fn write_dnat(&mut self, ops: &mut Vec<MapOp>) {
+        let in_use = !self.dnat.is_empty();
+        if in_use != self.dnat_in_use {
+            self.dnat_in_use = in_use;
+            ops.push(MapOp::SetDnat { in_use });
+        }
+    }
+
+    fn add_vip_address(&mut self, addr: Addr, ops: &mut Vec<MapOp>) {
         let vips = self.vip_addresses.entry(addr).or_default();
         *vips += 1;
         ops.push(MapOp::SetVipAddress { addr, vips: *vips });
-        self.prefilter.add(addr, VIP, ops);
+        self.prefilter.add(addr, prefilter::VIP, ops);
     }
 
-    fn remove_vip_address(&mut self, vip: Vip, ops: &mut Vec<MapOp>) {
-        let addr = Addr::from(vip.address);
-        self.prefilter.remove(addr, VIP, ops);
+    fn remove_vip_address(&mut self, addr: Addr, ops: &mut Vec<MapOp>) {
+        self.prefilter.remove(addr, prefilter::VIP, ops);
         let vips = self
             .vip_addresses
             .get_mut(&addr)
@@ -501,120 +495,128 @@ impl Planner {
     }
 }
 
-pub fn key_of(vip: Vip) -> VipKey {
-    VipKey::new(Addr::from(vip.address), vip.port, proto_number(vip.proto))
+impl PlannedVip {
+    fn new(index: u32) -> PlannedVip {
+        PlannedVip {
+            index,
+            ring: Ring::new(),
+            published: None,
+            members: BTreeMap::new(),
+            sources: BTreeMap::new(),
+            quic_servers: BTreeMap::new(),
+            modes: BTreeSet::new(),
+            tracks: false,
+            track_until: None,
+            slow_start: Duration::ZERO,
+            unclaimed_until: None,
+        }
+    }
+
+    /// Its place in `VIPS` and `RINGS`.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The backends that take new flows, with their present shares.
+    fn ring_plan(&self, scheduler: Scheduler, mode: Mode) -> ring::Plan {
+        let active = self.members.iter().filter(|(_, member)| member.is_active());
+        let members = active.map(|(address, member)| maglev::Member {
+            address: *address,
+            weight: member.ring_weight(),
+            id: member.id,
+        });
+        ring::Plan {
+            kind: match scheduler {
+                Scheduler::RoundRobin => ring::Kind::Cycle,
+                Scheduler::Maglev | Scheduler::SourceHash | Scheduler::LeastConnections => {
+                    ring::Kind::Maglev
+                }
+            },
+            remembers: scheduler.is_hash() && !mode.translates(),
+            members: members.collect(),
+        }
+    }
+
+    fn entry(&self, vip: Vip, policy: &VipPolicy, world: &World<'_>) -> VipEntry {
+        let mut flags = sources::flags(policy);
+        let on = |flag: u8, condition: bool| if condition { flag } else { 0 };
+        flags |= on(
+            vip_flags::TRACK,
+            policy.tracks() || self.track_until.is_some(),
+        );
+        flags |= on(vip_flags::SILENT, policy.silent);
+        flags |= on(vip_flags::QUIC, policy.quic.is_some());
+        flags |= on(vip_flags::CHALLENGE, policy.challenge);
+        let ticks = |time: Duration| (time.as_secs_f64() * world.ticks_per_second).ceil() as u32;
+        VipEntry {
+            mode: policy.mode as u8,
+            scheduler: policy.scheduler as u8,
+            flags,
+            backends: self.ring.backends(),
+            ring_len: self.ring.len(),
+            affinity: policy.affinity.map_or(0, ticks),
+            source_rate: policy.source_rate,
+            vip_rate: policy.vip_rate,
+            quic_len: policy.quic.map_or(0, |quic| quic.server_id_octets),
+            quic_config: policy.quic.map_or(0, |quic| quic.config),
+            ..key_of(vip)
+        }
+    }
+
+    fn write_ring(&self) -> MapOp {
+        MapOp::SetRing {
+            vip: self.index,
+            slots: self.ring.slots().into(),
+        }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let waited = self.unclaimed_until.is_some_and(|until| until <= now);
+        let member_is_due = |member: &PlannedMember| {
+            let drained = member.drain_until.is_some_and(|until| until <= now);
+            let grows = |ramp: Ramp| ramp.step != Ramp::step(ramp.since, now, self.slow_start);
+            drained || member.ramp.is_some_and(grows)
+        };
+        waited || self.members.values().any(member_is_due)
+    }
 }
 
-pub fn vip_of(addr: Addr, port: u16, proto: u8) -> Vip {
-    let proto = if proto == IPPROTO_UDP {
-        Proto::Udp
-    } else {
-        Proto::Tcp
-    };
+/// An entry of which nothing is said but what it covers.
+fn key_of(vip: Vip) -> VipEntry {
+    VipEntry {
+        addr: Addr::from(vip.address),
+        port_first: vip.ports.first,
+        port_last: vip.ports.last,
+        proto: match vip.proto {
+            Proto::Tcp => IPPROTO_TCP,
+            Proto::Udp => IPPROTO_UDP,
+        },
+        ..VipEntry::default()
+    }
+}
+
+fn vip_of(entry: &VipEntry) -> Vip {
     Vip {
-        proto,
-        address: addr.ip(),
-        port,
+        proto: match entry.proto {
+            IPPROTO_UDP => Proto::Udp,
+            _ => Proto::Tcp,
+        },
+        address: entry.addr.ip(),
+        ports: PortRange {
+            first: entry.port_first,
+            last: entry.port_last,
+        },
     }
 }
 
-fn proto_number(proto: Proto) -> u8 {
-    match proto {
-        Proto::Tcp => IPPROTO_TCP,
-        Proto::Udp => IPPROTO_UDP,
-    }
-}
-
-/// Another than any flow has that remembers this id; 0 is for entries never used.
-fn next_generation(generations: &mut [u16], id: u32) -> u16 {
-    let generation = &mut generations[id as usize];
-    *generation = generation.checked_add(1).unwrap_or(1);
-    *generation
-}
-
-/// The two bits of the prefilter.
-const VIP: u32 = 0;
-const ANSWER: u32 = 1;
-
-/// The destination prefilter with the number of reasons for each bit, since addresses share bits.
-#[derive(Default)]
-struct Prefilter {
-    reasons: HashMap<(u32, u32), u32>,
-    words: HashMap<u32, u64>,
-}
-
-impl Prefilter {
-    fn add(&mut self, addr: Addr, kind: u32, ops: &mut Vec<MapOp>) {
-        let (word, bit) = prefilter_bit(addr);
-        let reasons = self.reasons.entry((word, bit + kind)).or_default();
-        *reasons += 1;
-        if *reasons == 1 {
-            self.write(word, |bits| bits | 1 << (bit + kind), ops);
+/// A VIP that needs no backend stands for itself.
+fn refuse_all(vip: Vip, pool: Option<&Pool>, refusal: Refusal) -> Vec<(SocketAddr, Refusal)> {
+    match pool {
+        Some(pool) => {
+            let backends = pool.backends.iter();
+            backends.map(|backend| (backend.address, refusal)).collect()
         }
-    }
-
-    fn remove(&mut self, addr: Addr, kind: u32, ops: &mut Vec<MapOp>) {
-        let (word, bit) = prefilter_bit(addr);
-        let reasons = self
-            .reasons
-            .get_mut(&(word, bit + kind))
-            .expect("added before");
-        *reasons -= 1;
-        if *reasons == 0 {
-            self.reasons.remove(&(word, bit + kind));
-            self.write(word, |bits| bits & !(1 << (bit + kind)), ops);
-        }
-    }
-
-    fn write(&mut self, word: u32, change: impl Fn(u64) -> u64, ops: &mut Vec<MapOp>) {
-        debug_assert!(word < PREFILTER_WORDS);
-        let bits = self.words.entry(word).or_default();
-        *bits = change(*bits);
-        ops.push(MapOp::SetPrefilter { word, bits: *bits });
-    }
-}
-
-/// The indices of a fixed array, given out lowest first.
-struct Slots {
-    free: std::collections::BTreeSet<u32>,
-    next: u32,
-    end: u32,
-}
-
-impl Slots {
-    fn new(first: u32, count: u32) -> Slots {
-        Slots {
-            free: Default::default(),
-            next: first,
-            end: first + count,
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        !self.free.is_empty() || self.next < self.end
-    }
-
-    fn free(&mut self) -> Option<u32> {
-        if let Some(index) = self.free.pop_first() {
-            return Some(index);
-        }
-        (self.next < self.end).then(|| {
-            self.next += 1;
-            self.next - 1
-        })
-    }
-
-    /// Marks an index as in use, whoever gave it out.
-    fn take(&mut self, index: u32) {
-        while self.next <= index {
-            self.free.insert(self.next);
-            self.next += 1;
-        }
-        self.free.remove(&index);
-    }
-
-    fn release(&mut self, index: u32) {
-        self.free.insert(index);
+        None => vec![(SocketAddr::new(vip.address, vip.ports.first), refusal)],
     }
 }
 

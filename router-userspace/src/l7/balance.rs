@@ -124,17 +124,17 @@ impl PoolState {
     /// The index of the target to try, `None` if there is none that was not tried.
     ///
     /// Backends that are ejected, or unhealthy and their pool not in panic, are avoided while there is
-    /// another.
+    /// another. Those of weight 0 are never picked: their own registration says so.
     pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Option<usize> {
+        let untried = |index: usize| !at.tried.contains(&index) && self.targets[index].weight > 0;
         let healthy = |index: usize| {
             let backend = &self.targets[index].backend;
-            !at.tried.contains(&index)
+            untried(index)
                 && !backend.is_ejected(at.now)
                 && (at.panic
                     || at.unhealthy.is_empty()
                     || !at.unhealthy.contains(&backend.address()))
         };
-        let untried = |index: usize| !at.tried.contains(&index);
         match at.balance {
             Balance::RoundRobin => {
                 let start = self.next_in_turn()?;

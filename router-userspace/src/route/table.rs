@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
+use crate::config::PortRange;
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
     Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
@@ -220,7 +221,7 @@ impl RouteTable {
             let first = Vip {
                 proto: Proto::Tcp,
                 address: Ipv4Addr::UNSPECIFIED.into(),
-                port: 0,
+                ports: PortRange { first: 0, last: 0 },
             };
             let serves = self.vips_of.range((backend, first)..);
             let vips = serves

@@ -353,9 +353,9 @@ fn check_length(field: &str, length: usize, most: usize, unit: &str) -> Result<(
 
 fn check_weight(weight: i64) -> Result<u16, Reject> {
     match u16::try_from(weight) {
-        Ok(weight @ 1..=MAX_WEIGHT) => Ok(weight),
+        Ok(weight @ 0..=MAX_WEIGHT) => Ok(weight),
         Ok(_) | Err(_) => {
-            let message = format!("weight: {weight} is not in 1..={MAX_WEIGHT}");
+            let message = format!("weight: {weight} is not in 0..={MAX_WEIGHT}");
             Err(Reject {
                 reason: Reason::Weight,
                 message,

@@ -365,9 +365,9 @@ impl<'de> Deserialize<'de> for Address {
 impl<'de> Deserialize<'de> for Weight {
     fn deserialize<D: Deserializer<'de>>(toml: D) -> Result<Weight, D::Error> {
         match u16::deserialize(toml)? {
-            weight @ 1..=wire::MAX_WEIGHT => Ok(Weight(weight)),
+            weight @ 0..=wire::MAX_WEIGHT => Ok(Weight(weight)),
             weight => Err(de::Error::custom(format!(
-                "weight {weight} is not in 1..=1000"
+                "weight {weight} is not in 0..=1000"
             ))),
         }
     }

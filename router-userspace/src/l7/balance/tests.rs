@@ -68,6 +68,20 @@ fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize])
 }
 
 #[test]
+fn a_backend_of_weight_0_gets_nothing() {
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        let (pool, mut rng) = pool(&[0, 100, 0]);
+        for _ in 0..20 {
+            assert_eq!(pick(&pool, &mut rng, balance, &[]), Some(1));
+        }
+        assert_eq!(pick(&pool, &mut rng, balance, &[1]), None);
+    }
+    let (pool, mut rng) = self::pool(&[0, 0]);
+    assert_eq!(pick(&pool, &mut rng, Balance::RoundRobin, &[]), None);
+    assert_eq!(pick(&pool, &mut rng, Balance::LeastConnections, &[]), None);
+}
+
+#[test]
 fn equal_weights_take_turns() {
     let (pool, mut rng) = pool(&[100, 100, 100]);
     let mut next = || pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap();

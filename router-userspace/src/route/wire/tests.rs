@@ -213,9 +213,9 @@ fn a_bad_message_is_refused_by_the_name_of_its_field() {
             "vips[1]",
         ),
         (
-            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":0}"#,
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":-1}"#,
             Reason::Weight,
-            "weight: 0",
+            "weight: -1",
         ),
         (
             r#"{"host":"10.0.0.1","port":80,"uris":["a"],"weight":1001}"#,

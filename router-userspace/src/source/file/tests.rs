@@ -72,7 +72,7 @@ fn a_mistake_is_named_by_line_and_key() {
             ["line 1", "backend"],
         ),
         (
-            format!("[[route]]\nuris = [\"a\"]\n{backend}weight = 0\n"),
+            format!("[[route]]\nuris = [\"a\"]\n{backend}weight = 1001\n"),
             ["line 5", "weight"],
         ),
         (

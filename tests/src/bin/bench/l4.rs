@@ -7,17 +7,18 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use aya::Ebpf;
 use aya::maps::{Array, MapData, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use etherparse::PacketBuilder;
-use viaduct::config::{FlowTimeouts, L4Limits, PortRange};
+use viaduct::config::{FlowTimeouts, L4Config, L4Limits, PortRange};
 use viaduct::l4::datapath::{Datapath, Options};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{Planner, World};
+use viaduct::l4::policy::Policies;
 use viaduct::l4::{BENCH_PROGRAM, PASS_PROGRAM};
 use viaduct::route::{Backend, Origin, Pool, Proto, Vip};
 
@@ -131,7 +132,7 @@ fn gateway() -> anyhow::Result<Datapath> {
         backends: 64,
         flows: 1 << 20,
     };
-    let mut planner = Planner::new(limits.vips, limits.backends);
+    let (vips, backends) = (limits.vips, limits.backends);
     let mut gateway = Datapath::open(&Options {
         limits,
         timeouts: FlowTimeouts::default(),
@@ -139,14 +140,19 @@ fn gateway() -> anyhow::Result<Datapath> {
             first: 1024,
             last: 65535,
         },
+        gue_port: 6080,
         pin_path: None,
     })?;
+    let mut planner = Planner::new(vips, backends, *gateway.hash_keys(), gateway.vip_mask());
     let address = |host: u8| IpAddr::from([10, 0, 0, host]);
     let hop = NextHop {
         ifindex: u32::from(u16::MAX),
         source_mac: [2, 0, 0, 0, 0, 3],
         destination_mac: [2, 0, 0, 0, 0, 4],
         source: address(254),
+        mtu: 1500,
+        vlan: 0,
+        on_link: true,
     };
     let backend = |host: u8| Arc::new(Backend::new((address(host), 8080).into(), Origin::Nats));
     let pool = Pool {
@@ -158,14 +164,19 @@ fn gateway() -> anyhow::Result<Datapath> {
         (1..=BACKENDS).map(|host| (address(host), hop)).collect();
     let world = World {
         now: Instant::now(),
-        drain: Duration::from_secs(60),
+        policies: &Policies::new(&L4Config::default()),
+        timeouts: &FlowTimeouts::default(),
+        ticks_per_second: gateway.ticks_per_second(),
         next_hops: &next_hops,
         unhealthy: &Default::default(),
     };
     let vip = Vip {
         proto: Proto::Tcp,
         address: IpAddr::V4(*VIP.ip()),
-        port: VIP.port(),
+        ports: PortRange {
+            first: VIP.port(),
+            last: VIP.port(),
+        },
     };
     for op in planner.plan(vip, Some(&pool), &world).ops {
         gateway.apply(&op)?;
@@ -183,9 +194,8 @@ fn open(gateway: &mut Datapath, requests: &[Flow]) -> anyhow::Result<Vec<Flow>> 
                 ..*request
             }
             .frame()?,
-            1,
         )?;
-        let run = gateway.run(&request.frame()?, 1)?;
+        let run = gateway.run(&request.frame()?)?;
         if run.action != REDIRECT {
             let verdicts = gateway.counters().verdicts()?;
             let counted = verdicts.iter().filter(|(_, count)| *count > 0);

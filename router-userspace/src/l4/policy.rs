@@ -1,0 +1,131 @@
+//! What the configuration says of each VIP, ready for the planner. Pure.
+//!
+//! [`super::L4`] makes [`Policies`] when it starts and at each reload, and plans anew the VIPs whose
+//! policy is another.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use router_common::{Mode, Scheduler};
+
+use crate::config::{self, Forwarding, L4Config, QuicConfig, Reject, VipConfig};
+use crate::route::Vip;
+
+/// How one VIP is served.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VipPolicy {
+    pub mode: Mode,
+    pub scheduler: Scheduler,
+    /// Drop what no backend can take instead of answering.
+    pub silent: bool,
+    pub affinity: Option<Duration>,
+    pub slow_start: Duration,
+    pub drain: Duration,
+    pub allow: Vec<IpNet>,
+    pub deny: Vec<IpNet>,
+    /// New flows a second; 0: no bound.
+    pub source_rate: u32,
+    pub vip_rate: u32,
+    pub challenge: bool,
+    pub track: bool,
+    pub quic: Option<QuicConfig>,
+}
+
+/// The policies of all VIPs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policies {
+    default: VipPolicy,
+    vips: HashMap<Vip, VipPolicy>,
+}
+
+impl Policies {
+    pub fn new(config: &L4Config) -> Policies {
+        let default = VipPolicy {
+            mode: mode(config.forwarding),
+            scheduler: scheduler(config.scheduler),
+            silent: config.reject == Reject::Drop,
+            affinity: None,
+            slow_start: config.slow_start,
+            drain: config.drain,
+            allow: Vec::new(),
+            deny: Vec::new(),
+            source_rate: 0,
+            vip_rate: 0,
+            challenge: false,
+            track: false,
+            quic: None,
+        };
+        let vips = config
+            .vip
+            .iter()
+            .map(|vip| (vip.address, default.with(vip)));
+        Policies {
+            vips: vips.collect(),
+            default,
+        }
+    }
+
+    pub fn policy_of(&self, vip: &Vip) -> &VipPolicy {
+        self.vips.get(vip).unwrap_or(&self.default)
+    }
+
+    /// Whether a VIP is served without any registration: the proxy on this host needs none.
+    pub fn is_declared(&self, vip: &Vip) -> bool {
+        let policy = self.vips.get(vip);
+        policy.is_some_and(|policy| policy.mode == Mode::L7)
+    }
+
+    /// The VIPs that are served without any registration.
+    pub fn declared(&self) -> impl Iterator<Item = Vip> {
+        let l7 = |(vip, policy): (&Vip, &VipPolicy)| (policy.mode == Mode::L7).then_some(*vip);
+        self.vips.iter().filter_map(l7)
+    }
+}
+
+impl VipPolicy {
+    fn with(&self, config: &VipConfig) -> VipPolicy {
+        VipPolicy {
+            mode: config.forwarding.map_or(self.mode, mode),
+            scheduler: config.scheduler.map_or(self.scheduler, scheduler),
+            silent: config
+                .reject
+                .map_or(self.silent, |reject| reject == Reject::Drop),
+            affinity: config.affinity,
+            slow_start: config.slow_start.unwrap_or(self.slow_start),
+            drain: config.drain.unwrap_or(self.drain),
+            allow: config.allow.clone(),
+            deny: config.deny.clone(),
+            source_rate: config.source_rate,
+            vip_rate: config.vip_rate,
+            challenge: config.challenge,
+            track: config.track,
+            quic: config.quic,
+        }
+    }
+
+    /// Whether flows that the ring alone can place are in the flow table as well.
+    pub fn tracks(&self) -> bool {
+        self.track || self.affinity.is_some()
+    }
+}
+
+fn mode(forwarding: Forwarding) -> Mode {
+    match forwarding {
+        Forwarding::Nat => Mode::Nat,
+        Forwarding::Dnat => Mode::Dnat,
+        Forwarding::Dsr => Mode::Dsr,
+        Forwarding::Ipip => Mode::Ipip,
+        Forwarding::Gue => Mode::Gue,
+        Forwarding::L7 => Mode::L7,
+    }
+}
+
+fn scheduler(scheduler: config::Scheduler) -> Scheduler {
+    match scheduler {
+        config::Scheduler::Maglev => Scheduler::Maglev,
+        config::Scheduler::SourceHash => Scheduler::SourceHash,
+        config::Scheduler::RoundRobin => Scheduler::RoundRobin,
+        config::Scheduler::LeastConnections => Scheduler::LeastConnections,
+    }
+}
