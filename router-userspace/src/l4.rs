@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use router_common::{BackendCounters, BackendState, Mode};
 use tokio::sync::mpsc;
 
-use crate::config::{L4Config, PortRange};
+use crate::config::{L4Config, LocalClients, PortRange};
 use crate::event::Event;
 use crate::l4::datapath::Datapath;
 use crate::l4::next_hop::{NextHop, Watcher};
@@ -144,7 +144,26 @@ impl L4 {
             l4.apply_vip(vip, Instant::now());
         }
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
+        l4.attach_local(config)?;
         Ok(l4)
+    }
+
+    /// Clients on this host are served where that can be; where it was asked for, it must.
+    fn attach_local(&mut self, config: &L4Config) -> anyhow::Result<()> {
+        match self.datapath.attach_local(&config.local_clients) {
+            Ok(Some(cgroup)) => {
+                tracing::info!(cgroup = %cgroup.display(), "clients on this host may dial VIPs");
+            }
+            Ok(None) if config.local_clients == LocalClients::Auto => {
+                tracing::info!("no cgroup2 is mounted: clients on this host cannot dial VIPs");
+            }
+            Ok(None) => {}
+            Err(error) if config.local_clients == LocalClients::Auto => {
+                tracing::warn!("clients on this host cannot dial VIPs: {error:#}");
+            }
+            Err(error) => return Err(error.context("l4.local_clients")),
+        }
+        Ok(())
     }
 
     /// What the adopted maps already serve, as registrations of [`Origin::Adopted`].

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use aya::maps::{Array, Map, MapData};
+use aya::programs::links::FdLink;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{HASH_WORDS, Settings};
@@ -23,6 +24,7 @@ mod attach;
 mod counters;
 mod events;
 mod flows;
+mod local;
 mod maps;
 mod programs;
 mod run;
@@ -33,6 +35,7 @@ pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
 pub use events::Events;
 pub use flows::{Flow, Flows};
+pub use local::cgroup2_mount;
 pub use programs::Loaded;
 pub use run::Run;
 
@@ -69,6 +72,8 @@ pub struct Datapath {
     flows: Flows,
     logger: EbpfLogger<&'static dyn log::Log>,
     attachments: attach::Attachments,
+    /// Held while nothing is pinned: dropping a link detaches it.
+    local: Vec<FdLink>,
 }
 
 impl Datapath {
@@ -109,6 +114,7 @@ impl Datapath {
             logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
+            local: Vec::new(),
             ebpf,
         })
     }

@@ -63,13 +63,18 @@ impl L4Reader {
                 .id
                 .and_then(|id| flows.get(&id).copied())
                 .unwrap_or(0);
-            active_flows += u64::from(member_flows);
+            let local_flows = match member.id {
+                Some(id) => self.shared.counters.local_flows(id)?,
+                None => 0,
+            };
+            active_flows += u64::from(member_flows) + local_flows;
             backends.push(BackendStats {
                 address: member.address,
                 weight: member.weight,
                 draining: member.draining,
                 reachable: member.id.is_some(),
-                active_flows: u64::from(member_flows),
+                active_flows: u64::from(member_flows) + local_flows,
+                local_flows,
                 moved: Moved::from(counters),
             });
         }
@@ -114,6 +119,8 @@ pub struct BackendStats {
     /// False while no next hop is known; such a backend gets no flows.
     pub reachable: bool,
     pub active_flows: u64,
+    /// Those of clients on this host, whose packets nobody counts.
+    pub local_flows: u64,
     #[serde(flatten)]
     pub moved: Moved,
 }
