@@ -90,8 +90,9 @@ impl Datapath {
 }
 
 fn attach(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> anyhow::Result<FdLink> {
-    // Others' programs on the cgroup, and on those below it, run as well.
-    const MODE: CgroupAttachMode = CgroupAttachMode::AllowMultiple;
+    // Without a flag: a link allows others' programs on the cgroup and on those below it by itself,
+    // and takes no such flag (kernel: kernel/bpf/cgroup.c, `cgroup_bpf_link_attach`).
+    const MODE: CgroupAttachMode = CgroupAttachMode::Single;
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?;
