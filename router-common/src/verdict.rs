@@ -48,6 +48,8 @@ verdicts! {
     Challenged => "challenged",
     /// Translated: not a packet, but a connection or the first datagram of a client on this host.
     Translated => "translated",
+    /// Dropped: a client's answer to a challenge; its next SYN passes.
+    Proven => "proven",
     /// Dropped: a header is cut short or contradicts itself.
     Malformed => "malformed",
     /// Dropped: a fragment whose first one, with the ports, has not come by.

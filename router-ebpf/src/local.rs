@@ -14,8 +14,8 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use core::ptr::{addr_of, addr_of_mut, from_ref, null_mut, read_volatile, write_volatile};
 use router_common::{
     Addr, FlowKey, FlowState, IPPROTO_TCP, IPPROTO_UDP, LocalFlow, LocalPeer, LocalPeerKey,
-    LocalSocket, Mode, Peer, Ports, Settings, Side, Verdict, is_untranslated, prefilter_bit,
-    ticks_since, vip_flags,
+    LocalSocket, Mode, Peer, Ports, RingSlot, Settings, Side, Verdict, is_untranslated,
+    prefilter_bit, ticks_since, vip_flags,
 };
 
 use crate::frame::Xdp;
@@ -192,9 +192,8 @@ fn choose<const V6: bool>(
 ) -> Result<(u32, Peer, LocalFlow), Verdict> {
     let proto = protocol(ctx).ok_or(Verdict::NotForUs)?;
     let cookie = cookie(ctx);
-    let v4 = dialed.addr.is_v4();
     let key = FlowKey {
-        source: if v4 { LOOPBACK_V4 } else { LOOPBACK },
+        source: source(&dialed.addr),
         destination: dialed.addr,
         // Sockets have no port yet, but numbers of their own.
         ports: Ports::new((cookie ^ cookie >> 16) as u16, dialed.port),
@@ -230,8 +229,35 @@ fn pick(key: &FlowKey, vip: Vip, settings: &Settings) -> Result<u32, Verdict> {
         return Err(Verdict::RateLimited);
     }
     let slot = schedule::slot_of::<Xdp<'_>>(vip, key)?;
+    if let Some(id) = schedule::at_once(vip, slot).map_err(|_| nobody(vip))? {
+        return Ok(id);
+    }
     let hash = key.hash(&settings.hash_keys);
-    schedule::choose::<Xdp<'_>>(key, vip, slot, hash, settings, now).map_err(|_| nobody(vip))
+    match local_slow(vip.index, slot.0, hash, now, key.ports.destination().into()) {
+        0 => Err(Verdict::Internal),
+        id => Ok(id as u32),
+    }
+}
+
+/// [`schedule::balanced`] for a client that dialed `port` of a VIP. Verified by itself, as
+/// [`crate::stage`] explains.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn local_slow(vip: u32, slot: u32, hash: u64, now: u32, port: u32) -> u64 {
+    let Some(vip) = Vip::at(vip) else { return 0 };
+    let key = FlowKey {
+        source: source(&vip.entry.addr),
+        destination: vip.entry.addr,
+        ports: Ports::new(0, port as u16),
+        proto: vip.entry.proto,
+    };
+    schedule::balanced(&key, vip, RingSlot(slot), hash, now, 0)
+}
+
+/// Who a client of this host is to a VIP.
+#[inline(always)]
+fn source(vip: &Addr) -> Addr {
+    if vip.is_v4() { LOOPBACK_V4 } else { LOOPBACK }
 }
 
 /// A VIP that is silent towards packets is left to them.

@@ -2,13 +2,13 @@
 
 use router_common::{
     BackendEntry, BackendState, FlowKey, FlowSlot, FlowState, NO_BACKEND, Ports, RING_KEYS,
-    RING_SIZE, RingSlot, Scheduler, Settings, Verdict, ring_slot,
+    RING_SIZE, RingSlot, Scheduler, Verdict, ring_slot,
 };
 
 use crate::frame::Frame;
 use crate::verifier::{load, next};
 use crate::vip::Vip;
-use crate::{explain, maps, table};
+use crate::{explain, maps, scratch, table};
 
 /// Keeps places of affinity apart from those of flows.
 const AFFINITY_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -23,17 +23,21 @@ pub fn slot_of<F: Frame>(vip: Vip, key: &FlowKey) -> Result<RingSlot, Verdict> {
         key.ports
     };
     let hash = FlowKey { ports, ..*key }.hash(&RING_KEYS) >> 32;
-    read::<F>(vip, ring_slot(hash as u32, vip.entry.ring_len))
+    read(
+        vip,
+        ring_slot(hash as u32, vip.entry.ring_len),
+        F::DRY.into(),
+    )
 }
 
 #[inline(always)]
-fn read<F: Frame>(vip: Vip, slot: usize) -> Result<RingSlot, Verdict> {
+fn read(vip: Vip, slot: usize, dry: u32) -> Result<RingSlot, Verdict> {
     let ring = maps::RINGS.get(vip.index).ok_or(Verdict::Internal)?;
     if slot >= RING_SIZE {
         return Err(Verdict::Internal);
     }
     let content = ring.slots[slot];
-    if F::DRY {
+    if dry != 0 {
         explain::note(|event| {
             event.asked_ring = 1;
             event.slot = slot as u32;
@@ -53,51 +57,44 @@ pub fn member(vip: Vip, id: u32) -> Option<&'static BackendEntry> {
 
 /// The backend for a new flow.
 #[inline(always)]
-pub fn choose<F: Frame>(
-    key: &FlowKey,
-    vip: Vip,
-    slot: RingSlot,
-    hash: u64,
-    settings: &Settings,
-    now: u32,
-) -> Result<u32, Verdict> {
-    if vip.entry.backends == 0 {
-        return Err(Verdict::NoBackend);
+pub fn choose<F: Frame>(vip: Vip, slot: RingSlot, hash: u64, now: u32) -> Result<u32, Verdict> {
+    if let Some(id) = at_once(vip, slot)? {
+        return Ok(id);
     }
-    if vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash() {
-        return Ok(slot.current());
-    }
-    let ask = Ask {
-        vip,
-        slot,
-        hash,
-        now,
-    };
-    match slow::<F>(key, &ask, settings) {
+    match slow(vip.index, slot.0, hash, now, F::DRY.into()) {
         0 => Err(Verdict::Internal),
         id => Ok(id as u32),
     }
 }
 
-/// The arguments of [`slow`], which in BPF are five at most.
-struct Ask {
-    vip: Vip,
-    slot: RingSlot,
-    hash: u64,
-    now: u32,
+/// The backend for a new flow where it takes no more than the ring to know.
+#[inline(always)]
+pub fn at_once(vip: Vip, slot: RingSlot) -> Result<Option<u32>, Verdict> {
+    if vip.entry.backends == 0 {
+        return Err(Verdict::NoBackend);
+    }
+    let by_ring = vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash();
+    Ok(by_ring.then_some(slot.current()))
 }
 
-/// The schedulers that keep count, and affinity in front of any.
+/// [`balanced`] for the packet in the scratch. Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn slow<F: Frame>(key: &FlowKey, ask: &Ask, settings: &Settings) -> u64 {
-    let Ask {
-        vip,
-        slot,
-        hash,
-        now,
-    } = *ask;
+extern "C" fn slow(vip: u32, slot: u32, hash: u64, now: u32, dry: u32) -> u64 {
+    let (Ok(scratch), Some(vip)) = (scratch::get(), Vip::at(vip)) else {
+        return 0;
+    };
+    balanced(&scratch.packet.key, vip, RingSlot(slot), hash, now, dry)
+}
+
+/// The schedulers that keep count, and affinity in front of any; 0 if that cannot be.
+#[inline(always)]
+pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dry: u32) -> u64 {
+    let Ok(settings) = maps::settings() else {
+        return 0;
+    };
     if vip.entry.affinity == 0 {
-        return scheduled::<F>(vip, slot, hash).into();
+        return scheduled(vip, slot, hash, dry).into();
     }
     let client = FlowKey {
         ports: Ports::new(0, key.ports.destination()),
@@ -113,7 +110,7 @@ fn slow<F: Frame>(key: &FlowKey, ask: &Ask, settings: &Settings) -> u64 {
         let active = member(vip, place.slot.backend())
             .is_some_and(|backend| backend.state == BackendState::Active as u8);
         if active && place.slot.age(now) <= vip.entry.affinity {
-            if !F::DRY
+            if dry == 0
                 && place.slot.seen() != now
                 && let Some(word) = place.word()
             {
@@ -123,8 +120,8 @@ fn slow<F: Frame>(key: &FlowKey, ask: &Ask, settings: &Settings) -> u64 {
             return place.slot.backend().into();
         }
     }
-    let id = scheduled::<F>(vip, slot, hash);
-    if F::DRY {
+    let id = scheduled(vip, slot, hash, dry);
+    if dry != 0 {
         return id.into();
     }
     let place = match known {
@@ -136,26 +133,26 @@ fn slow<F: Frame>(key: &FlowKey, ask: &Ask, settings: &Settings) -> u64 {
         },
     };
     let slot = FlowSlot::new(FlowSlot::tag_of(client_hash), id, now, FlowState::Affinity);
-    let _ = crate::flows::remember(place, slot, &client, vip, settings);
+    let _ = crate::flows::remember(place, slot, &client, vip);
     id.into()
 }
 
 #[inline(always)]
-fn scheduled<F: Frame>(vip: Vip, slot: RingSlot, hash: u64) -> u32 {
+fn scheduled(vip: Vip, slot: RingSlot, hash: u64, dry: u32) -> u32 {
     match Scheduler::from_bits(vip.entry.scheduler) {
         Scheduler::Maglev | Scheduler::SourceHash => slot.current(),
         Scheduler::RoundRobin => {
             let Some(cursor) = maps::CURSORS.get(vip.index) else {
                 return slot.current();
             };
-            let turn = if F::DRY { load(cursor) } else { next(cursor) };
+            let turn = if dry != 0 { load(cursor) } else { next(cursor) };
             let len = vip.entry.ring_len as u64;
             let turn = if len == 0 { 0 } else { turn % len };
-            read::<F>(vip, turn as usize).map_or(slot.current(), RingSlot::current)
+            read(vip, turn as usize, dry).map_or(slot.current(), RingSlot::current)
         }
         Scheduler::LeastConnections => {
             let pick = |hash: u32| {
-                read::<F>(vip, ring_slot(hash, vip.entry.ring_len)).map_or(0, RingSlot::current)
+                read(vip, ring_slot(hash, vip.entry.ring_len), dry).map_or(0, RingSlot::current)
             };
             // The flow's hash is keyed: nobody can choose the two for us.
             let (one, other) = (pick(hash as u32), pick((hash >> 32) as u32));

@@ -105,29 +105,31 @@ fn a_backend_that_drains_keeps_its_sockets_and_gets_no_others() {
 
 #[test]
 fn a_vip_without_backends_refuses_unless_it_is_silent() {
-    let (refusing, silent) = ("192.0.2.20:7", "192.0.2.20:8");
+    let [refusing, silent]: [SocketAddr; 2] =
+        ["192.0.2.20:7", "192.0.2.20:8"].map(|vip| vip.parse().unwrap());
     let host = Host::running(1, |config| {
-        config.l4.vip = [
-            format!("address = 'tcp/{refusing}'"),
-            format!("address = 'udp/{refusing}'"),
-            format!("address = 'tcp/{silent}'\nreject = 'drop'"),
-        ]
-        .map(|vip| toml::from_str(&vip).unwrap())
-        .into();
+        let silent = format!("address = 'tcp/{silent}'\nreject = 'drop'");
+        config.l4.vip = vec![toml::from_str(&silent).unwrap()];
     });
+    // Nobody has this address, so no backend is ever ready.
+    let message = json!({
+        "host": "10.0.0.99", "port": 1,
+        "vips": [
+            format!("tcp/{refusing}"), format!("udp/{refusing}"), format!("tcp/{silent}"),
+        ],
+    });
+    let mut publisher = Publisher::connect(&host.site.lab).unwrap();
+    publisher
+        .publish("router.register", message.to_string())
+        .unwrap();
+    wait_for("the VIPs", || (host.vips() == 6).then_some(())).unwrap();
     host.cgroup.enter().unwrap();
     host.run(|| {
-        let refusing: SocketAddr = refusing.parse().unwrap();
         let kind = |address| TcpStream::connect(address).unwrap_err().kind();
-        eprintln!(
-            "DEBUG {} {}",
-            host.stats(),
-            std::fs::read_to_string(host.site.config_path()).unwrap()
-        );
         assert_eq!(kind(refusing), ErrorKind::ConnectionRefused);
         let sent = unconnected().send_to(b"who", refusing);
         assert_eq!(sent.unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        assert_eq!(kind(silent.parse().unwrap()), ErrorKind::NetworkUnreachable);
+        assert_eq!(kind(silent), ErrorKind::NetworkUnreachable);
         // What is no VIP is none of ours.
         let nobody = SocketAddr::from((VIP, 4711));
         assert_eq!(kind(nobody), ErrorKind::NetworkUnreachable);
@@ -309,6 +311,10 @@ impl Host {
 
     fn stats(&self) -> Value {
         serde_json::from_str(&self.site.admin("/v1/stats").unwrap().body).unwrap()
+    }
+
+    fn vips(&self) -> usize {
+        self.stats()["l4"]["vips"].as_array().unwrap().len()
     }
 
     /// Connected sockets of this host, by all backends.

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, SockMap};
 use aya::programs::links::FdLink;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
@@ -24,6 +24,7 @@ mod attach;
 mod counters;
 mod events;
 mod flows;
+mod hand_up;
 mod local;
 mod maps;
 mod programs;
@@ -74,6 +75,8 @@ pub struct Datapath {
     attachments: attach::Attachments,
     /// Held while nothing is pinned: dropping a link detaches it.
     local: Vec<FdLink>,
+    /// Held for the sockets in it.
+    listeners: Option<SockMap<MapData>>,
 }
 
 impl Datapath {
@@ -115,6 +118,7 @@ impl Datapath {
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
             local: Vec::new(),
+            listeners: None,
             ebpf,
         })
     }

@@ -18,7 +18,7 @@ use crate::config::L4Limits;
 use crate::l4::plan::{Installed, MapOp};
 
 /// Source prefixes of all VIPs together. Memory is taken for those there are.
-const MAX_SOURCES: u32 = 65_536;
+const MAX_SOURCES: u32 = 1 << 17;
 /// Entries of `LOCAL_PEERS`: half as many pairs of a socket and a VIP it sends datagrams to. 7 MiB.
 const MAX_LOCAL_PEERS: u32 = 65_536;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
@@ -272,6 +272,11 @@ impl Maps {
 
     pub(super) fn sweep(&self) -> anyhow::Result<SweepRequest> {
         self.sweep.get(&0, 0).context("read SWEEP")
+    }
+
+    pub(super) fn clear_explained(&mut self) -> anyhow::Result<()> {
+        let nothing = PacketEvent::default();
+        self.explained.set(0, nothing, 0).context("clear EXPLAINED")
     }
 
     pub(super) fn explained(&self) -> anyhow::Result<PacketEvent> {
