@@ -19,6 +19,12 @@ pub const SWEEP_BUCKETS: u32 = 4096;
 /// Cells of the counters of new flows by source.
 pub const SOURCE_RATE_CELLS: u32 = 65_536;
 
+/// Indices in `LISTENERS`: the proxy's listeners that take connections by IPv4 and by IPv6; and how many
+/// there are.
+pub const LISTENER_V4: u32 = 0;
+pub const LISTENER_V6: u32 = 1;
+pub const LISTENERS: u32 = 2;
+
 /// Changes whenever a map's layout or meaning does: pinned maps of another layout are not adopted.
 pub const LAYOUT: u32 = 2;
 

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use router_common::BackendCounters;
+use router_common::{BackendCounters, Mode, Scheduler};
 use serde::Serialize;
 
 use crate::l4::datapath::Counters;
+use crate::l4::plan::Refusal;
 use crate::route::Vip;
 
 /// Reads the program's counters from any thread.
@@ -44,6 +45,11 @@ impl L4Reader {
         Ok(stats)
     }
 
+    /// The VIPs as they are served.
+    pub fn vips(&self) -> Views {
+        Views::clone(&self.shared.vips.load())
+    }
+
     fn vip_stats(
         &self,
         vip: &Vip,
@@ -63,18 +69,26 @@ impl L4Reader {
                 .id
                 .and_then(|id| flows.get(&id).copied())
                 .unwrap_or(0);
-            active_flows += u64::from(member_flows);
+            let local_flows = match member.id {
+                Some(id) => self.shared.counters.local_flows(id)?,
+                None => 0,
+            };
+            active_flows += u64::from(member_flows) + local_flows;
             backends.push(BackendStats {
                 address: member.address,
                 weight: member.weight,
-                draining: member.draining,
+                draining: member.state == MemberState::Draining,
                 reachable: member.id.is_some(),
-                active_flows: u64::from(member_flows),
+                refused: member.state.refusal(),
+                active_flows: u64::from(member_flows) + local_flows,
+                local_flows,
                 moved: Moved::from(counters),
             });
         }
         Ok(VipStats {
             vip: vip.to_string(),
+            forwarding: mode_name(view.mode),
+            scheduler: scheduler_name(view.scheduler),
             active_flows,
             moved: Moved::from(total),
             backends,
@@ -91,7 +105,7 @@ pub struct L4Stats {
     pub active_flows: u64,
     /// Writes to a map that the kernel refused and that were or will be repeated.
     pub failed_writes: u64,
-    /// Backends that a plan left out for want of room or for their address family.
+    /// Backends that a plan left out: see [`Refusal`].
     pub refused: u64,
     pub vips: Vec<VipStats>,
 }
@@ -99,6 +113,8 @@ pub struct L4Stats {
 #[derive(Clone, Debug, Serialize)]
 pub struct VipStats {
     pub vip: String,
+    pub forwarding: &'static str,
+    pub scheduler: &'static str,
     pub active_flows: u64,
     #[serde(flatten)]
     pub moved: Moved,
@@ -109,11 +125,14 @@ pub struct VipStats {
 pub struct BackendStats {
     pub address: SocketAddr,
     pub weight: u16,
-    /// Gets no new flows: it left its pool, or is unhealthy.
+    /// Gets no new flows: it left its pool, is unhealthy or of weight 0.
     pub draining: bool,
-    /// False while no next hop is known; such a backend gets no flows.
+    /// False while no next hop is known, or it is refused; such a backend gets no flows.
     pub reachable: bool,
+    pub refused: Option<String>,
     pub active_flows: u64,
+    /// Those of clients on this host, whose packets nobody counts.
+    pub local_flows: u64,
     #[serde(flatten)]
     pub moved: Moved,
 }
@@ -140,10 +159,12 @@ impl From<BackendCounters> for Moved {
     }
 }
 
-/// What [`L4Reader`]s see of an [`L4`].
+pub type Views = imbl::OrdMap<Vip, Arc<VipView>>;
+
+/// What [`L4Reader`]s see.
 pub(super) struct Shared {
     pub(super) counters: Counters,
-    pub(super) vips: ArcSwap<imbl::OrdMap<Vip, Arc<VipView>>>,
+    pub(super) vips: ArcSwap<Views>,
     /// Flows by backend id, and all of them, as of the last sweep.
     pub(super) flows: ArcSwap<HashMap<u32, u32>>,
     pub(super) active_flows: AtomicU64,
@@ -151,18 +172,70 @@ pub(super) struct Shared {
     pub(super) refused: AtomicU64,
 }
 
-#[derive(Clone, Default)]
-pub(super) struct VipView {
-    pub(super) members: Vec<MemberView>,
+/// A VIP as layer 4 serves it.
+#[derive(Clone, Debug, Default)]
+pub struct VipView {
+    pub mode: Mode,
+    pub scheduler: Scheduler,
+    pub members: Vec<MemberView>,
     /// What backends that are gone moved while they were here.
     pub(super) retired: BackendCounters,
 }
 
-#[derive(Clone)]
-pub(super) struct MemberView {
-    pub(super) address: SocketAddr,
-    /// `None` while the backend has no next hop or no room.
+#[derive(Clone, Debug)]
+pub struct MemberView {
+    pub address: SocketAddr,
+    /// `None` while the backend has no next hop, or is refused.
     pub(super) id: Option<u32>,
-    pub(super) draining: bool,
-    pub(super) weight: u16,
+    pub state: MemberState,
+    pub weight: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemberState {
+    Active,
+    Draining,
+    NoNextHop,
+    Refused(Refusal),
+}
+
+impl MemberState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MemberState::Active => "active",
+            MemberState::Draining => "draining",
+            MemberState::NoNextHop => "no_next_hop",
+            MemberState::Refused(_) => "refused",
+        }
+    }
+
+    /// Why it is refused.
+    pub fn refusal(self) -> Option<String> {
+        match self {
+            MemberState::Refused(refusal) => Some(refusal.to_string()),
+            MemberState::Active | MemberState::Draining | MemberState::NoNextHop => None,
+        }
+    }
+}
+
+/// As in the configuration.
+pub fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Nat => "nat",
+        Mode::Dnat => "dnat",
+        Mode::Dsr => "dsr",
+        Mode::Ipip => "ipip",
+        Mode::Gue => "gue",
+        Mode::L7 => "l7",
+    }
+}
+
+/// As in the configuration.
+pub fn scheduler_name(scheduler: Scheduler) -> &'static str {
+    match scheduler {
+        Scheduler::Maglev => "maglev",
+        Scheduler::SourceHash => "source-hash",
+        Scheduler::RoundRobin => "round-robin",
+        Scheduler::LeastConnections => "least-connections",
+    }
 }

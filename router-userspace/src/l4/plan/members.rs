@@ -194,7 +194,7 @@ impl Planner {
         now: Instant,
         ops: &mut Vec<MapOp>,
     ) {
-        let mut over = BTreeSet::new();
+        let mut over = BTreeMap::new();
         for (address, member) in &mut planned.members {
             let Some(until) = member.drain_until else {
                 continue;
@@ -203,7 +203,7 @@ impl Planner {
                 continue;
             }
             if until <= now {
-                over.insert(member.id);
+                over.insert(member.id, *address);
             } else if member.entry.state != BackendState::Draining as u8 {
                 member.entry.state = BackendState::Draining as u8;
                 ops.push(MapOp::SetBackend {
@@ -215,19 +215,18 @@ impl Planner {
         if over.is_empty() {
             return;
         }
-        if planned.ring.forget(&over) {
+        let ids = over.keys().copied().collect();
+        if planned.ring.forget(&ids) {
             ops.push(planned.write_ring());
         }
-        planned.remove_quic_servers(&over, ops);
-        let gone = planned
-            .members
-            .extract_if(.., |_, member| over.contains(&member.id));
-        for (_, mut member) in gone {
+        planned.remove_quic_servers(&ids, ops);
+        for (id, address) in over {
+            let mut member = planned.members.remove(&address).expect("found above");
             ops.push(MapOp::ClearBackend {
-                id: member.id,
+                id,
                 generation: member.entry.generation,
             });
-            self.backends.release(member.id);
+            self.backends.release(id);
             self.prefilter
                 .let_answers(&mut member, &BTreeSet::new(), ops);
         }
@@ -269,11 +268,14 @@ impl PlannedVip {
 
     fn remove_quic_servers(&mut self, backends: &BTreeSet<u32>, ops: &mut Vec<MapOp>) {
         let index = self.index;
-        let gone = |_: &[u8; 8], owner: &mut u32| backends.contains(owner);
-        for (server, _) in self.quic_servers.extract_if(.., gone) {
-            let key = quic_key(index, server);
-            ops.push(MapOp::RemoveQuicServer { key });
-        }
+        self.quic_servers.retain(|server, owner| {
+            let stays = !backends.contains(owner);
+            if !stays {
+                let key = quic_key(index, *server);
+                ops.push(MapOp::RemoveQuicServer { key });
+            }
+            stays
+        });
     }
 }
 
@@ -293,14 +295,6 @@ impl PlannedMember {
             drain_until: None,
             ramp: None,
             answers: BTreeSet::new(),
-        }
-    }
-
-    pub fn state(&self) -> BackendState {
-        if self.entry.state == BackendState::Active as u8 {
-            BackendState::Active
-        } else {
-            BackendState::Draining
         }
     }
 
