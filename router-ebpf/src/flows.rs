@@ -501,10 +501,7 @@ fn try_create() -> Result<(), Verdict> {
 /// The port of the backend that packets with these ports go to.
 #[inline(always)]
 pub fn backend_port(backend: &BackendEntry, ports: Ports) -> u16 {
-    match backend.port {
-        0 => ports.destination(),
-        port => port,
-    }
+    backend.port_for(ports.destination())
 }
 
 /// Copies the flow that a backend's packet with this key answers; `None` if it is the gateway's own
