@@ -221,7 +221,7 @@ fn pick(key: &FlowKey, vip: Vip, settings: &Settings) -> Result<u32, Verdict> {
     }
     let now = maps::now(settings);
     // Nobody forges a local client, so there is no challenge.
-    if vip::count_new(vip, &key.source, settings, now) != Rate::Within {
+    if vip::count_new(vip, &key.source, settings, now, false) != Rate::Within {
         return Err(Verdict::RateLimited);
     }
     let slot = schedule::slot_of::<Xdp<'_>>(vip, key)?;

@@ -33,7 +33,11 @@ fn echo_requests_to_a_vip_are_answered() {
     let mut gateway = Gateway::new();
     for family in FAMILIES {
         let address = family.vip(10, 80);
-        gateway.serve(vip("tcp", address), Forwarding::Dsr, &[family.backend(1, 80)]);
+        gateway.serve(
+            vip("tcp", address),
+            Forwarding::Dsr,
+            &[family.backend(1, 80)],
+        );
     }
     for hook in HOOKS {
         gateway.hook = hook;
@@ -41,7 +45,10 @@ fn echo_requests_to_a_vip_are_answered() {
             let (client, address) = (gateway.client(family).ip(), family.vip(10, 80).ip());
             let (request, reply) = echo(family);
             let rest = [0x12, 0x34, 0, 7];
-            for payload in [&b""[..], b"fifty-six octets are the usual payload of an echo request"] {
+            for payload in [
+                &b""[..],
+                b"fifty-six octets are the usual payload of an echo request",
+            ] {
                 let frame = icmp(client, address, request, 0, rest, payload);
                 let out = gateway.expect("echo", &frame, Verdict::EchoAnswered);
                 assert_eq!(out.action, hook.back());
@@ -102,7 +109,10 @@ fn clients_are_told_that_nobody_is_there() {
                     udp(client, *address, &[7; 1000]),
                 ],
             };
-            for (packet, vlan) in packets.iter().flat_map(|packet| [(packet, 0), (packet, 100)]) {
+            for (packet, vlan) in packets
+                .iter()
+                .flat_map(|packet| [(packet, 0), (packet, 100)])
+            {
                 if vlan != 0 && hook == Hook::Tcx {
                     continue;
                 }
@@ -172,7 +182,11 @@ fn refusal(packet: &Packet) -> Vec<u8> {
         };
         ip.tcp_header(header).write(&mut frame, b"").expect("RST");
     } else {
-        let (kind, code) = if packet.from.is_ipv6() { (1, 4) } else { (3, 3) };
+        let (kind, code) = if packet.from.is_ipv6() {
+            (1, 4)
+        } else {
+            (3, 3)
+        };
         let quote = quote(packet);
         frame = from_gateway(from.ip(), to.ip(), (kind, code, [0; 4]), &quote);
     }
@@ -237,7 +251,11 @@ fn clients_are_told_what_fits() {
 
 /// ICMP fragmentation needed (RFC 1191 §4) or packet too big (RFC 4443 §3.2).
 fn too_big(packet: &Packet, mtu: u32) -> Vec<u8> {
-    let (kind, code) = if packet.from.is_ipv6() { (2, 0) } else { (3, 4) };
+    let (kind, code) = if packet.from.is_ipv6() {
+        (2, 0)
+    } else {
+        (3, 4)
+    };
     let header = (kind, code, mtu.to_be_bytes());
     from_gateway(packet.to.ip(), packet.from.ip(), header, &quote(packet))
 }
@@ -255,6 +273,11 @@ fn the_sources_of_errors_are_checked_before_they_are_answered() {
     let whole = udp(client, address, &[7; 64]);
     let [first, _] = fragments_v4(&whole, 9, 32);
     let out = gateway.expect("a first fragment", &first, Verdict::Rejected);
-    let ip = etherparse::Ipv4Header::from_slice(&out.frame[14..]).expect("IPv4").0;
-    assert_eq!((ip.protocol, ip.destination), (IpNumber::ICMP, [198, 51, 100, 1]));
+    let ip = etherparse::Ipv4Header::from_slice(&out.frame[14..])
+        .expect("IPv4")
+        .0;
+    assert_eq!(
+        (ip.protocol, ip.destination),
+        (IpNumber::ICMP, [198, 51, 100, 1])
+    );
 }

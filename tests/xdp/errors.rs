@@ -50,7 +50,11 @@ fn assert_quotes(row: &str, found: &[u8], packet: &Packet, octets: usize) {
     assert_eq!(found[ports.clone()], expected[ports], "{row}: the ports");
     if packet.from.is_ipv4() {
         let header = Ipv4Header::from_slice(found).expect("an IPv4 header").0;
-        assert_eq!(header.header_checksum, header.calc_header_checksum(), "{row}");
+        assert_eq!(
+            header.header_checksum,
+            header.calc_header_checksum(),
+            "{row}"
+        );
     }
 }
 
@@ -123,7 +127,11 @@ fn both_directions(gateway: &mut Gateway, row: &str, proto: &str, address: Socke
         "tcp" => tcp(client, address, Segment::Syn, b""),
         _ => udp(client, address, b"a datagram of some length"),
     };
-    let sent = read(&gateway.expect(row, &request.frame(), Verdict::NewFlow).frame);
+    let sent = read(
+        &gateway
+            .expect(row, &request.frame(), Verdict::NewFlow)
+            .frame,
+    );
     let answer = sent.answer(b"an answer of some length");
     let answered = read(&gateway.expect(row, &answer.frame(), Verdict::Replied).frame);
     for (kind, code, rest) in kinds(family) {

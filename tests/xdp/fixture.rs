@@ -99,9 +99,16 @@ impl Family {
         let [a, b] = number.to_be_bytes();
         let ip = match self {
             Family::V4 => IpAddr::V4(Ipv4Addr::new(198, 51, a, b)),
-            Family::V6 => {
-                IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, a.into(), b.into()))
-            }
+            Family::V6 => IpAddr::V6(Ipv6Addr::new(
+                0x2001,
+                0xdb8,
+                0xc,
+                0,
+                0,
+                0,
+                a.into(),
+                b.into(),
+            )),
         };
         SocketAddr::new(ip, 10_000 + number % 1000)
     }

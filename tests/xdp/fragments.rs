@@ -100,14 +100,22 @@ fn follow_the_first(
         };
         assert_eq!(addresses(&out.frame), addresses(&first_out), "{row}");
         if client.is_ipv4() {
-            let header = Ipv4Header::from_slice(&out.frame[outer + 14..]).expect("IPv4").0;
-            assert_eq!(header.header_checksum, header.calc_header_checksum(), "{row}");
+            let header = Ipv4Header::from_slice(&out.frame[outer + 14..])
+                .expect("IPv4")
+                .0;
+            assert_eq!(
+                header.header_checksum,
+                header.calc_header_checksum(),
+                "{row}"
+            );
             assert_eq!(header.time_to_live, 63, "{row}");
         }
     }
     if matches!(mode, Forwarding::Nat | Forwarding::Dnat) {
         // Put together again, it is the packet that would have come whole.
-        let expected = gateway.expect(row, &whole.frame(), Verdict::Forwarded).frame;
+        let expected = gateway
+            .expect(row, &whole.frame(), Verdict::Forwarded)
+            .frame;
         let header = whole.l4() + if whole.from.is_ipv4() { 0 } else { 8 };
         let together = [&first_out[header..], &later[header..]].concat();
         assert_eq!(together, expected[whole.l4()..], "{row}: put together");
@@ -135,7 +143,9 @@ fn answers_too(
     assert_eq!(out.action, gateway.hook.back(), "{row}");
     let first_out = out.frame;
     let out = gateway.expect(&row, &later, Verdict::Replied);
-    let whole = gateway.expect(&row, &answer.frame(), Verdict::Replied).frame;
+    let whole = gateway
+        .expect(&row, &answer.frame(), Verdict::Replied)
+        .frame;
     let seen = read(&whole);
     assert_eq!((seen.from, seen.to), (address, client), "{row}");
     let header = answer.l4() + if client.is_ipv4() { 0 } else { 8 };
@@ -150,7 +160,11 @@ fn an_atomic_fragment_is_a_whole_packet() {
     let mut gateway = Gateway::new();
     let address = Family::V6.vip(10, 80);
     for proto in ["tcp", "udp"] {
-        gateway.serve(vip(proto, address), Forwarding::Nat, &[Family::V6.backend(1, 80)]);
+        gateway.serve(
+            vip(proto, address),
+            Forwarding::Nat,
+            &[Family::V6.backend(1, 80)],
+        );
     }
     for hook in HOOKS {
         gateway.hook = hook;
@@ -175,7 +189,11 @@ fn an_atomic_fragment_is_a_whole_packet() {
 fn fragments_for_nobody_pass_untouched() {
     let mut gateway = Gateway::new();
     for family in FAMILIES {
-        gateway.serve(vip("udp", family.vip(10, 80)), Forwarding::Nat, &[family.backend(1, 80)]);
+        gateway.serve(
+            vip("udp", family.vip(10, 80)),
+            Forwarding::Nat,
+            &[family.backend(1, 80)],
+        );
     }
     for hook in HOOKS {
         gateway.hook = hook;

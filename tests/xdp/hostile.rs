@@ -44,10 +44,7 @@ fn a_frame_cut_short_anywhere_is_passed_or_dropped_untouched() {
                 for vlan in [0, 100] {
                     let client = gateway.client(family);
                     let to = family.vip(host, 80);
-                    for packet in [
-                        tcp(client, to, Segment::Syn, b""),
-                        udp(client, to, b""),
-                    ] {
+                    for packet in [tcp(client, to, Segment::Syn, b""), udp(client, to, b"")] {
                         let packet = Packet { vlan, ..packet };
                         cut_short(&mut gateway, &packet);
                     }
@@ -224,8 +221,22 @@ fn base() -> impl Strategy<Value = Vec<u8>> {
         match (kind, family) {
             (4, Family::V4) => icmp(from.ip(), to.ip(), 8, 0, [0; 4], &payload),
             (4, Family::V6) => icmp(from.ip(), to.ip(), 128, 0, [0; 4], &payload),
-            (5, Family::V4) => icmp(from.ip(), to.ip(), 3, 4, [0; 4], &packet.answer(b"").bytes()),
-            (5, Family::V6) => icmp(from.ip(), to.ip(), 2, 0, [0; 4], &packet.answer(b"").bytes()),
+            (5, Family::V4) => icmp(
+                from.ip(),
+                to.ip(),
+                3,
+                4,
+                [0; 4],
+                &packet.answer(b"").bytes(),
+            ),
+            (5, Family::V6) => icmp(
+                from.ip(),
+                to.ip(),
+                2,
+                0,
+                [0; 4],
+                &packet.answer(b"").bytes(),
+            ),
             (6, Family::V4) => fragments_v4(&packet, client, 8)[len % 2].clone(),
             (6, Family::V6) => fragments_v6(&packet, client.into(), 8)[len % 2].clone(),
             _ => packet.frame(),

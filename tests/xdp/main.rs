@@ -7,6 +7,7 @@
 mod answers;
 mod encapsulation;
 mod errors;
+mod explain;
 mod fixture;
 mod flows;
 mod fragments;

@@ -355,7 +355,10 @@ pub fn read(frame: &[u8]) -> Packet {
         }
         other => panic!("neither TCP nor UDP: {other:?}"),
     };
-    assert!(checksum_is_right(&packet), "transport checksum: {frame:02x?}");
+    assert!(
+        checksum_is_right(&packet),
+        "transport checksum: {frame:02x?}"
+    );
     Packet {
         source_mac: eth.source,
         destination_mac: eth.destination,
@@ -411,7 +414,14 @@ pub fn checksum_is_right(packet: &SlicedPacket<'_>) -> bool {
 }
 
 /// An ICMP packet of either family, from `from`'s side of the gateway.
-pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, rest: [u8; 4], payload: &[u8]) -> Vec<u8> {
+pub fn icmp(
+    from: IpAddr,
+    to: IpAddr,
+    kind: u8,
+    code: u8,
+    rest: [u8; 4],
+    payload: &[u8],
+) -> Vec<u8> {
     let eth = PacketBuilder::ethernet2(CLIENT_MAC, GATEWAY_MAC);
     let mut frame = Vec::new();
     match (from, to) {

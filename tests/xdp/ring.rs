@@ -101,7 +101,11 @@ fn survive(gateway: &mut Gateway, vip: Vip, family: Family) {
     }
     next.truncate(3);
     gateway.set_pool(vip, &next);
-    for (client, backend) in clients.iter().zip(&before).chain(others.iter().map(|(client, backend)| (client, backend))) {
+    for (client, backend) in clients
+        .iter()
+        .zip(&before)
+        .chain(others.iter().map(|(client, backend)| (client, backend)))
+    {
         let still = forwarded(gateway, vip, *client, Segment::Ack, Verdict::Forwarded);
         assert_eq!(still, *backend, "after the second change");
     }

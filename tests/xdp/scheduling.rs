@@ -77,58 +77,73 @@ fn pool(address: SocketAddr, hosts: std::ops::Range<u8>) -> Vec<SocketAddr> {
 #[test]
 fn a_client_hashed_by_its_address_has_one_backend() {
     let mut gateway = Gateway::new();
-    for_every_vip(Scheduler::SourceHash, &mut gateway, |gateway, row, vip, address| {
-        gateway.set_pool(vip, &pool(address, 1..9));
-        let mut used = BTreeMap::new();
-        for _ in 0..16 {
-            let ip = gateway.client(Family::of(address)).ip();
-            let backends: Vec<_> = (20_000..20_003)
-                .map(|port| open(gateway, row, vip, SocketAddr::new(ip, port)))
-                .collect();
-            assert_eq!(backends, [backends[0]; 3], "{row}");
-            *used.entry(backends[0]).or_insert(0) += 1;
-        }
-        // All of 16 clients on fewer than 3 of 8 backends: a chance below 1e-7.
-        assert!(used.len() >= 3, "{row}: {used:?}");
-    });
+    for_every_vip(
+        Scheduler::SourceHash,
+        &mut gateway,
+        |gateway, row, vip, address| {
+            gateway.set_pool(vip, &pool(address, 1..9));
+            let mut used = BTreeMap::new();
+            for _ in 0..16 {
+                let ip = gateway.client(Family::of(address)).ip();
+                let backends: Vec<_> = (20_000..20_003)
+                    .map(|port| open(gateway, row, vip, SocketAddr::new(ip, port)))
+                    .collect();
+                assert_eq!(backends, [backends[0]; 3], "{row}");
+                *used.entry(backends[0]).or_insert(0) += 1;
+            }
+            // All of 16 clients on fewer than 3 of 8 backends: a chance below 1e-7.
+            assert!(used.len() >= 3, "{row}: {used:?}");
+        },
+    );
 }
 
 #[test]
 fn round_robin_takes_turns_by_weight() {
     let mut gateway = Gateway::new();
-    for_every_vip(Scheduler::RoundRobin, &mut gateway, |gateway, row, vip, address| {
-        let backends = pool(address, 1..4);
-        gateway.set_pool(vip, &backends);
-        for _ in 0..3 {
-            let counts = open_many(gateway, row, vip, 3);
-            assert!(counts.values().all(|count| *count == 1), "{row}: {counts:?}");
-        }
-        let weights = [1, 2, 3];
-        let weighted: Vec<_> = backends.iter().copied().zip(weights).collect();
-        gateway.set_weights(vip, &weighted);
-        let counts = open_many(gateway, row, vip, 12);
-        let counts: Vec<_> = backends.iter().map(|backend| counts[backend]).collect();
-        assert_eq!(counts, [2, 4, 6], "{row}");
-    });
+    for_every_vip(
+        Scheduler::RoundRobin,
+        &mut gateway,
+        |gateway, row, vip, address| {
+            let backends = pool(address, 1..4);
+            gateway.set_pool(vip, &backends);
+            for _ in 0..3 {
+                let counts = open_many(gateway, row, vip, 3);
+                assert!(
+                    counts.values().all(|count| *count == 1),
+                    "{row}: {counts:?}"
+                );
+            }
+            let weights = [1, 2, 3];
+            let weighted: Vec<_> = backends.iter().copied().zip(weights).collect();
+            gateway.set_weights(vip, &weighted);
+            let counts = open_many(gateway, row, vip, 12);
+            let counts: Vec<_> = backends.iter().map(|backend| counts[backend]).collect();
+            assert_eq!(counts, [2, 4, 6], "{row}");
+        },
+    );
 }
 
 #[test]
 fn least_connections_fills_whoever_has_fewer() {
     let mut gateway = Gateway::new();
-    for_every_vip(Scheduler::LeastConnections, &mut gateway, |gateway, row, vip, address| {
-        let backends = pool(address, 1..3);
-        gateway.set_pool(vip, &backends[..1]);
-        open_many(gateway, row, vip, 40);
-        // The second of two choices is the new one in three cases of four, and then it is taken.
-        gateway.set_pool(vip, &backends);
-        let counts = open_many(gateway, row, vip, 30);
-        assert!(counts[&backends[1]] > 12, "{row}: {counts:?}");
-        let load = |backend| {
-            let id = gateway.id_of(vip, backend);
-            gateway.datapath.load_of(id).expect("BACKEND_LOAD").flows
-        };
-        assert_eq!(load(backends[0]) + load(backends[1]), 70, "{row}");
-    });
+    for_every_vip(
+        Scheduler::LeastConnections,
+        &mut gateway,
+        |gateway, row, vip, address| {
+            let backends = pool(address, 1..3);
+            gateway.set_pool(vip, &backends[..1]);
+            open_many(gateway, row, vip, 40);
+            // The second of two choices is the new one in three cases of four, and then it is taken.
+            gateway.set_pool(vip, &backends);
+            let counts = open_many(gateway, row, vip, 30);
+            assert!(counts[&backends[1]] > 12, "{row}: {counts:?}");
+            let load = |backend| {
+                let id = gateway.id_of(vip, backend);
+                gateway.datapath.load_of(id).expect("BACKEND_LOAD").flows
+            };
+            assert_eq!(load(backends[0]) + load(backends[1]), 70, "{row}");
+        },
+    );
 }
 
 #[test]
@@ -169,38 +184,44 @@ fn a_backend_of_weight_0_keeps_what_it_has() {
 #[test]
 fn a_client_with_affinity_comes_back_to_its_backend() {
     let mut gateway = Gateway::new();
-    for_every_vip(Scheduler::RoundRobin, &mut gateway, |gateway, row, vip, address| {
-        gateway.configure(vip, |config| config.affinity = Some(Duration::from_secs(600)));
-        let backends = pool(address, 1..5);
-        gateway.set_pool(vip, &backends);
-        let mut homes = Vec::new();
-        for _ in 0..4 {
-            let ip = gateway.client(Family::of(address)).ip();
-            let home = open(gateway, row, vip, SocketAddr::new(ip, 20_000));
-            for port in 20_001..20_004 {
-                let again = open(gateway, row, vip, SocketAddr::new(ip, port));
-                assert_eq!(again, home, "{row}");
+    for_every_vip(
+        Scheduler::RoundRobin,
+        &mut gateway,
+        |gateway, row, vip, address| {
+            gateway.configure(vip, |config| {
+                config.affinity = Some(Duration::from_secs(600))
+            });
+            let backends = pool(address, 1..5);
+            gateway.set_pool(vip, &backends);
+            let mut homes = Vec::new();
+            for _ in 0..4 {
+                let ip = gateway.client(Family::of(address)).ip();
+                let home = open(gateway, row, vip, SocketAddr::new(ip, 20_000));
+                for port in 20_001..20_004 {
+                    let again = open(gateway, row, vip, SocketAddr::new(ip, port));
+                    assert_eq!(again, home, "{row}");
+                }
+                homes.push((ip, home));
             }
-            homes.push((ip, home));
-        }
-        // Each of the four clients took one turn.
-        let mut all: Vec<_> = homes.iter().map(|(_, home)| *home).collect();
-        all.sort_unstable();
-        assert_eq!(all, backends, "{row}");
-        // Whose backend takes nothing new gets another, and keeps that.
-        gateway.set_pool(vip, &backends[1..]);
-        for (ip, home) in homes {
-            let next = open(gateway, row, vip, SocketAddr::new(ip, 20_010));
-            if home == backends[0] {
-                assert_ne!(next, home, "{row}");
-            } else {
-                assert_eq!(next, home, "{row}");
+            // Each of the four clients took one turn.
+            let mut all: Vec<_> = homes.iter().map(|(_, home)| *home).collect();
+            all.sort_unstable();
+            assert_eq!(all, backends, "{row}");
+            // Whose backend takes nothing new gets another, and keeps that.
+            gateway.set_pool(vip, &backends[1..]);
+            for (ip, home) in homes {
+                let next = open(gateway, row, vip, SocketAddr::new(ip, 20_010));
+                if home == backends[0] {
+                    assert_ne!(next, home, "{row}");
+                } else {
+                    assert_eq!(next, home, "{row}");
+                }
+                let again = open(gateway, row, vip, SocketAddr::new(ip, 20_011));
+                assert_eq!(again, next, "{row}");
             }
-            let again = open(gateway, row, vip, SocketAddr::new(ip, 20_011));
-            assert_eq!(again, next, "{row}");
-        }
-        gateway.configure(vip, |config| config.affinity = None);
-    });
+            gateway.configure(vip, |config| config.affinity = None);
+        },
+    );
 }
 
 #[test]

@@ -92,7 +92,11 @@ fn check(gateway: &mut Gateway, rows: &[Row<'_>]) {
             assert_eq!(backend.ip(), family.backend(*host, 0).ip(), "{row}");
             if row.starts_with("Nat") || row.starts_with("Dnat") {
                 // Backends of several ports get packets on the one that was dialed.
-                let expected = if vip.is_range() { *port } else { backend.port() };
+                let expected = if vip.is_range() {
+                    *port
+                } else {
+                    backend.port()
+                };
                 assert_eq!(read(&out.frame).to.port(), expected, "{row}");
             }
         }
@@ -173,7 +177,9 @@ fn a_vip_of_the_proxy_is_handed_up() {
 fn the_longest_prefix_decides_who_is_served() {
     let mut gateway = Gateway::new();
     let nets = |list: &[&str]| -> Vec<_> {
-        list.iter().map(|net| net.parse().expect("a prefix")).collect()
+        list.iter()
+            .map(|net| net.parse().expect("a prefix"))
+            .collect()
     };
     for mode in [Forwarding::Nat, Forwarding::Ipip] {
         let number = if mode == Forwarding::Nat { 10 } else { 20 };
@@ -183,7 +189,12 @@ fn the_longest_prefix_decides_who_is_served() {
                 (1, vec!["198.51.100.0/24", "2001:db8:c::/48"], vec![]),
                 (
                     2,
-                    vec!["198.51.100.0/24", "2001:db8:c::/48", "198.51.100.66/32", "2001:db8:c::66/128"],
+                    vec![
+                        "198.51.100.0/24",
+                        "2001:db8:c::/48",
+                        "198.51.100.66/32",
+                        "2001:db8:c::66/128",
+                    ],
                     vec!["198.51.100.64/26", "2001:db8:c::40/122"],
                 ),
             ] {
@@ -249,7 +260,6 @@ fn new_flows_beyond_a_rate_are_refused_and_old_ones_go_on() {
                     gateway.serve(vip, mode, &[family.backend(1, 80)]);
                     let row = format!("{mode:?} {family:?} {hook:?}, by source: {by_source}");
                     beyond_the_rate(&mut gateway, &row, address, by_source, RATE);
-                    gateway.remove(vip);
                 }
             }
         }
@@ -284,7 +294,11 @@ fn beyond_the_rate(
     // A tick is half a second to a second, and another may have begun in between.
     let ticks = begin.elapsed().as_secs_f64() * gateway.datapath.ticks_per_second() + 1.0;
     let most = rate * ticks.ceil() as u32;
-    assert!(served.len() <= most as usize, "{row}: {} served", served.len());
+    assert!(
+        served.len() <= most as usize,
+        "{row}: {} served",
+        served.len()
+    );
     assert!(served.len() + refused == 200 && !served.is_empty(), "{row}");
     for client in &served {
         let ack = tcp(*client, address, Segment::Ack, b"").frame();
