@@ -120,13 +120,14 @@ impl Packet {
     /// Traffic for neither a VIP nor a gateway address of ours leaves after the destination is known,
     /// whatever else is wrong with it.
     #[inline(always)]
-    pub fn parse(&mut self, frame: &impl Frame, settings: &Settings) -> Result<(), Verdict> {
+    pub fn parse<F: Frame>(&mut self, frame: &F, settings: &Settings) -> Result<(), Verdict> {
         let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::NotForUs)?;
         // SAFETY: `at` checked that the header lies in the frame, as for all pointers below.
         let mut ethertype = unsafe { (*eth).ethertype };
         let mut l3 = ETH_LEN;
         let mut vlan = frame.vlan();
-        if ethertype == ETHERTYPE_VLAN {
+        // Two tags are nobody's here.
+        if F::TAG_INSIDE && ethertype == ETHERTYPE_VLAN {
             let tag = at::<[u16; 2]>(frame, ETH_LEN).ok_or(Verdict::NotForUs)?;
             // SAFETY: as above.
             let [control, inner] = unsafe { *tag };

@@ -80,7 +80,11 @@ struct Headers {
 impl Model {
     /// What becomes of a frame, which changes what becomes of later ones. `None`: not for this model to
     /// say, since it knows neither sizes nor ICMP errors.
-    pub fn receive(&mut self, frame: &[u8]) -> Option<Fate> {
+    pub fn receive(&mut self, frame: &[u8], takes_tags: bool) -> Option<Fate> {
+        // A classifier gets the tag beside the frame: one inside is a second.
+        if !takes_tags && u16_at(frame, 12) == Some(0x8100) {
+            return Some(only(Verdict::NotForUs));
+        }
         let fate = self.fate(frame);
         let unsaid = fate.backend.is_some() && claimed_len(frame) > 1400;
         (!unsaid && fate.verdict != Verdict::UnknownError).then_some(fate)
