@@ -1,6 +1,7 @@
 //! Both programs against the model: random packets through random changes of the tables.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use proptest::prelude::*;
@@ -43,6 +44,8 @@ struct Both {
     gateway: Gateway,
     model: Model,
     served: Vec<Served>,
+    /// Packets that both agreed on, by verdict.
+    agreed: BTreeMap<&'static str, u32>,
 }
 
 impl Both {
@@ -86,15 +89,17 @@ impl Both {
             gateway,
             model: Model::default(),
             served,
+            agreed: BTreeMap::new(),
         };
         for number in 0..both.served.len() {
-            both.set_pool(number, 0b1111);
+            both.write_pool(number, 0b1111);
         }
+        both.renew_model();
         both
     }
 
     /// Gives a VIP the backends whose bit is set.
-    fn set_pool(&mut self, number: usize, bits: u8) {
+    fn write_pool(&mut self, number: usize, bits: u8) {
         let vip = self.served[number].vip;
         let family = Family::of(SocketAddr::new(vip.address, 0));
         let hosts = (0..8).filter(|bit| bits >> bit & 1 == 1);
@@ -102,10 +107,11 @@ impl Both {
             .map(|host| family.backend(1 + host, vip.ports.first.max(1)))
             .collect();
         self.gateway.set_pool(vip, &pool);
-        let vips = self
-            .served
-            .iter()
-            .map(|served| model_of(&self.gateway, served));
+    }
+
+    fn renew_model(&mut self) {
+        let vips = self.served.iter();
+        let vips = vips.map(|served| model_of(&self.gateway, served));
         self.model.vips = vips.collect();
     }
 
@@ -125,6 +131,7 @@ impl Both {
             backend: out.moved.keys().next().copied(),
         };
         prop_assert_eq!(found, expected, "{:?} {:02x?}", hook, frame);
+        *self.agreed.entry(expected.verdict.name()).or_default() += 1;
         Ok(())
     }
 }
@@ -240,7 +247,8 @@ fn both_programs_do_what_the_model_says() {
             match step {
                 Step::SetPool(vip, bits) => {
                     let number = vip.index(both.served.len());
-                    both.set_pool(number, bits);
+                    both.write_pool(number, bits);
+                    both.renew_model();
                 }
                 Step::Send(hook, frame) if frame.len() < hook.shortest(&frame) => {}
                 Step::Send(hook, frame) => both.send(hook, &frame)?,
@@ -249,4 +257,23 @@ fn both_programs_do_what_the_model_says() {
         Ok(())
     };
     runner.run(&steps(), check).unwrap();
+    let agreed = both.into_inner().agreed;
+    for verdict in [
+        Verdict::NotForUs,
+        Verdict::NoSuchVip,
+        Verdict::HandedUp,
+        Verdict::Forwarded,
+        Verdict::NewFlow,
+        Verdict::EchoAnswered,
+        Verdict::Rejected,
+        Verdict::Malformed,
+        Verdict::Fragment,
+        Verdict::TtlExpired,
+        Verdict::NoBackend,
+        Verdict::UnknownFlow,
+        Verdict::SourceDenied,
+    ] {
+        let packets = agreed.get(verdict.name()).copied().unwrap_or(0);
+        assert!(packets > 0, "no packet met {verdict:?}: {agreed:?}");
+    }
 }
