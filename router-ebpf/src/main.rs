@@ -92,7 +92,11 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return frame.later_fragment();
     }
     if packet.is_icmp() {
-        return frame.icmp();
+        let outcome = frame.icmp();
+        if outcome.goes_on() {
+            return frame.deliver();
+        }
+        return outcome;
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {

@@ -246,6 +246,9 @@ impl L4 {
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
     pub fn tick(&mut self, now: Instant) {
         self.datapath.forward_logs();
+        if self.datapath.is_refused() {
+            self.follow_interfaces();
+        }
         self.write_backlog();
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");
