@@ -283,6 +283,15 @@ impl Maps {
         self.explained.get(&0, 0).context("read EXPLAINED")
     }
 
+    pub(super) fn clear_local_flows(&mut self) -> anyhow::Result<()> {
+        for id in 0..self.local_flows.len() {
+            self.local_flows
+                .set(id, 0, 0)
+                .context("write LOCAL_FLOWS")?;
+        }
+        Ok(())
+    }
+
     fn clear_backend(&mut self, id: u32, generation: u16) -> anyhow::Result<()> {
         let free = BackendEntry {
             generation,
