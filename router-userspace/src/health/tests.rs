@@ -234,7 +234,10 @@ fn loopback_pool(count: u32, port: u16) -> Arc<Snapshot> {
     let vip = Vip {
         proto: Proto::Tcp,
         address: Ipv4Addr::new(192, 0, 2, 1).into(),
-        port: 80,
+        ports: crate::config::PortRange {
+            first: 80,
+            last: 80,
+        },
     };
     Arc::new(Snapshot {
         revision: 1,
