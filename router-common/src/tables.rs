@@ -274,7 +274,7 @@ pub struct BackendEntry {
     pub ifindex: u32,
     pub destination_mac: [u8; 6],
     pub source_mac: [u8; 6],
-    /// Host byte order, as all below; 0: the port that the client dialed.
+    /// As registered. Host byte order, as all below.
     pub port: u16,
     /// Changes whenever the id passes to another backend, and stays in the free entry in between;
     /// never 0 while in use.
@@ -287,7 +287,20 @@ pub struct BackendEntry {
     pub weight: u16,
     /// A [`BackendState`].
     pub state: u8,
-    pub reserved: u8,
+    /// 1: of a VIP of several ports; packets go to the one that the client dialed, not to `port`.
+    pub dialed_port: u8,
+}
+
+impl BackendEntry {
+    /// The port that packets to it are sent to.
+    #[inline(always)]
+    pub const fn port_for(&self, dialed: u16) -> u16 {
+        if self.dialed_port != 0 {
+            dialed
+        } else {
+            self.port
+        }
+    }
 }
 
 /// What a backend's flows moved; value of `BACKEND_COUNTERS`, one per CPU.

@@ -2,10 +2,23 @@
 //! agent asks about to `EXPLAINED`.
 
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
-use router_common::{PacketEvent, Verdict};
+use router_common::{Addr, FlowKey, PacketEvent, Ports, Verdict};
 
 use crate::frame::Frame;
+use crate::packet::Packet;
 use crate::{maps, scratch};
+
+/// Forgets the packet that was explained before, and the one that went by before this one.
+#[inline(always)]
+pub fn begin(packet: &mut Packet) {
+    note(|event| *event = PacketEvent::default());
+    packet.key = FlowKey {
+        source: Addr::default(),
+        destination: Addr::default(),
+        ports: Ports::default(),
+        proto: 0,
+    };
+}
 
 /// Adds to what `explain` found.
 #[inline(always)]

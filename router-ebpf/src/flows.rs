@@ -62,7 +62,7 @@ pub fn by_ring_alone<F: Frame>(
     }
     let opens = packet.tcp.opens();
     if opens {
-        admit(packet, vip, settings, maps::now(settings))?;
+        admit::<F>(packet, vip, settings, maps::now(settings))?;
     }
     by_ring(vip, slot.current(), opens)
 }
@@ -99,7 +99,7 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
     let opens = !tcp || packet.tcp.opens();
     let mode = Mode::from_bits(vip.entry.mode);
     let backend_id = if opens {
-        admit(packet, vip, settings, now)?;
+        admit::<F>(packet, vip, settings, now)?;
         schedule::choose::<F>(vip, slot, hash, now)?
     } else if mode.translates() {
         return Err(Verdict::UnknownFlow);
@@ -217,8 +217,13 @@ fn older(vip: Vip, slot: RingSlot) -> Result<u32, Verdict> {
 
 /// Whether the VIP takes one more flow of this source now.
 #[inline(always)]
-fn admit(packet: &Packet, vip: Vip, settings: &Settings, now: u32) -> Result<(), Verdict> {
-    match vip::count_new(vip, &packet.key.source, settings, now) {
+fn admit<F: Frame>(
+    packet: &Packet,
+    vip: Vip,
+    settings: &Settings,
+    now: u32,
+) -> Result<(), Verdict> {
+    match vip::count_new(vip, &packet.key.source, settings, now, F::DRY) {
         Rate::Within => Ok(()),
         Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 && packet.tcp.opens() => {
             if challenge::is_proven(vip.index, now) != 0 {
@@ -501,10 +506,7 @@ fn try_create() -> Result<(), Verdict> {
 /// The port of the backend that packets with these ports go to.
 #[inline(always)]
 pub fn backend_port(backend: &BackendEntry, ports: Ports) -> u16 {
-    match backend.port {
-        0 => ports.destination(),
-        port => port,
-    }
+    backend.port_for(ports.destination())
 }
 
 /// Copies the flow that a backend's packet with this key answers; `None` if it is the gateway's own

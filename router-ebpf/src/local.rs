@@ -209,13 +209,9 @@ fn choose<const V6: bool>(
         // An IPv4 socket cannot talk to it; a tunnel from the gateway can.
         return Err(Verdict::NotForUs);
     }
-    let port = if backend.port == 0 {
-        dialed.port
-    } else {
-        backend.port
-    };
     let flow = LocalFlow::new(id, backend.generation);
-    Ok((id, Peer::new(backend.address, port), flow))
+    let peer = Peer::new(backend.address, backend.port_for(dialed.port));
+    Ok((id, peer, flow))
 }
 
 #[inline(always)]
@@ -225,7 +221,7 @@ fn pick(key: &FlowKey, vip: Vip, settings: &Settings) -> Result<u32, Verdict> {
     }
     let now = maps::now(settings);
     // Nobody forges a local client, so there is no challenge.
-    if vip::count_new(vip, &key.source, settings, now) != Rate::Within {
+    if vip::count_new(vip, &key.source, settings, now, false) != Rate::Within {
         return Err(Verdict::RateLimited);
     }
     let slot = schedule::slot_of::<Xdp<'_>>(vip, key)?;

@@ -181,7 +181,11 @@ fn complaint<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
 #[inline(always)]
 fn parse<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     frame.pull();
-    scratch::get()?.packet.parse(frame, maps::settings()?)?;
+    let packet = &mut scratch::get()?.packet;
+    if F::DRY {
+        explain::begin(packet);
+    }
+    packet.parse(frame, maps::settings()?)?;
     Ok(Outcome::NEXT)
 }
 

@@ -237,11 +237,11 @@ fn parse_v6(
     let source = Addr::from_words(ip.source);
     let destination = Addr::from_words(ip.destination);
     let bits = prefilter(settings, source, destination)?;
+    packet.set_addresses(source, destination, bits);
+    packet.key.proto = ip.next_header;
     if u32::from_be(ip.version_class_label) >> 28 != 6 {
         return Err(refuse(&destination, bits, Verdict::Malformed));
     }
-    packet.set_addresses(source, destination, bits);
-    packet.key.proto = ip.next_header;
     packet.l4 = l3 + IPV6_LEN;
     packet.ip_len = IPV6_LEN + u16::from_be(ip.payload_len) as u32;
     packet.v6 = true;

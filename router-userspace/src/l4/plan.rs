@@ -558,6 +558,7 @@ impl PlannedVip {
         flags |= on(vip_flags::QUIC, policy.quic.is_some());
         flags |= on(vip_flags::CHALLENGE, policy.challenge);
         let ticks = |time: Duration| (time.as_secs_f64() * world.ticks_per_second).ceil() as u32;
+        let a_tick = |a_second: u32| (f64::from(a_second) / world.ticks_per_second).ceil() as u32;
         VipEntry {
             mode: policy.mode as u8,
             scheduler: policy.scheduler as u8,
@@ -565,8 +566,8 @@ impl PlannedVip {
             backends: self.ring.backends(),
             ring_len: self.ring.len(),
             affinity: policy.affinity.map_or(0, ticks),
-            source_rate: policy.source_rate,
-            vip_rate: policy.vip_rate,
+            source_rate: a_tick(policy.source_rate),
+            vip_rate: a_tick(policy.vip_rate),
             quic_len: policy.quic.map_or(0, |quic| quic.server_id_octets),
             quic_config: policy.quic.map_or(0, |quic| quic.config),
             ..key_of(vip)

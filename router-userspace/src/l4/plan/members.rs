@@ -42,7 +42,7 @@ pub(super) fn wanted(
                 let Some(hop) = hop.filter(|_| policy.mode != Mode::L7) else {
                     continue;
                 };
-                let entry = entry(backend, index, hop);
+                let entry = entry(vip, backend, index, hop);
                 wanted.insert(backend.address, Wanted { entry, quic_server });
             }
         }
@@ -89,7 +89,7 @@ fn server_id(text: &str, octets: usize) -> Option<[u8; 8]> {
     Some(server)
 }
 
-fn entry(backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
+fn entry(vip: Vip, backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
     let state = match backend.weight {
         0 => BackendState::Draining,
         _ => BackendState::Active,
@@ -107,7 +107,7 @@ fn entry(backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
         vlan: hop.vlan,
         weight: backend.weight,
         state: state as u8,
-        reserved: 0,
+        dialed_port: u8::from(vip.is_range()),
     }
 }
 

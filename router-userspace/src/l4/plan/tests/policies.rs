@@ -56,7 +56,7 @@ fn the_policy_is_written_into_the_vip() {
     );
     assert_eq!(
         (entry.affinity, entry.source_rate, entry.vip_rate),
-        (1200, 7, 70)
+        (1200, 4, 35)
     );
     assert_eq!(
         entry.flags,
