@@ -60,6 +60,18 @@ impl Mode {
         }
     }
 
+    /// The name in the configuration, the API and `viaduct flows`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mode::Nat => "nat",
+            Mode::Dnat => "dnat",
+            Mode::Dsr => "dsr",
+            Mode::Ipip => "ipip",
+            Mode::Gue => "gue",
+            Mode::L7 => "l7",
+        }
+    }
+
     /// Whether answers pass through the gateway, which must know their flow.
     #[inline(always)]
     pub const fn translates(self) -> bool {
@@ -91,6 +103,16 @@ impl Scheduler {
             1 => Scheduler::SourceHash,
             2 => Scheduler::RoundRobin,
             _ => Scheduler::LeastConnections,
+        }
+    }
+
+    /// The name in the configuration and the API.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Scheduler::Maglev => "maglev",
+            Scheduler::SourceHash => "source-hash",
+            Scheduler::RoundRobin => "round-robin",
+            Scheduler::LeastConnections => "least-connections",
         }
     }
 
@@ -411,6 +433,7 @@ pub struct PacketEvent {
     /// CLOCK_MONOTONIC; 0 in `EXPLAINED`.
     pub monotonic_ns: u64,
     pub source: Addr,
+    /// Of an answer in `EVENTS`: the client that it went to.
     pub destination: Addr,
     /// Host byte order; ICMP has none.
     pub source_port: u16,
@@ -418,7 +441,7 @@ pub struct PacketEvent {
     /// Octets of the frame.
     pub len: u32,
     pub ifindex: u32,
-    /// Index of the VIP in `VIPS`, plus 1; 0: none was found.
+    /// Index of the VIP in `VIPS`, plus 1; 0: none was found, and always in `EVENTS`.
     pub vip: u32,
     /// 0: none was chosen.
     pub backend: u32,

@@ -80,6 +80,9 @@ pub fn of_client<F: Frame>(
     let slot = schedule::slot_of::<F>(vip, &packet.key)?;
     let hash = packet.key.hash(&settings.hash_keys);
     let known = find(&packet.key, vip, hash, settings)?;
+    if F::DRY {
+        explain::note(|event| event.asked_table = 1);
+    }
     if let Some(place) = known {
         let found = follow(frame, packet, vip, place, settings, now)?;
         if let Some(steered) = found {
@@ -271,10 +274,7 @@ fn follow<F: Frame>(
 ) -> Result<Option<Steered>, Verdict> {
     let closed = place.slot.state() as u8 == FlowState::Closing as u8;
     if F::DRY {
-        explain::note(|event| {
-            event.asked_table = 1;
-            event.flow_state = place.slot.state() as u8;
-        });
+        explain::note(|event| event.flow_state = place.slot.state() as u8);
     }
     if closed && packet.tcp.opens() {
         return Ok(None);

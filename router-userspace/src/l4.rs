@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState, Mode};
+use router_common::{BackendCounters, Mode};
 use tokio::sync::mpsc;
 
 use crate::config::{L4Config, PortRange};
@@ -22,11 +22,14 @@ use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
 use crate::l4::stats::{MemberView, Shared, VipView};
+use crate::l4::watch::Tap;
 use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 mod clsact;
 pub mod datapath;
+pub mod explain;
+pub mod flow_list;
 pub(crate) mod interface;
 pub mod maglev;
 mod netlink;
@@ -34,8 +37,11 @@ pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;
 pub mod policy;
+pub mod probe;
 mod round_robin;
 mod stats;
+mod unanswered;
+pub mod watch;
 pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
@@ -70,6 +76,7 @@ pub struct L4 {
     /// What the last plan of a VIP left out.
     refused: HashMap<Vip, Vec<(SocketAddr, Refusal)>>,
     sweep: Sweep,
+    unanswered: unanswered::Watch,
     shared: Arc<Shared>,
 }
 
@@ -116,7 +123,16 @@ impl L4 {
                 .apply(&op)
                 .with_context(|| format!("write {op:?}"))?;
         }
-        let counters = datapath.counters();
+        let shared = Arc::new(Shared {
+            counters: datapath.counters(),
+            flows: datapath.flows(),
+            tap: Arc::new(Tap::new(datapath.take_events()?, datapath.monotonic_clock())),
+            vips: ArcSwap::default(),
+            map_bytes: datapath.map_bytes().to_vec(),
+            active_flows: AtomicU64::new(0),
+            failed_writes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        });
         let mut l4 = L4 {
             config: config.clone(),
             policies,
@@ -129,14 +145,8 @@ impl L4 {
             backlog: VecDeque::new(),
             refused: HashMap::new(),
             sweep: Sweep::default(),
-            shared: Arc::new(Shared {
-                counters,
-                vips: ArcSwap::default(),
-                flows: ArcSwap::default(),
-                active_flows: AtomicU64::new(0),
-                failed_writes: AtomicU64::new(0),
-                refused: AtomicU64::new(0),
-            }),
+            unanswered: unanswered::Watch::default(),
+            shared,
         };
         l4.adopt_next_hops();
         let declared: Vec<Vip> = l4.policies.declared().collect();
@@ -220,6 +230,9 @@ impl L4 {
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");
         }
+        if let Err(error) = self.datapath.set_sample(self.shared.tap.wanted()) {
+            tracing::error!("sample packets for those who watch: {error:#}");
+        }
         for vip in self.planner.due(now) {
             self.apply_vip(vip, now);
         }
@@ -258,23 +271,14 @@ impl L4 {
         self.write_backlog();
         let mut members: Vec<MemberView> = Vec::new();
         if let Some(planned) = self.planner.vips().get(&vip) {
-            members.extend(planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some() || member.state() == BackendState::Draining,
-                weight: member.entry.weight,
-            }));
+            let views = planned.members.iter();
+            members.extend(views.map(|(address, member)| MemberView::new(*address, member)));
         }
         let planned = self.planner.vips().get(&vip);
         for backend in pool.iter().flat_map(|pool| &pool.backends) {
             let (address, weight) = (backend.address, backend.weight);
             if !planned.is_some_and(|planned| planned.members.contains_key(&address)) {
-                members.push(MemberView {
-                    address,
-                    id: None,
-                    draining: false,
-                    weight,
-                });
+                members.push(MemberView::unreachable(address, weight));
             }
         }
         self.watch_next_hops(
@@ -340,7 +344,12 @@ impl L4 {
             vips.without(&vip)
         } else {
             let retired = vips.get(&vip).map(|view| view.retired).unwrap_or_default();
-            vips.update(vip, Arc::new(VipView { members, retired }))
+            let view = VipView {
+                members,
+                retired,
+                ..VipView::new(vip, self.policies.policy_of(&vip))
+            };
+            vips.update(vip, Arc::new(view))
         };
         self.shared.vips.store(Arc::new(next));
     }
@@ -395,13 +404,9 @@ impl L4 {
                 };
                 self.next_hops.insert(entry.address.ip(), hop);
             }
-            let members = planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some(),
-                weight: member.entry.weight,
-            });
-            adopted.push((*vip, members.collect()));
+            let members = planned.members.iter();
+            let views = members.map(|(address, member)| MemberView::new(*address, member));
+            adopted.push((*vip, views.collect()));
         }
         for (vip, members) in adopted {
             self.watch_next_hops(
@@ -454,7 +459,9 @@ impl L4 {
         let mut flows = HashMap::new();
         for planned in self.planner.vips().values() {
             for member in planned.members.values() {
-                flows.insert(member.id, self.datapath.flows_of(member.id)?);
+                let counted = self.datapath.flows_of(member.id)?;
+                self.datapath.set_load_flows(member.id, counted)?;
+                flows.insert(member.id, counted);
             }
         }
         self.shared
@@ -462,7 +469,6 @@ impl L4 {
             .store(self.sweep.live, Ordering::Relaxed);
         self.planner
             .end_drains(now, |id| flows.get(&id) == Some(&0));
-        self.shared.flows.store(Arc::new(flows));
         self.settle(now)
     }
 }
