@@ -21,7 +21,7 @@ pub use flow::{
     RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, mix64, ticks_since,
 };
 pub use tables::{
-    BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, MAX_BACKENDS,
+    BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, LISTENER_V4, LISTENER_V6, LISTENERS, MAX_BACKENDS,
     Mode, NO_BACKEND, PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell, Ring, RingSlot,
     SOURCE_ALLOW, SOURCE_DENY, SOURCE_RATE_CELLS, SWEEP_BUCKETS, Scheduler, Settings, SourceKey,
     SweepRequest, SweepResult, VIP_CHAIN, VipEntry, prefilter_bit, ring_slot, vip_flags, vip_head,

@@ -19,6 +19,12 @@ pub const SWEEP_BUCKETS: u32 = 4096;
 /// Cells of the counters of new flows by source.
 pub const SOURCE_RATE_CELLS: u32 = 65_536;
 
+/// Indices in `LISTENERS`: the proxy's listeners that take connections by IPv4 and by IPv6; and how many
+/// there are.
+pub const LISTENER_V4: u32 = 0;
+pub const LISTENER_V6: u32 = 1;
+pub const LISTENERS: u32 = 2;
+
 /// Changes whenever a map's layout or meaning does: pinned maps of another layout are not adopted.
 pub const LAYOUT: u32 = 2;
 
@@ -60,18 +66,6 @@ impl Mode {
         }
     }
 
-    /// The name in the configuration, the API and `viaduct flows`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Mode::Nat => "nat",
-            Mode::Dnat => "dnat",
-            Mode::Dsr => "dsr",
-            Mode::Ipip => "ipip",
-            Mode::Gue => "gue",
-            Mode::L7 => "l7",
-        }
-    }
-
     /// Whether answers pass through the gateway, which must know their flow.
     #[inline(always)]
     pub const fn translates(self) -> bool {
@@ -103,16 +97,6 @@ impl Scheduler {
             1 => Scheduler::SourceHash,
             2 => Scheduler::RoundRobin,
             _ => Scheduler::LeastConnections,
-        }
-    }
-
-    /// The name in the configuration and the API.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Scheduler::Maglev => "maglev",
-            Scheduler::SourceHash => "source-hash",
-            Scheduler::RoundRobin => "round-robin",
-            Scheduler::LeastConnections => "least-connections",
         }
     }
 

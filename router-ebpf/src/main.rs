@@ -4,7 +4,8 @@
 //! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
-//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN.
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
+//! connections to VIPs of the proxy to it.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -19,15 +20,18 @@
 )]
 
 mod answer;
+mod challenge;
 mod explain;
 mod flows;
 mod frame;
 mod icmp;
 mod maps;
 mod packet;
+mod quic;
 mod rewrite;
 mod schedule;
 mod scratch;
+mod sk_lookup;
 mod stage;
 mod sweep;
 mod table;
@@ -105,8 +109,14 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
 #[inline(always)]
 fn to_vip<F: Frame>(frame: &F) -> Outcome {
     let mut outcome = frame.choose();
+    if outcome.is(Verdict::Proven) {
+        outcome = frame.prove();
+    }
     if outcome.is(Verdict::UnknownFlow) {
         outcome = frame.track();
+    }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = frame.open();
     }
     if outcome.goes_on() {
         outcome = frame.deliver();
@@ -175,19 +185,37 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     if vip.entry.mode == Mode::L7 as u8 {
         return Err(Verdict::HandedUp);
     }
+    if vip.entry.flags & vip_flags::CHALLENGE != 0 && scratch.packet.tcp.rst() {
+        return Err(Verdict::Proven);
+    }
     let chosen = flows::by_ring_alone::<F>(&scratch.packet, vip, settings);
     scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`open`].
 #[inline(always)]
 fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
-    let now = maps::now(settings);
-    let chosen = flows::of_client(frame, &scratch.packet, vip, settings, now);
-    scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
+    if vip.entry.flags & vip_flags::QUIC != 0
+        && let Some(id) = quic::server(frame, &scratch.packet, vip)
+        && let Ok(steered) = flows::by_id(vip, id)
+    {
+        scratch.steered = steered;
+        return Ok(Outcome::NEXT);
+    }
+    let notes = (&mut scratch.hash, &mut scratch.place);
+    scratch.steered = flows::of_client(frame, &scratch.packet, vip, settings, notes)?;
+    Ok(Outcome::NEXT)
+}
+
+#[inline(always)]
+fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let scratch = scratch::get()?;
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    flows::open(frame, scratch).map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
 }
 
@@ -210,10 +238,9 @@ fn lead_back<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     flows::of_backend::<F>(&packet.key, packet.tcp, settings, now, &mut scratch.flow)
         .ok_or(Verdict::NotAReply)?;
     if packet.fragment == Fragment::FIRST && !F::DRY {
-        scratch.flow.reply = 1;
-        flows::remember_fragments(packet, &scratch.flow, settings, now);
+        flows::remember_answer_fragments(scratch);
     }
-    rewrite::to_client(frame, packet, &scratch.flow)
+    rewrite::to_client(frame, &scratch.packet, &scratch.flow)
 }
 
 /// A piece of a datagram, to where its first one went.

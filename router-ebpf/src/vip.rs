@@ -138,10 +138,3 @@ fn count(cell: &RateCell, now: u32) -> u32 {
     swap(&cell.word, word, (now as u64) << 32 | count as u64);
     count
 }
-
-/// A number that only whoever gets packets to `key`'s source can know, good for two to four ticks of
-/// 16.
-#[inline(always)]
-pub fn cookie(key: &FlowKey, settings: &Settings, now: u32) -> u32 {
-    (key.hash(&settings.hash_keys) as u32).wrapping_add((now >> 4).wrapping_mul(0x9e37_79b9))
-}

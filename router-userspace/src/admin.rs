@@ -36,6 +36,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::admin::listing::PageRequest;
 use crate::admin::ready::Sources;
 use crate::config::{AdminListen, Config};
+use crate::l4::L4Reader;
 use crate::metrics::Scrape;
 
 pub mod listing;
@@ -196,7 +197,8 @@ async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageReque
 
 async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
-        listing::vips(&scrape.published.load(), &request)
+        let served = scrape.l4.as_ref().map(L4Reader::vips).unwrap_or_default();
+        listing::vips(&scrape.published.load(), &served, &request)
     })
     .await
 }

@@ -445,7 +445,7 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
     )?;
     page.counter(
         "viaduct_l4_refused_backends",
-        "Backends left out for want of room or for their address family",
+        "Backends that a plan of their VIP left out",
         stats.refused,
     )?;
     let vip_rows: [Row<VipStats, [u64; 2]>; 2] = [

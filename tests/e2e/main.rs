@@ -9,6 +9,7 @@
 
 mod attach;
 mod cli;
+mod hand_up;
 mod health;
 mod l4;
 mod l7;

@@ -136,6 +136,8 @@ impl Gateway {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &imbl::HashSet::new(),
+            panic_threshold: 0,
+            draining: &imbl::HashSet::new(),
         };
         let pool = (!hosts.is_empty()).then_some(&pool);
         let plan = self.planner.plan(vip, pool, &world);

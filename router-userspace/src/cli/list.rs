@@ -35,8 +35,17 @@ pub fn routes(options: &Options) -> Result<(), Failure> {
 }
 
 pub fn vips(options: &Options) -> Result<(), Failure> {
-    let headings = ["VIP", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP"];
-    list(options, "/v1/vips", headings, |vip| members(vip, "vip"))
+    let headings = [
+        "VIP",
+        "FORWARDING",
+        "BACKEND",
+        "STATE",
+        "WEIGHT",
+        "HEALTH",
+        "ORIGIN",
+        "APP",
+    ];
+    list(options, "/v1/vips", headings, vip_members)
 }
 
 pub fn backends(options: &Options) -> Result<(), Failure> {
@@ -112,6 +121,29 @@ fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
     backends.iter().map(row).collect()
 }
 
+/// As [`members`], with what layer 4 makes of each.
+fn vip_members(row: &Value) -> Vec<[String; 8]> {
+    let mut forwarding = cell(&row["forwarding"]);
+    let states = row["backends"].as_array().into_iter().flatten();
+    let states = states.map(|backend| cell(&backend["state"]));
+    let mut rows: Vec<[String; 8]> = members(row, "vip")
+        .into_iter()
+        .zip(states)
+        .map(|([vip, backend, weight, health, origin, app], state)| {
+            let forwarding = std::mem::take(&mut forwarding);
+            [vip, forwarding, backend, state, weight, health, origin, app]
+        })
+        .collect();
+    if rows.is_empty() {
+        // Served by the proxy on the gateway, which needs no backend here.
+        let mut row_without = [(); 8].map(|()| "-".to_owned());
+        row_without[0] = cell(&row["vip"]);
+        row_without[1] = forwarding;
+        rows.push(row_without);
+    }
+    rows
+}
+
 fn health(row: &Value) -> &'static str {
     if row["healthy"] == Value::Bool(false) {
         "down"
@@ -165,6 +197,21 @@ mod tests {
         let stats = json!({ "a": { "b": 1 }, "v": [["pass", 2]], "w": [{ "x": null }] });
         flatten("", &stats, &mut rows);
         assert_eq!(rows, [["a.b", "1"], ["v.pass", "2"], ["w.0.x", "-"]]);
+    }
+
+    #[test]
+    fn a_vip_is_listed_with_what_layer_4_makes_of_it() {
+        let row = json!({
+            "vip": "tcp/192.0.2.1:80", "forwarding": "ipip",
+            "backends": [{ "address": "1", "state": "active" }, { "address": "2", "state": "refused" }],
+        });
+        let rows = vip_members(&row);
+        assert_eq!(rows[0][..4], ["tcp/192.0.2.1:80", "ipip", "1", "active"]);
+        assert_eq!(rows[1][..4], ["", "", "2", "refused"]);
+        let row = json!({ "vip": "tcp/192.0.2.1:80", "forwarding": "l7", "backends": [] });
+        let rows = vip_members(&row);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0][..3], ["tcp/192.0.2.1:80", "l7", "-"]);
     }
 
     #[test]

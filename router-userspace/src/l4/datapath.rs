@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, SockMap};
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{HASH_WORDS, Settings};
@@ -23,6 +23,7 @@ mod attach;
 mod counters;
 mod events;
 mod flows;
+mod hand_up;
 mod maps;
 mod programs;
 mod run;
@@ -71,6 +72,8 @@ pub struct Datapath {
     flows: Flows,
     logger: EbpfLogger<&'static dyn log::Log>,
     attachments: attach::Attachments,
+    /// Held for the sockets in it.
+    listeners: Option<SockMap<MapData>>,
 }
 
 impl Datapath {
@@ -112,6 +115,7 @@ impl Datapath {
             logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
+            listeners: None,
             ebpf,
         })
     }

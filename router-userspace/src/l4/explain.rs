@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use crate::l4::L4;
 use crate::l4::plan::{PlannedMember, PlannedVip};
 use crate::l4::probe::{self, Leaving, Probe};
+use crate::l4::stats::{mode_name, scheduler_name};
 use crate::route::{Proto, Vip};
 
 /// A question, and where its answer goes.
@@ -134,8 +135,8 @@ fn vip_found(vip: &Vip, planned: &PlannedVip, mode: Mode, scheduler: Scheduler) 
     VipFound {
         vip: vip.to_string(),
         index: planned.index(),
-        mode: mode.name(),
-        scheduler: scheduler.name(),
+        mode: mode_name(mode),
+        scheduler: scheduler_name(scheduler),
         active_backends: members.filter(|member| member.is_active()).count(),
     }
 }
@@ -234,7 +235,7 @@ fn table_step(probe: &Probe, found: &Explanation) -> Option<String> {
     let opens = probe.proto == Proto::Udp || !probe.established;
     Some(match (found.flow_table, found.flow_state) {
         (TableAnswer::Found, Some(state)) => format!("the flow table has it, {state}"),
-        (TableAnswer::NotAsked, _) if vip.mode == Mode::L7.name() => {
+        (TableAnswer::NotAsked, _) if vip.mode == mode_name(Mode::L7) => {
             "the proxy on this host serves it".to_owned()
         }
         (TableAnswer::NotAsked, _) if found.backend.is_some() => {
@@ -298,7 +299,7 @@ mod tests {
             vip: Some(VipFound {
                 vip: "tcp/192.0.2.10:443".to_owned(),
                 index: 3,
-                mode: mode.name(),
+                mode: mode_name(mode),
                 scheduler: "maglev",
                 active_backends: 2,
             }),

@@ -12,7 +12,7 @@ use router_common::{FlowState, Mode};
 use serde::Serialize;
 
 use crate::l4::datapath::Flow;
-use crate::l4::stats::{Backends, L4Reader, Serves};
+use crate::l4::stats::{Backends, L4Reader, Serves, mode_name};
 use crate::route::Vip;
 
 /// Which flows to list: all that match everything that is given.
@@ -156,7 +156,7 @@ fn row(flow: &Flow, serves: &Serves) -> FlowRow {
         vip: serves.vip.to_string(),
         dialed: SocketAddr::new(serves.vip.address, entry.ports.destination()),
         backend: serves.address,
-        mode: is_flow.then_some(mode.name()),
+        mode: is_flow.then_some(mode_name(mode)),
         state: state.name(),
         idle_seconds: flow.idle.as_secs(),
         gateway_port: (is_flow && mode == Mode::Nat).then_some(entry.nat_port),

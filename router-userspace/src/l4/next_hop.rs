@@ -26,7 +26,7 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::SocketAddr;
@@ -36,6 +36,7 @@ use tokio::time::Instant;
 
 use crate::event::Event;
 use crate::l4::interface::Interface;
+use crate::l4::netlink::PROTOCOL;
 
 /// The way to one backend address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,9 +62,6 @@ const ROUTE_SETTLE: Duration = Duration::from_millis(50);
 
 /// Between two attempts at opening the socket anew.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
-
-/// Marks the neighbours that this program made (`NDA_PROTOCOL`; of the numbers that nobody has).
-const NEIGHBOUR_PROTOCOL: RouteProtocol = RouteProtocol::Other(0xd7);
 
 /// Tells the task what to watch. Dropping it ends the task.
 pub struct Watcher {
@@ -444,7 +442,7 @@ impl Task {
             .replace();
         request.message_mut().attributes.extend([
             NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed),
-            NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL),
+            NeighbourAttribute::Protocol(PROTOCOL),
         ]);
         request.execute().await?;
         self.managed.insert(key);
@@ -563,13 +561,13 @@ fn next_hop(
 ///
 /// # Errors
 /// rtnetlink does not answer.
-pub async fn release_neighbours() -> anyhow::Result<usize> {
+pub(super) async fn release_neighbours() -> anyhow::Result<usize> {
     let (connection, handle, _) = rtnetlink::new_connection().context("open a rtnetlink socket")?;
     let connection = tokio::spawn(connection);
     let mut neighbours = Vec::new();
     let mut answers = handle.neighbours().get().execute();
     while let Some(neighbour) = answers.try_next().await.context("read neighbours")? {
-        let ours = NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL);
+        let ours = NeighbourAttribute::Protocol(PROTOCOL);
         if neighbour.attributes.contains(&ours) {
             neighbours.push(neighbour);
         }

@@ -13,12 +13,12 @@ use crate::l4::datapath::{Hook, release};
 /// Where links are pinned, below the pin path.
 const LINKS: &str = "links";
 
-/// Removes every trace of layer 4: links and filters first, which takes the programs off their
-/// interfaces, then the maps. Says how many pins there were.
+/// Removes all pins: links and filters first, which takes the programs off their interfaces, then the
+/// maps. Says how many there were.
 ///
 /// # Errors
 /// Names what could not be removed; the rest is left as it is.
-pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
+pub(super) fn detach(pin_path: &Path) -> anyhow::Result<usize> {
     if !pin_path.exists() {
         return Ok(0);
     }

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, Mode};
+use router_common::{BackendCounters, Mode, Scheduler};
 use serde::Serialize;
 
 use crate::l4::datapath::{Counters, Flows};
-use crate::l4::plan::PlannedMember;
+use crate::l4::plan::Refusal;
 use crate::l4::policy::VipPolicy;
 use crate::l4::watch::Tap;
 use crate::route::{Proto, Vip};
@@ -39,6 +39,7 @@ impl L4Reader {
             active_flows: shared.active_flows.load(Ordering::Relaxed),
             flow_capacity: shared.flows.capacity(),
             map_bytes: shared.map_bytes.clone(),
+            sample: shared.tap.wanted(),
             watch_lost: shared.tap.lost(),
             failed_writes: shared.failed_writes.load(Ordering::Relaxed),
             refused: shared.refused.load(Ordering::Relaxed),
@@ -48,6 +49,11 @@ impl L4Reader {
             stats.vips.push(self.vip_stats(vip, view)?);
         }
         Ok(stats)
+    }
+
+    /// The VIPs as they are served.
+    pub fn vips(&self) -> Views {
+        Views::clone(&self.shared.vips.load())
     }
 
     fn vip_stats(&self, vip: &Vip, view: &VipView) -> anyhow::Result<VipStats> {
@@ -69,15 +75,17 @@ impl L4Reader {
             backends.push(BackendStats {
                 address: member.address,
                 weight: member.weight,
-                draining: member.draining,
+                draining: member.state == MemberState::Draining,
                 reachable: member.id.is_some(),
+                refused: member.state.refusal(),
                 active_flows: flows,
                 moved: Moved::from(counters),
             });
         }
         Ok(VipStats {
             vip: vip.to_string(),
-            mode: view.mode.name(),
+            forwarding: mode_name(view.mode),
+            scheduler: scheduler_name(view.scheduler),
             active_flows,
             moved: Moved::from(total),
             backends,
@@ -94,13 +102,15 @@ pub struct L4Stats {
     pub active_flows: u64,
     /// Places of the flow table.
     pub flow_capacity: u64,
-    /// Octets of the kernel's memory that each map takes, of those that are there from the start.
+    /// Octets of the kernel's memory that each map took when it was opened.
     pub map_bytes: Vec<(String, u64)>,
+    /// One packet in how many is reported to those who watch; 0: nobody does.
+    pub sample: u32,
     /// Sampled packets that some watcher was too slow for.
     pub watch_lost: u64,
     /// Writes to a map that the kernel refused and that were or will be repeated.
     pub failed_writes: u64,
-    /// Backends that a plan left out for want of room or for their address family.
+    /// Backends that a plan left out: see [`Refusal`].
     pub refused: u64,
     pub vips: Vec<VipStats>,
 }
@@ -108,7 +118,8 @@ pub struct L4Stats {
 #[derive(Clone, Debug, Serialize)]
 pub struct VipStats {
     pub vip: String,
-    pub mode: &'static str,
+    pub forwarding: &'static str,
+    pub scheduler: &'static str,
     /// In the flow table.
     pub active_flows: u64,
     #[serde(flatten)]
@@ -120,10 +131,11 @@ pub struct VipStats {
 pub struct BackendStats {
     pub address: SocketAddr,
     pub weight: u16,
-    /// Gets no new flows: it left its pool, or is unhealthy.
+    /// Gets no new flows: it left its pool, is unhealthy or of weight 0.
     pub draining: bool,
-    /// False while no next hop is known; such a backend gets no flows.
+    /// False while no next hop is known, or it is refused; such a backend gets no flows.
     pub reachable: bool,
+    pub refused: Option<String>,
     pub active_flows: u64,
     #[serde(flatten)]
     pub moved: Moved,
@@ -151,27 +163,29 @@ impl From<BackendCounters> for Moved {
     }
 }
 
-/// What [`L4Reader`]s see of an [`L4`](super::L4).
+pub type Views = imbl::OrdMap<Vip, Arc<VipView>>;
+
+/// What [`L4Reader`]s see.
 pub(super) struct Shared {
     pub(super) counters: Counters,
     pub(super) flows: Flows,
-    pub(super) tap: Arc<Tap>,
-    pub(super) vips: ArcSwap<Vips>,
+    pub(super) tap: Tap,
+    pub(super) vips: ArcSwap<Views>,
     pub(super) map_bytes: Vec<(String, u64)>,
-    /// All flows as of the last sweep.
+    /// As of the last sweep.
     pub(super) active_flows: AtomicU64,
     pub(super) failed_writes: AtomicU64,
     pub(super) refused: AtomicU64,
 }
 
-pub(super) type Vips = imbl::OrdMap<Vip, Arc<VipView>>;
-
-#[derive(Clone, Default)]
-pub(super) struct VipView {
-    pub(super) mode: Mode,
+/// A VIP as layer 4 serves it.
+#[derive(Clone, Debug, Default)]
+pub struct VipView {
+    pub mode: Mode,
+    pub scheduler: Scheduler,
     /// Whether flows may be nowhere but where the ring says.
-    pub(super) untracked: bool,
-    pub(super) members: Vec<MemberView>,
+    pub untracked: bool,
+    pub members: Vec<MemberView>,
     /// What backends that are gone moved while they were here.
     pub(super) retired: BackendCounters,
 }
@@ -182,6 +196,7 @@ impl VipView {
         let one_way = !policy.mode.translates() && policy.mode != Mode::L7;
         VipView {
             mode: policy.mode,
+            scheduler: policy.scheduler,
             untracked: one_way
                 && vip.proto == Proto::Tcp
                 && policy.scheduler.is_hash()
@@ -191,37 +206,63 @@ impl VipView {
     }
 }
 
-#[derive(Clone)]
-pub(super) struct MemberView {
-    pub(super) address: SocketAddr,
-    /// `None` while the backend has no next hop or no room.
+#[derive(Clone, Debug)]
+pub struct MemberView {
+    pub address: SocketAddr,
+    /// `None` while the backend has no next hop, or is refused.
     pub(super) id: Option<u32>,
     /// Of the id; other flows that have it are over.
     pub(super) generation: u16,
-    pub(super) draining: bool,
-    pub(super) weight: u16,
+    pub state: MemberState,
+    pub weight: u16,
 }
 
-impl MemberView {
-    pub(super) fn new(address: SocketAddr, member: &PlannedMember) -> MemberView {
-        MemberView {
-            address,
-            id: Some(member.id),
-            generation: member.entry.generation,
-            draining: !member.is_active(),
-            weight: member.entry.weight,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemberState {
+    Active,
+    Draining,
+    NoNextHop,
+    Refused(Refusal),
+}
+
+impl MemberState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MemberState::Active => "active",
+            MemberState::Draining => "draining",
+            MemberState::NoNextHop => "no_next_hop",
+            MemberState::Refused(_) => "refused",
         }
     }
 
-    /// Of a backend that the kernel does not have.
-    pub(super) fn unreachable(address: SocketAddr, weight: u16) -> MemberView {
-        MemberView {
-            address,
-            id: None,
-            generation: 0,
-            draining: false,
-            weight,
+    /// Why it is refused.
+    pub fn refusal(self) -> Option<String> {
+        match self {
+            MemberState::Refused(refusal) => Some(refusal.to_string()),
+            MemberState::Active | MemberState::Draining | MemberState::NoNextHop => None,
         }
+    }
+}
+
+/// As in the configuration.
+pub fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Nat => "nat",
+        Mode::Dnat => "dnat",
+        Mode::Dsr => "dsr",
+        Mode::Ipip => "ipip",
+        Mode::Gue => "gue",
+        Mode::L7 => "l7",
+    }
+}
+
+/// As in the configuration.
+pub fn scheduler_name(scheduler: Scheduler) -> &'static str {
+    match scheduler {
+        Scheduler::Maglev => "maglev",
+        Scheduler::SourceHash => "source-hash",
+        Scheduler::RoundRobin => "round-robin",
+        Scheduler::LeastConnections => "least-connections",
     }
 }
 
@@ -238,7 +279,7 @@ pub(super) struct Serves {
 }
 
 impl Backends {
-    pub(super) fn of(vips: &Vips) -> Backends {
+    pub(super) fn of(vips: &Views) -> Backends {
         let members = vips
             .iter()
             .flat_map(|(vip, view)| view.members.iter().map(move |member| (*vip, member)));

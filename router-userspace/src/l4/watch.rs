@@ -1,32 +1,33 @@
 //! Live events: sampled packets, handed from the programs' ring buffer to whoever watches.
 //!
-//! [`Tap::pump`] is one task, on the runtime of the admin API: it reads what the programs report and
-//! passes it to every [`Watcher`] by a broadcast channel of [`BACKLOG`] events. A watcher that is too
-//! slow loses the oldest and is told how many. The agent has the programs sample what the watchers
-//! [want](Tap::wanted), about once a second, and nothing while there is none. What the programs find
-//! no room for in their ring is lost uncounted.
+//! One thread sleeps until the programs report something and passes it to every [`Watcher`] by a
+//! broadcast channel of [`BACKLOG`] events. A watcher that is too slow loses the oldest and is told
+//! how many. The agent has the programs sample what the watchers [want](Tap::wanted), about once a
+//! second, and nothing while there is none. What the programs find no room for in their ring is lost
+//! uncounted.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rand::Rng;
 use router_common::{
     IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, NO_BACKEND, PacketEvent, Verdict,
 };
 use serde::Serialize;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use crate::config::PortRange;
 use crate::l4::datapath::{Events, MonotonicClock};
-use crate::l4::stats::{Backends, L4Reader, Shared, Vips};
+use crate::l4::stats::{Backends, L4Reader, Shared, Views};
 use crate::route::{Proto, Vip};
 
 /// Watchers at once.
@@ -35,13 +36,9 @@ pub const MAX_WATCHERS: usize = 16;
 pub const BACKLOG: usize = 4096;
 /// Events that a watcher gets at a time, if there are as many.
 const BATCH: usize = 256;
-/// Events read before other tasks of the thread have their turn.
-const READ_AT_ONCE: usize = 1024;
 
 /// Where watchers come and go.
 pub(super) struct Tap {
-    /// Until [`Tap::pump`] takes it.
-    events: Mutex<Option<Events>>,
     sender: broadcast::Sender<PacketEvent>,
     /// One packet in how many each watcher wants.
     wants: Mutex<Wants>,
@@ -56,14 +53,24 @@ struct Wants {
 }
 
 impl Tap {
-    pub(super) fn new(events: Events, clock: MonotonicClock) -> Tap {
-        Tap {
-            events: Mutex::new(Some(events)),
-            sender: broadcast::channel(BACKLOG).0,
+    /// Starts the thread that reads the programs' reports; it ends with the process.
+    pub(super) fn start(events: Events, clock: MonotonicClock) -> anyhow::Result<Tap> {
+        let (sender, _) = broadcast::channel(BACKLOG);
+        let reports = sender.clone();
+        thread::Builder::new()
+            .name("l4-events".to_owned())
+            .spawn(move || {
+                if let Err(error) = pass_on(events, &reports) {
+                    tracing::error!(%error, "wait for sampled packets: watchers see none");
+                }
+            })
+            .context("start the thread that reads sampled packets")?;
+        Ok(Tap {
+            sender,
             wants: Mutex::default(),
             lost: AtomicU64::new(0),
             clock,
-        }
+        })
     }
 
     /// One packet in how many is to be reported; 0: none.
@@ -76,36 +83,22 @@ impl Tap {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Passes on what the programs report, for ever.
-    async fn pump(&self) -> anyhow::Result<()> {
-        let events = self.events.lock().expect("nothing panics here").take();
-        let mut events = events.context("the events are read already")?;
-        let fd = events.as_fd().try_clone_to_owned()?;
-        let readable = AsyncFd::register_with_interest(fd, Interest::READABLE)?;
-        loop {
-            let mut ready = readable.readable().await?;
-            // Cleared before the last look, so that what comes after it wakes this up again.
-            ready.clear_ready();
-            while self.pass_on(&mut events) {
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
-    /// Whether there may be more.
-    fn pass_on(&self, events: &mut Events) -> bool {
-        for _ in 0..READ_AT_ONCE {
-            let Some(event) = events.next() else {
-                return false;
-            };
-            // Nobody watches any more: the programs will stop.
-            let _ = self.sender.send(event);
-        }
-        true
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, Wants> {
         self.wants.lock().expect("nothing panics while it holds this")
+    }
+}
+
+fn pass_on(mut events: Events, watchers: &broadcast::Sender<PacketEvent>) -> nix::Result<()> {
+    loop {
+        let mut readable = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut readable, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+        for event in events.by_ref() {
+            // Where nobody watches any more, the programs are about to stop.
+            let _ = watchers.send(event);
+        }
     }
 }
 
@@ -131,7 +124,7 @@ pub struct Watcher {
     events: broadcast::Receiver<PacketEvent>,
     /// Of `vips`, which is what was published when they were made.
     backends: Backends,
-    vips: Arc<Vips>,
+    vips: Arc<Views>,
 }
 
 /// What a watcher gets.
@@ -163,14 +156,6 @@ pub struct PacketRow {
 }
 
 impl L4Reader {
-    /// Passes on what the programs report, until dropped. To be run once.
-    ///
-    /// # Errors
-    /// The ring buffer cannot be waited for.
-    pub async fn pump_events(self) -> anyhow::Result<()> {
-        self.shared.tap.pump().await
-    }
-
     /// `None`: there are [`MAX_WATCHERS`].
     pub fn watch(&self, filter: WatchFilter) -> Option<Watcher> {
         let tap = &self.shared.tap;
@@ -247,7 +232,7 @@ impl Watcher {
 /// All of a packet but its time; `None` if it is not for `only`.
 fn row(
     event: &PacketEvent,
-    vips: &Vips,
+    vips: &Views,
     backends: &Backends,
     only: Option<Vip>,
 ) -> Option<PacketRow> {
@@ -284,7 +269,7 @@ fn row(
 }
 
 /// The VIP that covers an address.
-fn vip_of(vips: &Vips, proto: u8, destination: SocketAddr) -> Option<Vip> {
+fn vip_of(vips: &Views, proto: u8, destination: SocketAddr) -> Option<Vip> {
     let proto = match proto {
         IPPROTO_TCP => Proto::Tcp,
         IPPROTO_UDP => Proto::Udp,
@@ -320,12 +305,15 @@ mod tests {
     use router_common::Addr;
 
     use super::*;
-    use crate::l4::stats::{MemberView, VipView};
+    use crate::l4::stats::{MemberState, MemberView, VipView};
 
-    fn vips() -> Vips {
+    fn vips() -> Views {
         let member = MemberView {
+            address: "10.0.0.11:8080".parse().unwrap(),
             id: Some(5),
-            ..MemberView::unreachable("10.0.0.11:8080".parse().unwrap(), 100)
+            generation: 1,
+            state: MemberState::Active,
+            weight: 100,
         };
         let view = VipView {
             members: vec![member],

@@ -33,10 +33,18 @@ pub(super) fn checks(config: &L4Config) -> Vec<Check> {
         ),
     ];
     let setting = |key: &str| read(&format!("/proc/sys/net/ipv4/{key}")) == "1";
-    checks.extend(forwarding(config.forwarding, setting("ip_forward")));
-    let strict = setting("conf/all/rp_filter");
-    checks.extend(rp_filter(config.forwarding, strict));
+    if uses(config, Forwarding::Dnat) {
+        checks.push(forwarding(setting("ip_forward")));
+    }
+    if uses(config, Forwarding::L7) {
+        checks.push(rp_filter(setting("conf/all/rp_filter")));
+    }
     checks
+}
+
+fn uses(config: &L4Config, mode: Forwarding) -> bool {
+    let mut of_vips = config.vip.iter().map(|vip| vip.forwarding);
+    config.forwarding == mode || of_vips.any(|of_vip| of_vip == Some(mode))
 }
 
 fn kernel(release: &str) -> Check {
@@ -145,29 +153,27 @@ fn ports(ours: PortRange, range: &str) -> Check {
 }
 
 /// Backends of `dnat` VIPs have the gateway as their router, also for what is no answer to a client.
-fn forwarding(mode: Forwarding, on: bool) -> Option<Check> {
-    if mode != Forwarding::Dnat {
-        return None;
-    }
-    Some(match on {
+fn forwarding(on: bool) -> Check {
+    match on {
         true => Check::good("forwarding", "net.ipv4.ip_forward = 1"),
         false => Check::hint(
             "forwarding",
             "net.ipv4.ip_forward = 0: backends reach nobody but the clients of their VIPs",
             "sysctl net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
         ),
-    })
+    }
 }
 
 /// What goes up to the proxy passes the kernel's own check of sources.
-fn rp_filter(mode: Forwarding, strict: bool) -> Option<Check> {
-    (mode == Forwarding::L7 && strict).then(|| {
-        Check::hint(
+fn rp_filter(strict: bool) -> Check {
+    match strict {
+        false => Check::good("rp_filter", "not strict"),
+        true => Check::hint(
             "rp_filter",
             "net.ipv4.conf.all.rp_filter = 1: clients whose route back is another interface are dropped",
             "sysctl net.ipv4.conf.all.rp_filter=2",
-        )
-    })
+        ),
+    }
 }
 
 fn version(release: &str) -> Option<Version> {
@@ -218,13 +224,10 @@ mod tests {
     }
 
     #[test]
-    fn hints_are_for_the_modes_they_are_about() {
-        assert_eq!(forwarding(Forwarding::Nat, false), None);
-        assert_eq!(
-            forwarding(Forwarding::Dnat, false).unwrap().verdict,
-            Verdict::Hint
-        );
-        assert_eq!(rp_filter(Forwarding::Dnat, true), None);
-        assert!(rp_filter(Forwarding::L7, true).is_some());
+    fn a_mode_is_in_use_where_any_vip_has_it() {
+        let text = "[l4]\n[[l4.vip]]\naddress = \"tcp/192.0.2.10:80\"\nforwarding = \"dnat\"\n";
+        let config = crate::config::parse(text).unwrap().l4;
+        assert!(uses(&config, Forwarding::Nat) && uses(&config, Forwarding::Dnat));
+        assert!(!uses(&config, Forwarding::L7));
     }
 }

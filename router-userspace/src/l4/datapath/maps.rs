@@ -18,7 +18,7 @@ use crate::config::L4Limits;
 use crate::l4::plan::{Installed, MapOp};
 
 /// Source prefixes of all VIPs together. Memory is taken for those there are.
-const MAX_SOURCES: u32 = 65_536;
+const MAX_SOURCES: u32 = 1 << 17;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
 const HEADS_PER_VIP: u32 = 4;
 

@@ -61,6 +61,7 @@ fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize])
             now: Instant::now(),
             unhealthy: &unhealthy,
             panic: false,
+            draining: &imbl::HashSet::new(),
             tried,
         },
         rng,
@@ -124,6 +125,7 @@ fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
             now,
             unhealthy: &unhealthy,
             panic: false,
+            draining: &imbl::HashSet::new(),
             tried: &[],
         };
         for _ in 0..8 {

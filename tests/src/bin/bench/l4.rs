@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use aya::Ebpf;
 use aya::maps::{Array, MapData, ProgramArray};
-use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunAttrs, TestRunOptions, Xdp};
 use etherparse::PacketBuilder;
 use viaduct::config::{FlowTimeouts, L4Config, L4Limits, PortRange};
 use viaduct::l4::datapath::{Datapath, Options};
@@ -28,6 +28,8 @@ const ROUNDS: usize = 7;
 const RUNS: u32 = 200_000;
 /// Addresses and ports end here in a frame without options.
 const HEADERS_LEN: usize = 54;
+/// Frames at once of those that really go somewhere, as a driver hands over in one poll.
+const BATCH: u32 = 64;
 const BACKENDS: u8 = 8;
 const VIP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 10), 9090);
 /// Kernel: include/uapi/linux/bpf.h, `enum xdp_action`.
@@ -75,17 +77,17 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
     Ok(report)
 }
 
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
+pub(crate) const SYN: u8 = 0x02;
+pub(crate) const ACK: u8 = 0x10;
 
 /// The addresses of one flow's packets, in one direction.
 #[derive(Clone, Copy)]
-struct Flow {
-    source: Ipv4Addr,
-    destination: Ipv4Addr,
-    source_port: u16,
-    destination_port: u16,
-    flags: u8,
+pub(crate) struct Flow {
+    pub(crate) source: Ipv4Addr,
+    pub(crate) destination: Ipv4Addr,
+    pub(crate) source_port: u16,
+    pub(crate) destination_port: u16,
+    pub(crate) flags: u8,
 }
 
 impl Flow {
@@ -169,6 +171,8 @@ fn gateway() -> anyhow::Result<Datapath> {
         ticks_per_second: gateway.ticks_per_second(),
         next_hops: &next_hops,
         unhealthy: &Default::default(),
+        panic_threshold: 0,
+        draining: &imbl::HashSet::new(),
     };
     let vip = Vip {
         proto: Proto::Tcp,
@@ -225,19 +229,20 @@ fn open(gateway: &mut Datapath, requests: &[Flow]) -> anyhow::Result<Vec<Flow>> 
 }
 
 /// The harness program and its maps.
-struct Harness {
+pub(crate) struct Harness {
     ebpf: Ebpf,
     frame: Array<MapData, [u16; HEADERS_LEN / 2]>,
     flows: Array<MapData, [u32; 3]>,
     runs: Array<MapData, [u32; 3]>,
     target: ProgramArray<MapData>,
-    empty: ProgramFd,
+    /// Passes every packet.
+    pub(crate) empty: ProgramFd,
     /// Keeps `empty` loaded.
     _pass: Ebpf,
 }
 
 impl Harness {
-    fn load() -> anyhow::Result<Harness> {
+    pub(crate) fn load() -> anyhow::Result<Harness> {
         ensure!(
             !BENCH_PROGRAM.is_empty(),
             "built without the BPF programs: run `cargo xtask setup`"
@@ -264,7 +269,7 @@ impl Harness {
     }
 
     /// Prepares runs over `flows`, a power of two of them; `fresh` gives every run a source of its own.
-    fn lay(&mut self, flows: &[Flow], fresh: bool) -> anyhow::Result<()> {
+    pub(crate) fn lay(&mut self, flows: &[Flow], fresh: bool) -> anyhow::Result<()> {
         let frame = flows[0].frame()?;
         let mut halfwords = [0; HEADERS_LEN / 2];
         for (halfword, octets) in halfwords.iter_mut().zip(frame.chunks_exact(2)) {
@@ -276,6 +281,32 @@ impl Harness {
         }
         self.runs
             .set(0, [0, flows.len() as u32 - 1, u32::from(fresh)], 0)?;
+        Ok(())
+    }
+
+    /// Sends `packets` through `target` as if they had come in by the interface `ifindex` of the
+    /// caller's namespace; without a target they are dropped. What becomes of them happens: the
+    /// kernel's stack gets what is passed, an interface what is redirected to it.
+    pub(crate) fn send(
+        &mut self,
+        target: Option<&ProgramFd>,
+        ifindex: u32,
+        packets: u32,
+    ) -> anyhow::Result<()> {
+        match target {
+            Some(target) => self.target.set(0, target, 0)?,
+            None => self.target.clear_index(&0)?,
+        }
+        let frame = [0; HEADERS_LEN + 10];
+        // Kernel: include/uapi/linux/bpf.h, `struct xdp_md`.
+        let context = [0, frame.len() as u32, 0, ifindex, 0, 0].map(u32::to_ne_bytes);
+        program(&mut self.ebpf, "bench")?.test_run(TestRunOptions {
+            data_in: Some(&frame),
+            ctx_in: Some(context.as_flattened()),
+            repeat: packets,
+            attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
+            ..TestRunOptions::default()
+        })?;
         Ok(())
     }
 
@@ -301,7 +332,7 @@ impl Harness {
     }
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+pub(crate) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
     Ok(ebpf
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?

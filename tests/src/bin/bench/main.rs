@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod ipvs;
 mod l4;
 mod l7;
 mod report;
@@ -20,7 +21,7 @@ use crate::report::Report;
 #[derive(Parser)]
 #[command(name = "bench", about = "Measure the gateway")]
 struct Cli {
-    /// What to measure; without a name, everything
+    /// What to measure; without a name, everything but ipvs
     which: Option<Bench>,
     /// One JSON object a line instead of a table
     #[arg(long)]
@@ -35,18 +36,20 @@ enum Bench {
     L7,
     /// Registrations over NATS, and how soon they are served
     Routes,
+    /// The gateway beside IPVS, in the machine of `cargo xtask bench ipvs`
+    Ipvs,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let chosen = cli
-        .which
-        .map_or(Bench::value_variants().to_vec(), |bench| vec![bench]);
+    let all = vec![Bench::L4, Bench::L7, Bench::Routes];
+    let chosen = cli.which.map_or(all, |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
             Bench::L4 => l4::measure(),
             Bench::L7 => l7::measure(),
             Bench::Routes => routes::measure(),
+            Bench::Ipvs => ipvs::measure(),
         };
         match measured {
             Ok(report) => print(&report, cli.json),
