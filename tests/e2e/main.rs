@@ -16,4 +16,5 @@ mod l7;
 mod lab;
 mod restart;
 mod routes;
+mod seeing;
 mod start;
