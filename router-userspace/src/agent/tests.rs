@@ -182,10 +182,10 @@ async fn a_vip_is_in_panic_while_too_few_are_healthy() {
     let mut config = Config::default();
     config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
     config.health.panic_threshold = 60;
-    let reloaded = Event::Reload(Box::new(config.clone()));
-    let snapshot = gateway.send([reloaded.clone()]).await;
+    let reloaded = || Event::Reload(Box::new(config.clone()));
+    let snapshot = gateway.send([reloaded()]).await;
     assert!(in_panic(&snapshot));
-    let again = gateway.send([reloaded]).await;
+    let again = gateway.send([reloaded()]).await;
     assert_eq!(again.revision, snapshot.revision, "nothing is published");
     let snapshot = gateway.send([health(1, true)]).await;
     assert!(!in_panic(&snapshot), "three of four are healthy");

@@ -139,6 +139,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_vip_is_listed_with_what_layer_4_makes_of_it() {
+        let row = json!({
+            "vip": "tcp/192.0.2.1:80", "forwarding": "ipip",
+            "backends": [{ "address": "1", "state": "active" }, { "address": "2", "state": "refused" }],
+        });
+        let rows = vip_members(&row);
+        assert_eq!(rows[0][..4], ["tcp/192.0.2.1:80", "ipip", "1", "active"]);
+        assert_eq!(rows[1][..4], ["", "", "2", "refused"]);
+        let row = json!({ "vip": "tcp/192.0.2.1:80", "forwarding": "l7", "backends": [] });
+        let rows = vip_members(&row);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0][..3], ["tcp/192.0.2.1:80", "l7", "-"]);
+    }
+
+    #[test]
     fn a_pool_is_listed_under_one_name() {
         let row = json!({ "route": "a.x", "backends": [{ "address": "1", "healthy": false }, {}] });
         let rows = members(&row, "route");

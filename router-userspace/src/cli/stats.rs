@@ -184,21 +184,6 @@ mod tests {
         assert_eq!(rows, [["a.b", "1"], ["v.pass", "2"], ["w.0.x", "-"]]);
     }
 
-    #[test]
-    fn a_vip_is_listed_with_what_layer_4_makes_of_it() {
-        let row = json!({
-            "vip": "tcp/192.0.2.1:80", "forwarding": "ipip",
-            "backends": [{ "address": "1", "state": "active" }, { "address": "2", "state": "refused" }],
-        });
-        let rows = vip_members(&row);
-        assert_eq!(rows[0][..4], ["tcp/192.0.2.1:80", "ipip", "1", "active"]);
-        assert_eq!(rows[1][..4], ["", "", "2", "refused"]);
-        let row = json!({ "vip": "tcp/192.0.2.1:80", "forwarding": "l7", "backends": [] });
-        let rows = vip_members(&row);
-        assert_eq!(rows.len(), 1);
-        assert_eq!(rows[0][..3], ["tcp/192.0.2.1:80", "l7", "-"]);
-    }
-
     fn stats(packets: u64, backend_packets: u64) -> Value {
         json!({ "uptime_seconds": 5, "l4": { "active_flows": 2, "vips": [{
             "vip": "tcp/192.0.2.10:80", "active_flows": 2, "packets": packets, "bytes": 0,

@@ -157,6 +157,7 @@ fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
             now,
             unhealthy: &snapshot.unhealthy,
             panic: true,
+            draining: &imbl::HashSet::new(),
             tried: &[],
         };
         let mut picked = [0; 3];
