@@ -5,7 +5,8 @@
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
 //! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
-//! connections to VIPs of the proxy to it.
+//! connections to VIPs of the proxy to it, and the programs of [`local`] translate at the sockets of
+//! this host.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -25,6 +26,7 @@ mod explain;
 mod flows;
 mod frame;
 mod icmp;
+mod local;
 mod maps;
 mod packet;
 mod quic;
@@ -40,8 +42,8 @@ mod vip;
 
 use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
-use aya_ebpf::macros::{classifier, xdp};
-use aya_ebpf::programs::{TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
 use router_common::{ClockSample, Mode, Verdict, vip_flags};
 
 use crate::flows::Steered;
@@ -87,10 +89,10 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
     };
     let packet = &scratch.packet;
     if packet.fragment == Fragment::LATER {
-        return frame.later_fragment();
+        return deliver_unanswered(frame, frame.later_fragment());
     }
     if packet.is_icmp() {
-        return frame.icmp();
+        return deliver_unanswered(frame, frame.icmp());
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {
@@ -103,6 +105,20 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return frame.lead_back();
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+/// Sends on what a stage found a backend for, but answers nothing: neither ICMP errors nor later
+/// fragments may be answered by an error (RFC 1122 §3.2.2).
+#[inline(always)]
+fn deliver_unanswered<F: Frame>(frame: &F, found: Outcome) -> Outcome {
+    if !found.goes_on() {
+        return found;
+    }
+    let outcome = frame.deliver();
+    if outcome.is(Verdict::TooBig) {
+        return Outcome::refused(Verdict::DoesNotFit);
+    }
+    outcome
 }
 
 /// A client's packet, to its backend.
@@ -270,7 +286,36 @@ fn later_fragment<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         new: false,
         verdict: Verdict::Forwarded,
     };
-    Ok(frame.deliver())
+    Ok(Outcome::NEXT)
+}
+
+/// Declares the programs of a cgroup that are about a socket's peer.
+macro_rules! peers {
+    ($(($hook:ident, $program:ident, $does:expr),)*) => {
+        $(
+            #[cgroup_sock_addr($hook)]
+            fn $program(ctx: SockAddrContext) -> i32 {
+                $does(&ctx)
+            }
+        )*
+    };
+}
+
+peers!(
+    (connect4, local_connect4, local::connect::<false>),
+    (connect6, local_connect6, local::connect::<true>),
+    (sendmsg4, local_sendmsg4, local::send::<false>),
+    (sendmsg6, local_sendmsg6, local::send::<true>),
+    (recvmsg4, local_recvmsg4, local::receive::<false>),
+    (recvmsg6, local_recvmsg6, local::receive::<true>),
+    (getpeername4, local_getpeername4, local::name_peer::<false>),
+    (getpeername6, local_getpeername6, local::name_peer::<true>),
+);
+
+/// A socket of this host that is no more.
+#[cgroup_sock(sock_release)]
+fn local_release(ctx: SockContext) -> i32 {
+    local::release(&ctx)
 }
 
 /// Drops what the flow table no longer needs; see [`sweep::run`].

@@ -51,7 +51,7 @@ pub fn deliver<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
 }
 
 #[inline(always)]
-pub fn to_backend<F: Frame>(
+fn to_backend<F: Frame>(
     frame: &F,
     packet: &Packet,
     steered: &Steered,

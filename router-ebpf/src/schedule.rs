@@ -58,11 +58,8 @@ pub fn member(vip: Vip, id: u32) -> Option<&'static BackendEntry> {
 /// The backend for a new flow.
 #[inline(always)]
 pub fn choose<F: Frame>(vip: Vip, slot: RingSlot, hash: u64, now: u32) -> Result<u32, Verdict> {
-    if vip.entry.backends == 0 {
-        return Err(Verdict::NoBackend);
-    }
-    if vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash() {
-        return Ok(slot.current());
+    if let Some(id) = at_once(vip, slot)? {
+        return Ok(id);
     }
     match slow(vip.index, slot.0, hash, now, F::DRY.into()) {
         0 => Err(Verdict::Internal),
@@ -70,22 +67,38 @@ pub fn choose<F: Frame>(vip: Vip, slot: RingSlot, hash: u64, now: u32) -> Result
     }
 }
 
-/// The schedulers that keep count, and affinity in front of any, for the packet in the scratch; 0 if
-/// that cannot be. Verified by itself, as [`crate::stage`] explains.
+/// The backend for a new flow where it takes no more than the ring to know.
+#[inline(always)]
+pub fn at_once(vip: Vip, slot: RingSlot) -> Result<Option<u32>, Verdict> {
+    if vip.entry.backends == 0 {
+        return Err(Verdict::NoBackend);
+    }
+    let by_ring = vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash();
+    Ok(by_ring.then_some(slot.current()))
+}
+
+/// [`balanced`] for the packet in the scratch. Verified by itself, as [`crate::stage`] explains.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn slow(vip: u32, slot: u32, hash: u64, now: u32, dry: u32) -> u64 {
-    let (Ok(settings), Ok(scratch), Some(vip)) = (maps::settings(), scratch::get(), Vip::at(vip))
-    else {
+    let (Ok(scratch), Some(vip)) = (scratch::get(), Vip::at(vip)) else {
         return 0;
     };
-    let (packet, slot) = (&scratch.packet, RingSlot(slot));
+    balanced(&scratch.packet.key, vip, RingSlot(slot), hash, now, dry)
+}
+
+/// The schedulers that keep count, and affinity in front of any; 0 if that cannot be.
+#[inline(always)]
+pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dry: u32) -> u64 {
+    let Ok(settings) = maps::settings() else {
+        return 0;
+    };
     if vip.entry.affinity == 0 {
         return scheduled(vip, slot, hash, dry).into();
     }
     let client = FlowKey {
-        ports: Ports::new(0, packet.key.ports.destination()),
-        ..packet.key
+        ports: Ports::new(0, key.ports.destination()),
+        ..*key
     };
     let client_hash = client.hash(&settings.hash_keys) ^ AFFINITY_SALT;
     let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Affinity as u8;
@@ -152,13 +165,15 @@ fn scheduled(vip: Vip, slot: RingSlot, hash: u64, dry: u32) -> u32 {
     }
 }
 
-/// Flows of a backend for its weight, as a fraction with 1000 * 2^16 below.
+/// Flows of a backend, packets' and local clients', for its weight, as a fraction with 1000 * 2^16 below.
 #[inline(always)]
 fn load_of(id: u32) -> u64 {
     let (Some(load), Some(backend)) = (maps::BACKEND_LOAD.get(id), maps::BACKENDS.get(id)) else {
         return u64::MAX;
     };
-    let flows = if load.flows < 0 { 0 } else { load.flows as u64 };
+    let local = maps::LOCAL_FLOWS.get(id).map_or(0, crate::verifier::load) as i64;
+    let flows = load.flows + local;
+    let flows = if flows < 0 { 0 } else { flows as u64 };
     let weight = if backend.weight == 0 {
         1
     } else {

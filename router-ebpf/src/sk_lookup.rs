@@ -9,7 +9,9 @@ use aya_ebpf::bindings::sk_action::SK_PASS;
 use aya_ebpf::macros::{map, sk_lookup};
 use aya_ebpf::maps::SockMap;
 use aya_ebpf::programs::SkLookupContext;
-use router_common::{Addr, FlowKey, IPPROTO_TCP, LISTENER_V4, LISTENER_V6, LISTENERS as COUNT, Mode, Ports};
+use router_common::{
+    Addr, FlowKey, IPPROTO_TCP, LISTENER_V4, LISTENER_V6, LISTENERS as COUNT, Mode, Ports,
+};
 
 use crate::{maps, vip};
 
@@ -30,8 +32,13 @@ fn viaduct_sk_lookup(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 fn hand_up(ctx: &SkLookupContext) -> Option<()> {
     // SAFETY: the kernel's own context, whose fields the verifier lets be read one by one.
-    let (protocol, family, port) =
-        unsafe { ((*ctx.lookup).protocol, (*ctx.lookup).family, (*ctx.lookup).local_port) };
+    let (protocol, family, port) = unsafe {
+        (
+            (*ctx.lookup).protocol,
+            (*ctx.lookup).family,
+            (*ctx.lookup).local_port,
+        )
+    };
     if protocol != IPPROTO_TCP as u32 {
         return None;
     }

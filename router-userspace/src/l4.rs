@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use router_common::{BackendCounters, Mode};
 use tokio::sync::mpsc;
 
-use crate::config::{L4Config, PortRange};
+use crate::config::{L4Config, LocalClients, PortRange};
 use crate::event::Event;
 use crate::l4::datapath::Datapath;
 use crate::l4::local_routes::LocalRoutes;
@@ -168,7 +168,26 @@ impl L4 {
         }
         l4.local_routes.remove_unused();
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
+        l4.attach_local(config)?;
         Ok(l4)
+    }
+
+    /// Clients on this host are served where that can be; where it was asked for, it must.
+    fn attach_local(&mut self, config: &L4Config) -> anyhow::Result<()> {
+        match self.datapath.attach_local(&config.local_clients) {
+            Ok(Some(cgroup)) => {
+                tracing::info!(cgroup = %cgroup.display(), "clients on this host may dial VIPs");
+            }
+            Ok(None) if config.local_clients == LocalClients::Auto => {
+                tracing::info!("no cgroup2 is mounted: clients on this host cannot dial VIPs");
+            }
+            Ok(None) => {}
+            Err(error) if config.local_clients == LocalClients::Auto => {
+                tracing::warn!("clients on this host cannot dial VIPs: {error:#}");
+            }
+            Err(error) => return Err(error.context("l4.local_clients")),
+        }
+        Ok(())
     }
 
     /// Has connections to VIPs of `l7` mode handed to these listeners of the proxy.
@@ -239,6 +258,9 @@ impl L4 {
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
     pub fn tick(&mut self, now: Instant) {
         self.datapath.forward_logs();
+        if self.datapath.is_refused() {
+            self.follow_interfaces();
+        }
         self.write_backlog();
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");

@@ -12,8 +12,8 @@ use viaduct::config::Attach;
 /// One on a port, and one of each family on any: the proxy listens on none of these.
 const VIPS: [&str; 3] = [
     "tcp/192.0.2.20:8088",
-    "tcp/192.0.2.21:0-65535",
-    "tcp/[2001:db8::20]:0-65535",
+    "tcp/192.0.2.21:*",
+    "tcp/[2001:db8::20]:*",
 ];
 const SERVED: [&str; 4] = [
     "192.0.2.20:8088",
@@ -103,7 +103,9 @@ fn get(site: &Site, address: &str) -> Option<u16> {
 fn local_routes(site: &Site) -> String {
     let routes = |family: &str| {
         let mut ip = site.lab.gateway.command("ip");
-        let output = ip.args([family, "route", "show", "table", "local"]).output();
+        let output = ip
+            .args([family, "route", "show", "table", "local"])
+            .output();
         String::from_utf8(output.unwrap().stdout).unwrap()
     };
     let all = routes("-4") + &routes("-6");

@@ -14,6 +14,7 @@ mod health;
 mod l4;
 mod l7;
 mod lab;
+mod local;
 mod restart;
 mod routes;
 mod seeing;

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use router_common::Mode;
 use serde::{Deserialize, Serialize};
 
 use crate::l4::{MemberState, Views, mode_name, scheduler_name};
@@ -121,7 +122,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
     ))
 }
 
-/// The VIPs that are registered, and those that layer 4 serves without.
+/// The VIPs that are registered, and those that the proxy on this host serves without.
 pub fn vips(
     snapshot: &Snapshot,
     served: &Views,
@@ -129,7 +130,8 @@ pub fn vips(
 ) -> Result<Page<VipRow>, String> {
     let after = request.after.as_deref().map(str::parse::<Vip>).transpose();
     let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
-    for vip in snapshot.vips.keys().chain(served.keys()) {
+    let l7 = served.iter().filter(|(_, view)| view.mode == Mode::L7);
+    for vip in snapshot.vips.keys().chain(l7.map(|(vip, _)| vip)) {
         page.offer(*vip, || ());
     }
     Ok(page.finish(snapshot, Vip::to_string, |vip, ()| {

@@ -200,7 +200,11 @@ fn a_vip_that_needs_no_registration_is_listed_beside_those_that_do() {
     let declared = "tcp/192.0.2.1:9-11".parse().unwrap();
     let mut view = VipView::default();
     view.mode = router_common::Mode::L7;
-    let served = Views::unit(declared, Arc::new(view));
+    let drains = "tcp/192.0.2.2:80".parse().unwrap();
+    let served = Views::from_iter([
+        (declared, Arc::new(view)),
+        (drains, Arc::new(VipView::default())),
+    ]);
     let rows = walk(|request| listing::vips(&snapshot(), &served, request));
     assert_eq!(rows.len(), 26);
     let row = rows.iter().find(|row| row.vip == declared.to_string());

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use aya::maps::{Array, Map, MapData, SockMap};
+use aya::programs::links::FdLink;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{HASH_WORDS, Settings};
@@ -24,16 +25,19 @@ mod counters;
 mod events;
 mod flows;
 mod hand_up;
+mod links;
+mod local;
 mod maps;
 mod programs;
 mod run;
 mod settings;
 
-pub(super) use attach::release;
 pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
 pub use events::Events;
 pub use flows::{Flow, Flows};
+pub(super) use links::release;
+pub use local::cgroup2_mount;
 pub use programs::Loaded;
 pub use run::Run;
 pub use settings::MonotonicClock;
@@ -72,6 +76,8 @@ pub struct Datapath {
     flows: Flows,
     logger: EbpfLogger<&'static dyn log::Log>,
     attachments: attach::Attachments,
+    /// Held while nothing is pinned: dropping a link detaches it.
+    local: Vec<FdLink>,
     /// Held for the sockets in it.
     listeners: Option<SockMap<MapData>>,
 }
@@ -115,6 +121,7 @@ impl Datapath {
             logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
+            local: Vec::new(),
             listeners: None,
             ebpf,
         })

@@ -71,6 +71,11 @@ pub fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
+/// Where the link of a program for clients on this host is pinned.
+pub(super) fn local_link(pin_path: &Path, program: &str) -> PathBuf {
+    pin_path.join(LINKS).join(program)
+}
+
 /// A pinned link, or, of a hook whose link cannot be pinned, the pinned program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkPin {
@@ -152,7 +157,13 @@ mod tests {
             assert_eq!(pin.path, Path::new("/pins/links").join(name));
             assert_eq!(LinkPin::read(pin.path.clone()), Some(pin));
         }
-        for name in ["eth0", "eth0:7", "eth0:7:other", "eth0:x:native"] {
+        for name in [
+            "eth0",
+            "local_connect4:new",
+            "eth0:7",
+            "eth0:7:other",
+            "eth0:x:native",
+        ] {
             assert_eq!(LinkPin::read(Path::new("/pins/links").join(name)), None);
         }
     }

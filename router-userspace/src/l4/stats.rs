@@ -71,14 +71,19 @@ impl L4Reader {
                 None => (BackendCounters::default(), 0),
             };
             total += counters;
-            active_flows += flows;
+            let local_flows = match member.id {
+                Some(id) => self.shared.counters.local_flows(id)?,
+                None => 0,
+            };
+            active_flows += flows + local_flows;
             backends.push(BackendStats {
                 address: member.address,
                 weight: member.weight,
                 draining: member.state == MemberState::Draining,
                 reachable: member.id.is_some(),
                 refused: member.state.refusal(),
-                active_flows: flows,
+                active_flows: flows + local_flows,
+                local_flows,
                 moved: Moved::from(counters),
             });
         }
@@ -137,6 +142,8 @@ pub struct BackendStats {
     pub reachable: bool,
     pub refused: Option<String>,
     pub active_flows: u64,
+    /// Those of clients on this host, whose packets nobody counts.
+    pub local_flows: u64,
     #[serde(flatten)]
     pub moved: Moved,
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::Check;
 use crate::config::{Forwarding, L4Config, PortRange};
-use crate::l4::datapath::missing_capabilities;
+use crate::l4::datapath::{cgroup2_mount, missing_capabilities};
 use crate::l4::pins::is_bpffs;
 
 /// The oldest kernel that the programs are tested on.
@@ -26,7 +26,7 @@ pub(super) fn checks(config: &L4Config) -> Vec<Check> {
         btf(Path::new("/sys/kernel/btf/vmlinux").exists()),
         capabilities(),
         bpffs(config),
-        cgroup2(&read("/proc/mounts")),
+        cgroup2(&read("/proc/self/mounts")),
         ports(
             config.nat_ports,
             &read("/proc/sys/net/ipv4/ip_local_port_range"),
@@ -112,13 +112,8 @@ fn bpffs(config: &L4Config) -> Check {
 
 /// Where programs for clients on this host attach.
 fn cgroup2(mounts: &str) -> Check {
-    let mount = mounts.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let path = words.next()?;
-        (words.next()? == "cgroup2").then_some(path)
-    });
-    match mount {
-        Some(path) => Check::good("cgroup2", path),
+    match cgroup2_mount(mounts) {
+        Some(path) => Check::good("cgroup2", path.display().to_string()),
         None => Check::hint(
             "cgroup2",
             "not mounted: clients on this host cannot dial VIPs",

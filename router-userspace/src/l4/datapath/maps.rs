@@ -9,8 +9,9 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, FLOW_WAYS, FlowBucket, FlowEntry, LAYOUT,
-    PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell, ReturnBucket, Ring, RingSlot,
-    SOURCE_RATE_CELLS, Settings, SourceKey, SweepRequest, Verdict, VipEntry,
+    LocalPeer, LocalSocket, PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell,
+    ReturnBucket, Ring, RingSlot, SOURCE_RATE_CELLS, Settings, SourceKey, SweepRequest, Verdict,
+    VipEntry,
 };
 
 use super::{array, take};
@@ -19,6 +20,8 @@ use crate::l4::plan::{Installed, MapOp};
 
 /// Source prefixes of all VIPs together. Memory is taken for those there are.
 const MAX_SOURCES: u32 = 1 << 17;
+/// Entries of `LOCAL_PEERS`: half as many pairs of a socket and a VIP it sends datagrams to. 7 MiB.
+const MAX_LOCAL_PEERS: u32 = 65_536;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
 const HEADS_PER_VIP: u32 = 4;
 
@@ -32,7 +35,7 @@ pub(super) struct Shape {
 
 /// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS` and the log) are the
 /// agent's own.
-pub(super) fn shapes(limits: &L4Limits) -> [Shape; 20] {
+pub(super) fn shapes(limits: &L4Limits) -> [Shape; 23] {
     let buckets = buckets(limits);
     let backends = limits.backends + 1;
     let vips = limits.vips;
@@ -56,6 +59,9 @@ pub(super) fn shapes(limits: &L4Limits) -> [Shape; 20] {
         shape::<RateCell>("SOURCE_RATES", Some(SOURCE_RATE_CELLS)),
         shape::<RateCell>("VIP_RATES", Some(vips)),
         shape::<u32>("QUIC_SERVERS", Some(limits.backends)),
+        shape::<LocalSocket>("LOCAL_SOCKETS", None),
+        shape::<LocalPeer>("LOCAL_PEERS", Some(MAX_LOCAL_PEERS)),
+        shape::<u64>("LOCAL_FLOWS", Some(backends)),
         shape::<u64>("VERDICTS", Some(Verdict::COUNT)),
     ]
 }
@@ -176,6 +182,7 @@ pub(super) struct Maps {
     pub(super) backend_load: Array<MapData, BackendLoad>,
     pub(super) backend_flows: Array<MapData, u32>,
     pub(super) moved_flows: Array<MapData, u32>,
+    local_flows: Array<MapData, u64>,
     sources: LpmTrie<MapData, SourceKey, u32>,
     quic_servers: HashMap<MapData, QuicKey, u32>,
     sweep: Array<MapData, SweepRequest>,
@@ -199,6 +206,7 @@ impl Maps {
             backend_load: array(ebpf, "BACKEND_LOAD")?,
             backend_flows: array(ebpf, "BACKEND_FLOWS")?,
             moved_flows: array(ebpf, "MOVED_FLOWS")?,
+            local_flows: array(ebpf, "LOCAL_FLOWS")?,
             sources: LpmTrie::try_from(take(ebpf, "SOURCES")?)?,
             quic_servers: HashMap::try_from(take(ebpf, "QUIC_SERVERS")?)?,
             sweep: array(ebpf, "SWEEP")?,
@@ -316,6 +324,7 @@ impl Maps {
         self.backend_counters.set(id, zero, 0)?;
         self.backend_load.set(id, BackendLoad::default(), 0)?;
         self.backend_flows.set(id, 0, 0)?;
+        self.local_flows.set(id, 0, 0)?;
         Ok(())
     }
 }

@@ -70,13 +70,16 @@ pub(super) fn classifier<'a>(
         .with_context(|| format!("{name} is no classifier"))
 }
 
-fn load_one(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<u32> {
+/// Hands one program to the kernel; how many instructions the verifier walked through.
+pub(super) fn load_one(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<u32> {
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?;
     match program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => bail!("program {name} is of another kind"),
     }
