@@ -89,14 +89,10 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
     };
     let packet = &scratch.packet;
     if packet.fragment == Fragment::LATER {
-        return frame.later_fragment();
+        return deliver_unanswered(frame, frame.later_fragment());
     }
     if packet.is_icmp() {
-        let outcome = frame.icmp();
-        if outcome.goes_on() {
-            return frame.deliver();
-        }
-        return outcome;
+        return deliver_unanswered(frame, frame.icmp());
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {
@@ -109,6 +105,20 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return frame.lead_back();
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+/// Sends on what a stage found a backend for, but answers nothing: neither ICMP errors nor later
+/// fragments may be answered by an error (RFC 1122 §3.2.2).
+#[inline(always)]
+fn deliver_unanswered<F: Frame>(frame: &F, found: Outcome) -> Outcome {
+    if !found.goes_on() {
+        return found;
+    }
+    let outcome = frame.deliver();
+    if outcome.is(Verdict::TooBig) {
+        return Outcome::refused(Verdict::DoesNotFit);
+    }
+    outcome
 }
 
 /// A client's packet, to its backend.
@@ -280,7 +290,7 @@ fn later_fragment<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         new: false,
         verdict: Verdict::Forwarded,
     };
-    Ok(frame.deliver())
+    Ok(Outcome::NEXT)
 }
 
 /// Declares the programs of a cgroup that are about a socket's peer.

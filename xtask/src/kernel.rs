@@ -46,7 +46,7 @@ const IPVS: &[&str] = &["ipvsadm", "libnl-3-200", "libnl-genl-3-200", "libpopt0"
 
 const MEMORY: &str = "2G";
 /// Seconds after which the machine is killed.
-const DEADLINE: &str = "900";
+const DEADLINE: &str = "1200";
 
 /// Runs the tests on Debian's stock kernel of `version`; `filter` goes to each test binary instead
 /// of our own choice.

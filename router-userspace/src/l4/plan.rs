@@ -163,6 +163,10 @@ pub struct World<'a> {
     pub ticks_per_second: f64,
     pub next_hops: &'a HashMap<IpAddr, NextHop>,
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+    /// Percent of a VIP's backends that must be healthy; with fewer, all are used.
+    pub panic_threshold: u8,
+    /// Backends that an operator has drained.
+    pub draining: &'a imbl::HashSet<SocketAddr>,
 }
 
 impl World<'_> {
@@ -347,7 +351,8 @@ impl Planner {
             if changed {
                 of_vip.push(planned.write_ring());
             }
-            if settled && planned.track_until.is_some_and(|until| until <= now) {
+            let waited = planned.track_until.is_some_and(|until| until <= now);
+            if waited && (settled || planned.always_asks()) {
                 self.end_track(&mut planned, &mut of_vip);
             }
             self.vips.insert(vip, planned);
@@ -541,7 +546,7 @@ impl PlannedVip {
                     ring::Kind::Maglev
                 }
             },
-            remembers: scheduler.is_hash() && !mode.translates(),
+            remembers: decides(scheduler, mode),
             members: members.collect(),
         }
     }
@@ -573,6 +578,13 @@ impl PlannedVip {
         }
     }
 
+    /// Whether the flow table is asked for every packet, of whatever flows the ring knows.
+    fn always_asks(&self) -> bool {
+        let published = self.published.unwrap_or_default();
+        let scheduler = Scheduler::from_bits(published.scheduler);
+        self.tracks || !decides(scheduler, Mode::from_bits(published.mode))
+    }
+
     fn write_ring(&self) -> MapOp {
         MapOp::SetRing {
             vip: self.index,
@@ -589,6 +601,11 @@ impl PlannedVip {
         };
         waited || self.members.values().any(member_is_due)
     }
+}
+
+/// Whether a quiet slot of the ring alone says where its flows are.
+fn decides(scheduler: Scheduler, mode: Mode) -> bool {
+    scheduler.is_hash() && !mode.translates()
 }
 
 /// An entry of which nothing is said but what it covers.

@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_mode_is_in_use_where_any_vip_has_it() {
-        let text = "[l4]\n[[l4.vip]]\naddress = \"tcp/192.0.2.10:80\"\nforwarding = \"dnat\"\n";
+        let text = "[l4]\nvip_ranges = [\"192.0.2.0/24\"]\n[[l4.vip]]\naddress = \"tcp/192.0.2.10:80\"\nforwarding = \"dnat\"\n";
         let config = crate::config::parse(text).unwrap().l4;
         assert!(uses(&config, Forwarding::Nat) && uses(&config, Forwarding::Dnat));
         assert!(!uses(&config, Forwarding::L7));

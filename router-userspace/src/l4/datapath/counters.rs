@@ -52,7 +52,9 @@ impl Counters {
 
     /// Sockets of this host that are connected to a backend.
     pub fn local_flows(&self, id: u32) -> anyhow::Result<u64> {
-        self.0.local_flows.get(&id, 0).context("read LOCAL_FLOWS")
+        let flows = self.0.local_flows.get(&id, 0).context("read LOCAL_FLOWS")?;
+        // Below 0 where sockets end that were there before counting began anew.
+        Ok(flows.cast_signed().max(0).unsigned_abs())
     }
 
     /// What a backend is doing.

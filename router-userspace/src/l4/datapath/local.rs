@@ -79,11 +79,17 @@ impl Datapath {
         let Some(pin_path) = &self.pin_path else {
             return Ok(());
         };
+        let mut were_there = false;
         for name in PROGRAMS.into_iter().rev() {
             let pin = pins::local_link(pin_path, name);
             if pin.exists() {
                 fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+                were_there = true;
             }
+        }
+        if were_there {
+            // Nobody hears of the ends of the sockets that are open.
+            self.maps.clear_local_flows()?;
         }
         Ok(())
     }

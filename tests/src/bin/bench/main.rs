@@ -9,6 +9,7 @@
 mod ipvs;
 mod l4;
 mod l7;
+mod local;
 mod report;
 mod routes;
 
@@ -34,6 +35,8 @@ enum Bench {
     L4,
     /// The proxy beside nginx and HAProxy
     L7,
+    /// Clients on the gateway's own host, which dial a VIP, beside dialing its backend
+    Local,
     /// Registrations over NATS, and how soon they are served
     Routes,
     /// The gateway beside IPVS, in the machine of `cargo xtask bench ipvs`
@@ -42,12 +45,13 @@ enum Bench {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let all = vec![Bench::L4, Bench::L7, Bench::Routes];
+    let all = vec![Bench::L4, Bench::L7, Bench::Local, Bench::Routes];
     let chosen = cli.which.map_or(all, |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
             Bench::L4 => l4::measure(),
             Bench::L7 => l7::measure(),
+            Bench::Local => local::measure(),
             Bench::Routes => routes::measure(),
             Bench::Ipvs => ipvs::measure(),
         };

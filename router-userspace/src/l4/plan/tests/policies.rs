@@ -309,6 +309,24 @@ fn flows_of_an_earlier_mode_are_found_until_they_are_over() {
 }
 
 #[test]
+fn flows_elsewhere_keep_no_earlier_mode_where_the_flow_table_is_asked_anyhow() {
+    for (forwarding, scheduler) in [
+        (Forwarding::Nat, Schedule::Maglev),
+        (Forwarding::Ipip, Schedule::RoundRobin),
+    ] {
+        let mut bench = Bench::new(4, 16).forwarding(Forwarding::Dnat);
+        bench.plan(vip(1), &[1]);
+        bench.config.forwarding = forwarding;
+        bench.config.scheduler = scheduler;
+        bench.plan(vip(1), &[1]);
+        bench.now += bench.config.timeouts.tcp_established;
+        bench.settle(7);
+        assert_eq!(bench.flags(), 0);
+        assert!(!bench.kernel.dnat);
+    }
+}
+
+#[test]
 fn flows_that_affinity_placed_are_found_when_it_is_switched_off() {
     let mut bench = Bench::new(4, 16).forwarding(Forwarding::Ipip);
     bench.set_policy(|vip| vip.affinity = Some(Duration::from_secs(60)));
