@@ -430,6 +430,7 @@ pub struct PacketEvent {
     /// CLOCK_MONOTONIC; 0 in `EXPLAINED`.
     pub monotonic_ns: u64,
     pub source: Addr,
+    /// Of an answer in `EVENTS`: the client that it went to.
     pub destination: Addr,
     /// Host byte order; ICMP has none.
     pub source_port: u16,
@@ -437,7 +438,7 @@ pub struct PacketEvent {
     /// Octets of the frame.
     pub len: u32,
     pub ifindex: u32,
-    /// Index of the VIP in `VIPS`, plus 1; 0: none was found.
+    /// Index of the VIP in `VIPS`, plus 1; 0: none was found, and always in `EVENTS`.
     pub vip: u32,
     /// 0: none was chosen.
     pub backend: u32,

@@ -74,10 +74,9 @@ pub fn echo<F: Frame>(frame: &F, packet: &Packet) -> Result<i32, Verdict> {
         let ip = at::<Ipv6Header>(frame, packet.l3).ok_or(Verdict::Internal)?;
         // SAFETY: as above.
         unsafe {
-            let source = (*ip).source;
-            (*ip).source = (*ip).destination;
-            (*ip).destination = source;
-            (*ip).hop_limit = HOP_LIMIT;
+            let ip = &mut *ip;
+            core::mem::swap(&mut ip.source, &mut ip.destination);
+            ip.hop_limit = HOP_LIMIT;
         }
     } else {
         let ip = at::<Ipv4Header>(frame, packet.l3).ok_or(Verdict::Internal)?;

@@ -61,9 +61,30 @@ fn sample<F: Frame>(frame: &F, verdict: u32) -> u64 {
         ..PacketEvent::default()
     };
     fill(&mut event, frame, verdict);
+    note_way(&mut event, verdict);
     record.write(event);
     record.submit(0);
     0
+}
+
+/// Where a packet went that was sent on: what the scratch says of others is of earlier ones.
+#[inline(always)]
+fn note_way(event: &mut PacketEvent, verdict: u32) {
+    const TO_BACKEND: u32 = 1 << Verdict::Forwarded as u32
+        | 1 << Verdict::NewFlow as u32
+        | 1 << Verdict::Untracked as u32;
+    let Ok(scratch) = scratch::get() else {
+        return;
+    };
+    if TO_BACKEND >> (verdict & 31) & 1 == 1 {
+        event.backend = scratch.steered.backend_id;
+        event.mode = scratch.steered.mode as u8;
+    } else if verdict == Verdict::Replied as u32 {
+        event.backend = scratch.flow.backend.into();
+        event.mode = scratch.flow.mode;
+        event.destination = scratch.flow.client;
+        event.destination_port = scratch.flow.ports.source();
+    }
 }
 
 #[inline(always)]

@@ -81,6 +81,9 @@ pub fn of_client<F: Frame>(
     let known = find(&packet.key, vip, hash, settings)?;
     *scratch.0 = hash;
     *scratch.1 = known.unwrap_or(Place::NONE);
+    if F::DRY {
+        explain::note(|event| event.asked_table = 1);
+    }
     let place = known.ok_or(Verdict::NewFlow)?;
     let now = maps::now(settings);
     follow(frame, packet, vip, place, settings, now)?.ok_or(Verdict::NewFlow)
@@ -299,10 +302,7 @@ fn follow<F: Frame>(
 ) -> Result<Option<Steered>, Verdict> {
     let closed = place.slot.state() as u8 == FlowState::Closing as u8;
     if F::DRY {
-        explain::note(|event| {
-            event.asked_table = 1;
-            event.flow_state = place.slot.state() as u8;
-        });
+        explain::note(|event| event.flow_state = place.slot.state() as u8);
     }
     if closed && packet.tcp.opens() {
         return Ok(None);

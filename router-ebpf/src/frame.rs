@@ -346,7 +346,7 @@ impl Frame for Tcx<'_> {
 
     #[inline(always)]
     fn drop(&self) -> i32 {
-        TC_ACT_SHOT as i32
+        TC_ACT_SHOT
     }
 
     #[inline(always)]

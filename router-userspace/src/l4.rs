@@ -23,12 +23,15 @@ use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
 use crate::l4::stats::{MemberView, Shared};
+use crate::l4::watch::Tap;
 use crate::route::{Backend, Origin, Pool, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 mod clsact;
 pub mod datapath;
 mod detach;
+pub mod explain;
+pub mod flow_list;
 pub(crate) mod interface;
 mod local_routes;
 pub mod maglev;
@@ -37,8 +40,11 @@ pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;
 pub mod policy;
+pub mod probe;
 mod round_robin;
 mod stats;
+mod unanswered;
+pub mod watch;
 pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
@@ -76,6 +82,7 @@ pub struct L4 {
     /// What the last plan of a VIP left out.
     refused: HashMap<Vip, Vec<(SocketAddr, Refusal)>>,
     sweep: Sweep,
+    unanswered: unanswered::Watch,
     shared: Arc<Shared>,
 }
 
@@ -116,13 +123,24 @@ impl L4 {
             ticks_per_second: datapath.ticks_per_second(),
             next_hops: &HashMap::new(),
             unhealthy: &imbl::HashSet::new(),
+            panic_threshold: 0,
+            draining: &imbl::HashSet::new(),
         };
         for op in planner.adopt(datapath.installed()?, &world) {
             datapath
                 .apply(&op)
                 .with_context(|| format!("write {op:?}"))?;
         }
-        let counters = datapath.counters();
+        let shared = Arc::new(Shared {
+            counters: datapath.counters(),
+            flows: datapath.flows(),
+            tap: Tap::start(datapath.take_events()?, datapath.monotonic_clock())?,
+            vips: ArcSwap::default(),
+            map_bytes: datapath.map_bytes().to_vec(),
+            active_flows: AtomicU64::new(0),
+            failed_writes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        });
         let mut l4 = L4 {
             config: config.clone(),
             policies,
@@ -136,14 +154,8 @@ impl L4 {
             backlog: VecDeque::new(),
             refused: HashMap::new(),
             sweep: Sweep::default(),
-            shared: Arc::new(Shared {
-                counters,
-                vips: ArcSwap::default(),
-                flows: ArcSwap::default(),
-                active_flows: AtomicU64::new(0),
-                failed_writes: AtomicU64::new(0),
-                refused: AtomicU64::new(0),
-            }),
+            unanswered: unanswered::Watch::default(),
+            shared,
         };
         l4.adopt_next_hops();
         let declared: Vec<Vip> = l4.policies.declared().collect();
@@ -253,6 +265,9 @@ impl L4 {
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");
         }
+        if let Err(error) = self.datapath.set_sample(self.shared.tap.wanted()) {
+            tracing::error!("sample packets for those who watch: {error:#}");
+        }
         for vip in self.planner.due(now) {
             self.apply_vip(vip, now);
         }
@@ -283,6 +298,8 @@ impl L4 {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &self.snapshot.unhealthy,
+            panic_threshold: self.snapshot.panic_threshold,
+            draining: &self.snapshot.draining,
         };
         let plan = self.planner.plan(vip, pool.as_deref(), &world);
         self.note_refused(vip, plan.refused);
@@ -306,6 +323,7 @@ impl L4 {
             members.extend(planned.members.iter().map(|(address, member)| MemberView {
                 address: *address,
                 id: Some(member.id),
+                generation: member.entry.generation,
                 state: match member.is_active() {
                     true => MemberState::Active,
                     false => MemberState::Draining,
@@ -323,6 +341,7 @@ impl L4 {
             members.push(MemberView {
                 address,
                 id: None,
+                generation: 0,
                 state: match refusal {
                     Some((_, refusal)) => MemberState::Refused(*refusal),
                     None => MemberState::NoNextHop,
@@ -396,12 +415,10 @@ impl L4 {
             vips.without(&vip)
         } else {
             let retired = vips.get(&vip).map(|view| view.retired).unwrap_or_default();
-            let policy = self.policies.policy_of(&vip);
             let view = VipView {
-                mode: policy.mode,
-                scheduler: policy.scheduler,
                 members,
                 retired,
+                ..VipView::new(vip, self.policies.policy_of(&vip))
             };
             vips.update(vip, Arc::new(view))
         };
@@ -511,7 +528,9 @@ impl L4 {
         let mut flows = HashMap::new();
         for planned in self.planner.vips().values() {
             for member in planned.members.values() {
-                flows.insert(member.id, self.datapath.flows_of(member.id)?);
+                let counted = self.datapath.flows_of(member.id)?;
+                self.datapath.set_load_flows(member.id, counted)?;
+                flows.insert(member.id, counted);
             }
         }
         self.shared
@@ -519,7 +538,6 @@ impl L4 {
             .store(self.sweep.live, Ordering::Relaxed);
         self.planner
             .end_drains(now, |id| flows.get(&id) == Some(&0));
-        self.shared.flows.store(Arc::new(flows));
         self.settle(now)
     }
 }

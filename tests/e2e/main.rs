@@ -17,4 +17,5 @@ mod lab;
 mod local;
 mod restart;
 mod routes;
+mod seeing;
 mod start;

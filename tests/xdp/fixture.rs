@@ -276,6 +276,8 @@ impl Gateway {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &imbl::HashSet::new(),
+            panic_threshold: 0,
+            draining: &imbl::HashSet::new(),
         };
         let plan = self
             .planner

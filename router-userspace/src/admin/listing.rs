@@ -86,6 +86,8 @@ pub struct MemberRow {
 pub struct BackendRow {
     pub address: SocketAddr,
     pub healthy: bool,
+    /// By an operator.
+    pub draining: bool,
     pub origin: &'static str,
     pub app: Option<String>,
     pub instance_index: Option<String>,
@@ -169,6 +171,7 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
             let row = page.offer(backend.address, || BackendRow {
                 address: backend.address,
                 healthy: !snapshot.unhealthy.contains(&backend.address),
+                draining: snapshot.draining.contains(&backend.address),
                 origin: backend.origin.as_str(),
                 app: text(&backend.app),
                 instance_index: text(&backend.instance_index),

@@ -143,9 +143,11 @@ async fn the_api_answers_on_a_unix_socket() {
         l4: None,
         l7,
     };
+    let (inbox, _events) = mpsc::channel(1);
     let admin = Admin {
         scrape,
         config,
+        inbox,
         draining,
         started: Instant::now(),
     };

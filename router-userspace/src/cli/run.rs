@@ -151,6 +151,7 @@ impl Gateway {
         let admin = Admin {
             scrape,
             config: configured,
+            inbox: inbox.clone(),
             draining: drained,
             started,
         };

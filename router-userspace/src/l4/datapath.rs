@@ -40,6 +40,7 @@ pub(super) use links::release;
 pub use local::cgroup2_mount;
 pub use programs::Loaded;
 pub use run::Run;
+pub use settings::MonotonicClock;
 
 /// The compiled programs; empty when built without a BPF toolchain.
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));
@@ -68,6 +69,7 @@ pub struct Datapath {
     loaded: Vec<Loaded>,
     pin_path: Option<PathBuf>,
     maps: maps::Maps,
+    map_bytes: Vec<(String, u64)>,
     settings: Settings,
     clock: settings::Clock,
     counters: Counters,
@@ -114,6 +116,7 @@ impl Datapath {
             settings,
             clock,
             counters: Counters::open(&ebpf)?,
+            map_bytes: maps::memory(&ebpf),
             flows: Flows::open(&ebpf, clock, settings.bucket_mask + 1)?,
             logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
@@ -159,6 +162,11 @@ impl Datapath {
         self.clock.ticks_per_second()
     }
 
+    /// The clock of [`Self::take_events`].
+    pub fn monotonic_clock(&self) -> MonotonicClock {
+        self.clock.monotonic()
+    }
+
     /// A reader of the counters, for other threads.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
@@ -167,6 +175,11 @@ impl Datapath {
     /// A reader of the flow table, for other threads.
     pub fn flows(&self) -> Flows {
         self.flows.clone()
+    }
+
+    /// Octets of the kernel's memory that each map took when it was opened.
+    pub fn map_bytes(&self) -> &[(String, u64)] {
+        &self.map_bytes
     }
 
     /// The reader of sampled packets. There is one of them: a second call is an error.

@@ -163,6 +163,10 @@ pub struct World<'a> {
     pub ticks_per_second: f64,
     pub next_hops: &'a HashMap<IpAddr, NextHop>,
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+    /// Percent of a VIP's backends that must be healthy; with fewer, all are used.
+    pub panic_threshold: u8,
+    /// Backends that an operator has drained.
+    pub draining: &'a imbl::HashSet<SocketAddr>,
 }
 
 impl World<'_> {

@@ -1,11 +1,12 @@
 //! The maps: how large each is, whether a pinned one may be taken over, and writing to them.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, FLOW_WAYS, FlowBucket, FlowEntry, LAYOUT,
     LocalPeer, LocalSocket, PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell,
@@ -83,6 +84,36 @@ pub(super) fn vip_heads(limits: &L4Limits) -> u32 {
     (HEADS_PER_VIP * limits.vips).next_power_of_two()
 }
 
+/// Octets of the kernel's memory that each map takes, by its own account: one that grows with what is
+/// in it is listed as it is at this moment.
+pub(super) fn memory(ebpf: &Ebpf) -> Vec<(String, u64)> {
+    let maps = ebpf.maps();
+    let mut memory: Vec<(String, u64)> = maps
+        .filter_map(|(name, map)| Some((name.to_owned(), memory_of(map)?)))
+        .collect();
+    memory.sort();
+    memory
+}
+
+/// Kernel: kernel/bpf/syscall.c, `bpf_map_show_fdinfo`.
+fn memory_of(map: &Map) -> Option<u64> {
+    let data = match map {
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::RingBuf(data)
+        | Map::SockMap(data) => data,
+        _ => return None,
+    };
+    let path = format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(path).ok()?;
+    let octets = info
+        .lines()
+        .find_map(|line| line.strip_prefix("memlock:"))?;
+    octets.trim().parse().ok()
+}
+
 /// A pinned map that another version or another configuration made would be misread.
 ///
 /// # Errors
@@ -106,7 +137,7 @@ fn check_layout(settings: &Path) -> anyhow::Result<()> {
         Ok(info) if info.value_size() as usize != size_of::<Settings>() => "another".to_owned(),
         Ok(_) => {
             let map = MapData::from_pin(settings).context("open the pinned SETTINGS")?;
-            let map: Array<MapData, Settings> = Array::try_from(aya::maps::Map::Array(map))?;
+            let map: Array<MapData, Settings> = Array::try_from(Map::Array(map))?;
             match map.get(&0, 0).context("read SETTINGS")?.layout {
                 // Of an agent that ended before it wrote them: the maps are as new.
                 0 | LAYOUT => return Ok(()),

@@ -8,6 +8,7 @@ use router_common::{Addr, BackendEntry, BackendState, Mode, QuicKey};
 
 use super::prefilter::{self, Prefilter};
 use super::{MapOp, Plan, PlannedMember, PlannedVip, Planner, Ramp, Refusal, World};
+use crate::health::state::in_panic;
 use crate::l4::next_hop::NextHop;
 use crate::l4::policy::VipPolicy;
 use crate::route::{Backend, Pool, Proto, Vip};
@@ -42,12 +43,13 @@ pub(super) fn wanted(
                 let Some(hop) = hop.filter(|_| policy.mode != Mode::L7) else {
                     continue;
                 };
-                let entry = entry(vip, backend, index, hop);
+                let drains = backend.weight == 0 || world.draining.contains(&backend.address);
+                let entry = entry(vip, backend, index, hop, drains);
                 wanted.insert(backend.address, Wanted { entry, quic_server });
             }
         }
     }
-    avoid_unhealthy(&mut wanted, world.unhealthy);
+    avoid_unhealthy(&mut wanted, world);
     wanted
 }
 
@@ -89,10 +91,10 @@ fn server_id(text: &str, octets: usize) -> Option<[u8; 8]> {
     Some(server)
 }
 
-fn entry(vip: Vip, backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
-    let state = match backend.weight {
-        0 => BackendState::Draining,
-        _ => BackendState::Active,
+fn entry(vip: Vip, backend: &Backend, index: u32, hop: &NextHop, drains: bool) -> BackendEntry {
+    let state = match drains {
+        true => BackendState::Draining,
+        false => BackendState::Active,
     };
     BackendEntry {
         address: Addr::from(backend.address.ip()),
@@ -111,21 +113,17 @@ fn entry(vip: Vip, backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry
     }
 }
 
-/// An unhealthy backend gets no new flows, unless that would leave none.
-fn avoid_unhealthy(
-    wanted: &mut BTreeMap<SocketAddr, Wanted>,
-    unhealthy: &imbl::HashSet<SocketAddr>,
-) {
+/// An unhealthy backend gets no new flows, unless the VIP is in panic. Those that drain do not count.
+fn avoid_unhealthy(wanted: &mut BTreeMap<SocketAddr, Wanted>, world: &World<'_>) {
     let active = |wanted: &Wanted| wanted.entry.state == BackendState::Active as u8;
-    let healthy = |address: &SocketAddr| !unhealthy.contains(address);
-    if wanted
-        .iter()
-        .any(|(address, wanted)| active(wanted) && healthy(address))
-    {
-        for (address, wanted) in wanted {
-            if !healthy(address) {
-                wanted.entry.state = BackendState::Draining as u8;
-            }
+    let candidates = wanted.iter().filter(|(_, wanted)| active(wanted));
+    let addresses = candidates.map(|(address, _)| *address);
+    if in_panic(addresses, world.unhealthy, world.panic_threshold) {
+        return;
+    }
+    for (address, wanted) in wanted {
+        if world.unhealthy.contains(address) {
+            wanted.entry.state = BackendState::Draining as u8;
         }
     }
 }

@@ -302,6 +302,8 @@ impl Bench {
             ticks_per_second: 2.0,
             next_hops: &self.next_hops,
             unhealthy: &self.unhealthy,
+            panic_threshold: 0,
+            draining: &imbl::HashSet::new(),
         };
         run(&mut self.planner, &world)
     }

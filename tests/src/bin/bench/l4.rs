@@ -171,6 +171,8 @@ fn gateway() -> anyhow::Result<Datapath> {
         ticks_per_second: gateway.ticks_per_second(),
         next_hops: &next_hops,
         unhealthy: &Default::default(),
+        panic_threshold: 0,
+        draining: &Default::default(),
     };
     let vip = Vip {
         proto: Proto::Tcp,
