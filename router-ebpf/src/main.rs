@@ -80,7 +80,7 @@ fn run<F: Frame>(frame: &F) -> i32 {
 
 #[inline(always)]
 fn pipeline<F: Frame>(frame: &F) -> Outcome {
-    let parsed = frame.parse();
+    let parsed = Outcome::from(parse(frame));
     if !parsed.goes_on() {
         return parsed;
     }
@@ -102,7 +102,7 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         }
     }
     if to_gateway {
-        return frame.lead_back();
+        return Outcome::from(lead_back(frame));
     }
     Outcome::refused(Verdict::NoSuchVip)
 }
@@ -124,18 +124,18 @@ fn deliver_unanswered<F: Frame>(frame: &F, found: Outcome) -> Outcome {
 /// A client's packet, to its backend.
 #[inline(always)]
 fn to_vip<F: Frame>(frame: &F) -> Outcome {
-    let mut outcome = frame.choose();
+    let mut outcome = Outcome::from(choose(frame));
     if outcome.is(Verdict::Proven) {
         outcome = frame.prove();
     }
     if outcome.is(Verdict::UnknownFlow) {
-        outcome = frame.track();
+        outcome = Outcome::from(track(frame));
     }
     if outcome.is(Verdict::NewFlow) {
         outcome = frame.open();
     }
     if outcome.goes_on() {
-        outcome = frame.deliver();
+        outcome = Outcome::from(rewrite::deliver(frame));
     }
     if outcome.is(Verdict::TooBig) {
         return frame.too_big();
