@@ -207,7 +207,10 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
     for backend in [&http, &echo] {
         good(&run(&site, &["drain", backend, "--undo"]));
     }
-    assert_eq!(good(&run(&site, &["drain"])), "");
+    wait_for("nothing to be drained", || {
+        good(&run(&site, &["drain"])).is_empty().then_some(())
+    })
+    .unwrap();
     let gets = |exchange: site::Exchange| {
         wait_for("b1 to get something new", || {
             (site.lab.client.run(exchange).ok()? == "b1").then_some(())
