@@ -435,7 +435,7 @@ pub struct PacketEvent {
     /// Host byte order; ICMP has none.
     pub source_port: u16,
     pub destination_port: u16,
-    /// Octets of the frame.
+    /// Octets of the frame as it came, without padding.
     pub len: u32,
     pub ifindex: u32,
     /// Index of the VIP in `VIPS`, plus 1; 0: none was found, and always in `EVENTS`.

@@ -10,8 +10,13 @@ use crate::{maps, scratch};
 
 /// Forgets the packet that was explained before, and the one that went by before this one.
 #[inline(always)]
-pub fn begin(packet: &mut Packet) {
-    note(|event| *event = PacketEvent::default());
+pub fn begin<F: Frame>(frame: &F, packet: &mut Packet) {
+    note(|event| {
+        *event = PacketEvent {
+            len: frame.len(),
+            ..PacketEvent::default()
+        };
+    });
     packet.key = FlowKey {
         source: Addr::default(),
         destination: Addr::default(),
@@ -91,11 +96,14 @@ fn note_way(event: &mut PacketEvent, verdict: u32) {
 fn fill<F: Frame>(event: &mut PacketEvent, frame: &F, verdict: u32) {
     event.verdict = verdict;
     event.ifindex = frame.ifindex();
-    event.len = frame.len();
     let Ok(scratch) = scratch::get() else {
         return;
     };
     let packet = &scratch.packet;
+    // The frame itself may be longer by now.
+    if !F::DRY {
+        event.len = packet.len() as u32;
+    }
     event.source = packet.key.source;
     event.destination = packet.key.destination;
     event.source_port = packet.key.ports.source();

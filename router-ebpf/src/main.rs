@@ -183,7 +183,7 @@ fn parse<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     frame.pull();
     let packet = &mut scratch::get()?.packet;
     if F::DRY {
-        explain::begin(packet);
+        explain::begin(frame, packet);
     }
     packet.parse(frame, maps::settings()?)?;
     Ok(Outcome::NEXT)

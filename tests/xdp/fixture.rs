@@ -6,11 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use router_common::{BackendCounters, SweepResult, Verdict};
+use router_common::{BackendCounters, RingSlot, SweepResult, Verdict};
 use viaduct::config::{FlowTimeouts, Forwarding, L4Config, L4Limits, PortRange, VipConfig};
 use viaduct::l4::datapath::{Datapath, Options};
 use viaduct::l4::next_hop::NextHop;
-use viaduct::l4::plan::{Planner, World};
+use viaduct::l4::plan::{MapOp, Planner, World};
 use viaduct::l4::policy::Policies;
 use viaduct::route::{Backend, Origin, Pool, Vip};
 
@@ -178,6 +178,8 @@ pub struct Gateway {
     pub planner: Planner,
     config: BTreeMap<Vip, VipConfig>,
     policies: Policies,
+    /// By VIP index, as last written.
+    pub rings: HashMap<u32, Box<[RingSlot]>>,
     clients: u16,
     vips: u8,
 }
@@ -214,6 +216,7 @@ impl Gateway {
             planner,
             config: BTreeMap::new(),
             policies: Policies::new(&L4Config::default()),
+            rings: HashMap::new(),
             clients: 0,
             vips: 0,
         }
@@ -285,6 +288,9 @@ impl Gateway {
         assert_eq!(plan.refused, []);
         for op in plan.ops {
             self.datapath.apply(&op).expect("write to the kernel");
+            if let MapOp::SetRing { vip, slots } = op {
+                self.rings.insert(vip, slots);
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! packets, so the rows of a table share one gateway; every row has clients of its own.
 
 mod answers;
+mod differential;
 mod encapsulation;
 mod errors;
 mod explain;
@@ -12,6 +13,7 @@ mod fixture;
 mod flows;
 mod fragments;
 mod hostile;
+mod model;
 mod packets;
 mod ring;
 mod scheduling;

@@ -167,7 +167,7 @@ fn tags_are_those_of_each_side() {
             };
             assert_eq!(out.frame, expected.frame(), "{row}: the answer");
 
-            // The classifier keeps a tag beside the frame, and the kernel writes it after the program.
+            // The classifier has the tag beside the frame, and the kernel writes it after the program.
             if client_vlan == 0 {
                 gateway.hook = Hook::Tcx;
                 let packet = tcp(gateway.client(family), address, Segment::Syn, b"data");
