@@ -222,6 +222,27 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
 }
 
 #[test]
+fn a_backend_that_leaves_syns_unanswered_is_held_to_be_down() {
+    let site = Site::running(2).unwrap();
+    let silent = site.lab.backend_address(0).to_string();
+    // It still resolves, and gets every SYN, but has no way back.
+    let blackhole = format!("route add blackhole {}/32", router_tests::lab::BACK);
+    site.lab.backends[0].ip(&[&blackhole]).unwrap();
+    wait_for("the silent backend to be down", || {
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| site.lab.client.run(site::echo_tcp));
+            }
+        });
+        let backends = good(&run(&site, &["backends"]));
+        let mut lines = backends.lines();
+        let is_down = |line: &str| line.starts_with(&silent) && line.contains(" down ");
+        lines.any(is_down).then_some(())
+    })
+    .unwrap();
+}
+
+#[test]
 fn completions_name_every_command() {
     let output = std::process::Command::new(site::agent().unwrap())
         .args(["completions", "bash"])
