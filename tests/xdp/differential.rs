@@ -3,12 +3,14 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
 use router_common::{Mode, Verdict};
-use viaduct::config::{Forwarding, Reject, Scheduler};
+use viaduct::config::{FlowTimeouts, Forwarding, Reject, Scheduler};
+use viaduct::l4::datapath::Options;
 use viaduct::route::{Proto, Vip};
 
 use crate::fixture::*;
@@ -50,7 +52,17 @@ struct Both {
 
 impl Both {
     fn new() -> Both {
-        let mut gateway = Gateway::new();
+        // The model knows no time.
+        let long = Duration::from_secs(3600);
+        let mut gateway = Gateway::with(&Options {
+            timeouts: FlowTimeouts {
+                tcp_syn: long,
+                tcp_established: long,
+                tcp_closing: long,
+                udp: long,
+            },
+            ..options()
+        });
         let mut served = Vec::new();
         for (host, ports, forwarding, scheduler, silent) in SERVED {
             for family in FAMILIES {
