@@ -256,22 +256,24 @@ impl Gateway {
     }
 
     pub fn set_weights(&mut self, vip: Vip, backends: &[(SocketAddr, u16)]) {
-        let backend = |&(address, weight)| {
-            Arc::new(Backend {
-                weight,
-                ..Backend::new(address, Origin::Nats)
-            })
+        let backend = |&(address, weight)| Backend {
+            weight,
+            ..Backend::new(address, Origin::Nats)
         };
+        self.set_backends(vip, backends.iter().map(backend).collect());
+    }
+
+    pub fn set_backends(&mut self, vip: Vip, backends: Vec<Backend>) {
+        for backend in &backends {
+            self.next_hops
+                .entry(backend.address.ip())
+                .or_insert_with(|| next_hop(Family::of(backend.address)));
+        }
         let pool = Pool {
-            backends: backends.iter().map(backend).collect(),
+            backends: backends.into_iter().map(Arc::new).collect(),
             balance: None,
             route_service_url: None,
         };
-        for (address, _) in backends {
-            self.next_hops
-                .entry(address.ip())
-                .or_insert_with(|| next_hop(Family::of(*address)));
-        }
         let world = World {
             now: self.now,
             policies: &self.policies,
@@ -284,7 +286,7 @@ impl Gateway {
         };
         let plan = self
             .planner
-            .plan(vip, (!backends.is_empty()).then_some(&pool), &world);
+            .plan(vip, (!pool.backends.is_empty()).then_some(&pool), &world);
         assert_eq!(plan.refused, []);
         for op in plan.ops {
             self.datapath.apply(&op).expect("write to the kernel");

@@ -42,6 +42,10 @@ fn a_frame_cut_short_anywhere_is_passed_or_dropped_untouched() {
         for family in FAMILIES {
             for host in 10..15 {
                 for vlan in [0, 100] {
+                    // A classifier finds no tag in the frame.
+                    if vlan != 0 && hook == Hook::Tcx {
+                        continue;
+                    }
                     let client = gateway.client(family);
                     let to = family.vip(host, 80);
                     for packet in [tcp(client, to, Segment::Syn, b""), udp(client, to, b"")] {
