@@ -105,8 +105,9 @@ impl Both {
         };
         for number in 0..both.served.len() {
             both.write_pool(number, 0b1111);
+            let vip = model_of(&both.gateway, &both.served[number]);
+            both.model.vips.push(vip);
         }
-        both.renew_model();
         both
     }
 
@@ -121,10 +122,9 @@ impl Both {
         self.gateway.set_pool(vip, &pool);
     }
 
-    fn renew_model(&mut self) {
-        let vips = self.served.iter();
-        let vips = vips.map(|served| model_of(&self.gateway, served));
-        self.model.vips = vips.collect();
+    fn set_pool(&mut self, number: usize, bits: u8) {
+        self.write_pool(number, bits);
+        self.model.vips[number] = model_of(&self.gateway, &self.served[number]);
     }
 
     fn send(&mut self, hook: Hook, frame: &[u8]) -> Result<(), TestCaseError> {
@@ -260,8 +260,7 @@ fn both_programs_do_what_the_model_says() {
             match step {
                 Step::SetPool(vip, bits) => {
                     let number = vip.index(both.served.len());
-                    both.write_pool(number, bits);
-                    both.renew_model();
+                    both.set_pool(number, bits);
                 }
                 Step::Send(hook, frame) if frame.len() < hook.shortest(&frame) => {}
                 Step::Send(hook, frame) => both.send(hook, &frame)?,

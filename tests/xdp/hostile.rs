@@ -218,7 +218,7 @@ fn base() -> impl Strategy<Value = Vec<u8>> {
         let packet = match kind {
             0 | 4 => tcp(from, to, Segment::Syn, &payload),
             1 => tcp(from, to, Segment::Ack, &payload),
-            2 => tcp(family.backend(1, 80), gateway, Segment::Ack, &payload).from_backend(),
+            2 => tcp(family.backend(1, 80), gateway, Segment::Ack, &payload).at_backends(),
             _ => udp(from, to, &payload),
         };
         let packet = Packet { vlan, ..packet };

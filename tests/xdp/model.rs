@@ -141,7 +141,7 @@ impl Model {
                 _ => Verdict::NoSuchVip,
             });
         }
-        let fate = self.to_vip(&headers);
+        let fate = self.serve(&headers);
         if let (Some((id, false)), Some(backend)) = (headers.fragment, fate.backend) {
             let tuple = &headers.tuple;
             let datagram = (tuple.source, tuple.destination, tuple.proto, id);
@@ -150,7 +150,7 @@ impl Model {
         fate
     }
 
-    fn to_vip(&mut self, headers: &Headers) -> Fate {
+    fn serve(&mut self, headers: &Headers) -> Fate {
         let tuple = headers.tuple;
         let covers = |vip: &&ModelVip| {
             vip.address == tuple.destination
