@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
 use router_common::UNTRANSLATED_MARK;
-use router_tests::app::{ECHO_PORT, Presence, VIP, VIP_ECHO_PORT};
+use router_tests::app::{ECHO_PORT, HOST, Presence, VIP, VIP_ECHO_PORT, VIP_HTTP_PORT};
 use router_tests::cgroup::Cgroup;
 use router_tests::client::{self, TIMEOUT};
 use router_tests::nats::Publisher;
@@ -159,6 +159,44 @@ fn source_lists_and_rates_know_local_clients_by_the_loopback_address() {
         assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
     });
     assert_eq!(host.counted("source_denied"), 1);
+}
+
+#[test]
+fn schedulers_and_affinity_are_those_of_packets() {
+    let web = SocketAddr::from((VIP, VIP_HTTP_PORT));
+    let host = Host::running(3, |config| {
+        config.l4.vip = [
+            format!("address = 'tcp/{ECHO_VIP}'\nscheduler = 'round-robin'"),
+            format!("address = 'udp/{ECHO_VIP}'\nscheduler = 'least-connections'"),
+            format!("address = 'tcp/{web}'\naffinity = '10m'"),
+        ]
+        .map(|vip| toml::from_str(&vip).unwrap())
+        .into();
+    });
+    host.cgroup.enter().unwrap();
+    let tally = host.tally(30, site::echo_tcp);
+    assert!(tally.values().all(|&count| count == 10), "{tally:?}");
+
+    let get = || Ok(client::get(web, HOST, "/")?.body.trim().to_owned());
+    assert_eq!(host.tally(20, get).len(), 1);
+
+    let sockets: Vec<UdpSocket> = host.run(|| {
+        let connected = || {
+            let socket = unconnected();
+            socket.connect(ECHO_VIP).unwrap();
+            socket
+        };
+        (0..24).map(|_| connected()).collect()
+    });
+    let mut tally = site::Tally::new();
+    for socket in &sockets {
+        *tally.entry(client::udp_on(socket).unwrap()).or_default() += 1;
+    }
+    // Eight each, give or take what two random choices leave.
+    assert!(
+        tally.len() == 3 && tally.values().all(|&count| count >= 5),
+        "{tally:?}"
+    );
 }
 
 #[test]
