@@ -180,6 +180,8 @@ pub struct Gateway {
     policies: Policies,
     /// By VIP index, as last written.
     pub rings: HashMap<u32, Box<[RingSlot]>>,
+    /// Counters after the last packet, unless the tables changed since.
+    counted: Option<Counted>,
     clients: u16,
     vips: u8,
 }
@@ -217,6 +219,7 @@ impl Gateway {
             config: BTreeMap::new(),
             policies: Policies::new(&L4Config::default()),
             rings: HashMap::new(),
+            counted: None,
             clients: 0,
             vips: 0,
         }
@@ -256,22 +259,25 @@ impl Gateway {
     }
 
     pub fn set_weights(&mut self, vip: Vip, backends: &[(SocketAddr, u16)]) {
-        let backend = |&(address, weight)| {
-            Arc::new(Backend {
-                weight,
-                ..Backend::new(address, Origin::Nats)
-            })
+        let backend = |&(address, weight)| Backend {
+            weight,
+            ..Backend::new(address, Origin::Nats)
         };
+        self.set_backends(vip, backends.iter().map(backend).collect());
+    }
+
+    pub fn set_backends(&mut self, vip: Vip, backends: Vec<Backend>) {
+        self.counted = None;
+        for backend in &backends {
+            self.next_hops
+                .entry(backend.address.ip())
+                .or_insert_with(|| next_hop(Family::of(backend.address)));
+        }
         let pool = Pool {
-            backends: backends.iter().map(backend).collect(),
+            backends: backends.into_iter().map(Arc::new).collect(),
             balance: None,
             route_service_url: None,
         };
-        for (address, _) in backends {
-            self.next_hops
-                .entry(address.ip())
-                .or_insert_with(|| next_hop(Family::of(*address)));
-        }
         let world = World {
             now: self.now,
             policies: &self.policies,
@@ -284,7 +290,7 @@ impl Gateway {
         };
         let plan = self
             .planner
-            .plan(vip, (!backends.is_empty()).then_some(&pool), &world);
+            .plan(vip, (!pool.backends.is_empty()).then_some(&pool), &world);
         assert_eq!(plan.refused, []);
         for op in plan.ops {
             self.datapath.apply(&op).expect("write to the kernel");
@@ -303,7 +309,7 @@ impl Gateway {
 
     /// Runs the program on one frame; exactly one verdict must be counted.
     pub fn send(&mut self, frame: &[u8]) -> Outcome {
-        let before = self.counters();
+        let before = self.counted.take().unwrap_or_else(|| self.counters());
         let run = match self.hook {
             Hook::Xdp => self.datapath.run(frame),
             Hook::Tcx => self.datapath.run_tcx(frame),
@@ -319,11 +325,13 @@ impl Gateway {
         let [verdict] = counted[..] else {
             panic!("verdicts counted for one packet: {counted:?}")
         };
+        let moved = after.since(&before);
+        self.counted = Some(after);
         Outcome {
             action: self.hook.action(run.action),
             verdict,
             frame: run.frame,
-            moved: after.since(&before),
+            moved,
         }
     }
 
