@@ -225,10 +225,7 @@ fn sockets_with_our_mark_mean_the_vip_itself() {
             socket.set_mark(mark).unwrap();
             socket.connect(&ECHO_VIP.into()).map_err(|e| e.kind())
         };
-        assert_eq!(
-            dial(PROBE_MARK | 7),
-            Err(ErrorKind::NetworkUnreachable)
-        );
+        assert_eq!(dial(PROBE_MARK | 7), Err(ErrorKind::NetworkUnreachable));
         assert_eq!(dial(7), Ok(()));
     });
 }

@@ -13,6 +13,7 @@ mod flows;
 mod fragments;
 mod hostile;
 mod packets;
+mod probe;
 mod ring;
 mod scheduling;
 mod translation;
