@@ -4,9 +4,9 @@
 //! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
-//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
-//! connections to VIPs of the proxy to it, and the programs of [`local`] translate at the sockets of
-//! this host.
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_probe` sends health
+//! checks of this host on their way, `viaduct_sk_lookup` hands connections to VIPs of the proxy to it,
+//! and the programs of [`local`] translate at the sockets of this host.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -29,6 +29,7 @@ mod icmp;
 mod local;
 mod maps;
 mod packet;
+mod probe;
 mod quic;
 mod rewrite;
 mod schedule;
@@ -63,6 +64,12 @@ fn viaduct(ctx: XdpContext) -> u32 {
 #[classifier]
 fn viaduct_tcx(ctx: TcContext) -> i32 {
     run(&Tcx(&ctx))
+}
+
+/// What goes out, by the same devices: sends health checks to the backends that they are for.
+#[classifier]
+fn viaduct_probe(ctx: TcContext) -> i32 {
+    probe::run(&ctx)
 }
 
 /// What `viaduct` would do with a frame, left in `EXPLAINED`.
