@@ -53,6 +53,8 @@ enum Command {
     /// Measure l4, l7 or routes; without a name, everything
     Bench {
         which: Option<String>,
+        /// Of l4, only the rows whose names begin so
+        rows: Option<String>,
         /// One JSON object a line instead of a table
         #[arg(long)]
         json: bool,
@@ -89,7 +91,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             Err(error).context("start viaduct")
         }
         Command::Test { filter } => test(&filter),
-        Command::Bench { which, json } => bench(which.as_deref(), json),
+        Command::Bench { which, rows, json } => bench(which, rows, json),
         Command::Ci => ci(),
         Command::Dist => {
             build()?;
@@ -143,12 +145,12 @@ fn test(filter: &[OsString]) -> anyhow::Result<()> {
     cargo::run(arguments)
 }
 
-fn bench(which: Option<&str>, json: bool) -> anyhow::Result<()> {
+fn bench(which: Option<String>, rows: Option<String>, json: bool) -> anyhow::Result<()> {
     require_root("the benchmarks load XDP programs and make network namespaces")?;
     setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
     build_lab()?;
     let mut bench = std::process::Command::new(cargo::release("bench"));
-    bench.args(which);
+    bench.args(which).args(rows);
     if json {
         bench.arg("--json");
     }

@@ -22,6 +22,9 @@ use crate::report::Report;
 struct Cli {
     /// What to measure; without a name, everything
     which: Option<Bench>,
+    /// Of l4, only the rows whose names begin so
+    #[arg(default_value = "")]
+    rows: String,
     /// One JSON object a line instead of a table
     #[arg(long)]
     json: bool,
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
         .map_or(Bench::value_variants().to_vec(), |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
-            Bench::L4 => l4::measure(),
+            Bench::L4 => l4::measure(&cli.rows),
             Bench::L7 => l7::measure(),
             Bench::Routes => routes::measure(),
         };
