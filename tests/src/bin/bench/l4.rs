@@ -8,11 +8,13 @@ mod gateway;
 mod harness;
 mod packets;
 mod stream;
+mod veth;
 
 /// Measures the rows whose names begin with `prefix`.
 pub(crate) fn measure(prefix: &str) -> anyhow::Result<Report> {
     let mut report = Report::new("l4");
     packets::measure(&mut report, prefix)?;
+    veth::measure(&mut report, prefix)?;
     Ok(report)
 }
 

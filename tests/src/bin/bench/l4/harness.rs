@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use aya::Ebpf;
 use aya::maps::{Array, MapData, ProgramArray};
-use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use viaduct::l4::{BENCH_PROGRAM, PASS_PROGRAM};
 
 use super::stream::{Headers, Stream, client_headers};
@@ -16,17 +16,29 @@ pub(super) const KNOWN_FLOWS: u32 = 524_288;
 /// Words of the longest frame that is laid.
 const FRAME_WORDS: usize = 12;
 
+/// Frames that the kernel sends before it lets go of the core.
+const BATCH: u32 = 64;
+
+/// What came back of frames that were sent.
+pub(super) struct Live {
+    pub(super) frames: u64,
+    /// Between the first and the last multiple of 65,536 frames.
+    pub(super) mpps: f64,
+}
+
 /// The harness and its maps.
 pub(super) struct Harness {
     ebpf: Ebpf,
     frame: Array<MapData, [u64; FRAME_WORDS]>,
     flows: Array<MapData, Headers>,
     stream: Array<MapData, [u32; 7]>,
+    received: Array<MapData, [u64; 3]>,
     target: ProgramArray<MapData>,
     /// Passes at once: what the harness costs itself.
     pub(super) pass: ProgramFd,
     /// Puts octets in front and sends: what the harness and a target share when frames grow.
     pub(super) grow: ProgramFd,
+    tx: ProgramFd,
     /// Sources that fresh streams have used up.
     fresh: u32,
     /// Keeps `pass` loaded.
@@ -42,6 +54,8 @@ impl Harness {
         let mut ebpf = Ebpf::load(BENCH_PROGRAM).context("load the harness")?;
         load(&mut ebpf, "bench")?;
         let grow = load(&mut ebpf, "grow")?;
+        let tx = load(&mut ebpf, "tx")?;
+        load(&mut ebpf, "drop")?;
         let mut pass_program = Ebpf::load(PASS_PROGRAM).context("load the pass program")?;
         let pass = load(&mut pass_program, "pass")?;
         let mut take = |name: &str| {
@@ -56,9 +70,11 @@ impl Harness {
             frame: Array::try_from(take("FRAME")?)?,
             flows,
             stream: Array::try_from(take("STREAM")?)?,
+            received: Array::try_from(take("RECEIVED")?)?,
             target: ProgramArray::try_from(take("TARGET")?)?,
             pass,
             grow,
+            tx,
             fresh: 1 << 24,
             ebpf,
             _pass: pass_program,
@@ -84,6 +100,76 @@ impl Harness {
         runs: u32,
         growth: u32,
     ) -> anyhow::Result<f64> {
+        self.lay(target, stream, runs, growth)?;
+        let result = program(&mut self.ebpf, "bench")?.test_run(TestRunOptions {
+            data_in: Some(&stream.frame),
+            repeat: runs,
+            ..TestRunOptions::default()
+        })?;
+        ensure!(
+            result.return_value != ABORTED,
+            "the harness could not lay a packet"
+        );
+        Ok(result.duration.as_nanos() as f64)
+    }
+
+    /// Sends packets of the stream out of an interface and says what came back to [`Self::drop_at`].
+    pub(super) fn send(
+        &mut self,
+        stream: &Stream,
+        frames: u32,
+        ifindex: u32,
+    ) -> anyhow::Result<Live> {
+        let tx = self.tx.try_clone()?;
+        self.lay(&tx, stream, frames, 0)?;
+        self.received.set(0, [0; 3], 0)?;
+        // Kernel: include/uapi/linux/bpf.h, `struct xdp_md`: data, data_end, data_meta,
+        // ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = [0, stream.frame.len() as u32, 0, ifindex, 0, 0];
+        program(&mut self.ebpf, "bench")?
+            .test_run(TestRunOptions {
+                data_in: Some(&stream.frame),
+                ctx_in: Some(context.map(u32::to_ne_bytes).as_flattened()),
+                repeat: frames,
+                attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
+                ..TestRunOptions::default()
+            })
+            .context("send frames")?;
+        let [count, first, last] = self.received.get(&0, 0)?;
+        let measured = (count & !0xffff).saturating_sub(0x1_0000);
+        Ok(Live {
+            frames: count,
+            mpps: measured as f64 * 1e3 / last.saturating_sub(first).max(1) as f64,
+        })
+    }
+
+    /// Ends and counts every frame that comes in by an interface, from here on.
+    pub(super) fn drop_at(&mut self, interface: &str) -> anyhow::Result<()> {
+        let program = program(&mut self.ebpf, "drop")?;
+        program.attach(interface, XdpMode::Driver)?;
+        Ok(())
+    }
+
+    /// Calls `f` while one of the harness's own programs is at an interface.
+    pub(super) fn floor_at<T>(
+        &mut self,
+        interface: &str,
+        name: &str,
+        f: impl FnOnce(&mut Harness) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let link = program(&mut self.ebpf, name)?.attach(interface, XdpMode::Driver)?;
+        let result = f(self);
+        program(&mut self.ebpf, name)?.detach(link)?;
+        result
+    }
+
+    fn lay(
+        &mut self,
+        target: &ProgramFd,
+        stream: &Stream,
+        runs: u32,
+        growth: u32,
+    ) -> anyhow::Result<()> {
         self.target.set(0, target, 0)?;
         let mut words = [0; FRAME_WORDS];
         for (word, octets) in words.iter_mut().zip(stream.frame.as_chunks::<8>().0) {
@@ -105,16 +191,7 @@ impl Harness {
             growth,
         ];
         self.stream.set(0, settings, 0)?;
-        let result = program(&mut self.ebpf, "bench")?.test_run(TestRunOptions {
-            data_in: Some(&stream.frame),
-            repeat: runs,
-            ..TestRunOptions::default()
-        })?;
-        ensure!(
-            result.return_value != ABORTED,
-            "the harness could not lay a packet"
-        );
-        Ok(result.duration.as_nanos() as f64)
+        Ok(())
     }
 }
 
