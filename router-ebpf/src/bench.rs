@@ -16,6 +16,8 @@
     )
 )]
 
+use core::hint::black_box;
+
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_TX};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_xdp_adjust_head};
 use aya_ebpf::macros::{map, xdp};
@@ -128,7 +130,9 @@ fn lay(ctx: &XdpContext) -> Option<()> {
     let run = stream.runs;
     stream.runs = run.wrapping_add(1);
     let flow = FLOW_HEADERS.get(stream.first.wrapping_add(run & stream.mask))?;
-    let grown = (ctx.data_end() - ctx.data()) as i32 - stream.len as i32;
+    // One subtraction first: the verifier lets no other arithmetic be done with a frame's end.
+    let len = black_box(ctx.data_end() - ctx.data());
+    let grown = len as i32 - stream.len as i32;
     if grown != 0 {
         // SAFETY: pointers into the frame are made after it.
         unsafe { bpf_xdp_adjust_head(ctx.ctx, grown) };

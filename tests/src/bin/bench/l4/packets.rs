@@ -52,6 +52,9 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
     let mut harness = Harness::load()?;
     for round in 1..=ROUNDS {
         for (mode, name) in modes {
+            if !wanted(name) && !(mode == Forwarding::Dsr && wanted(ELSEWHERE)) {
+                continue;
+            }
             eprintln!("l4: round {round} of {ROUNDS}, {name}");
             let mut bench = Bench {
                 report: &mut *report,
