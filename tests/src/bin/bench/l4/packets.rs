@@ -7,16 +7,16 @@
 //!
 //! net = gross - empty - (grow - empty) / 2
 //!
-//! Every mode gets tables of its own, in every round.
+//! Every mode begins with an empty flow table, in every round.
 
 use anyhow::{Context, bail, ensure};
 use router_common::Verdict;
 use viaduct::config::Forwarding;
-use viaduct::l4::datapath::{Counters, Datapath};
 
+use super::gateway::{self, Gateway};
 use super::harness::{Harness, KNOWN_FLOWS};
+use super::may_match;
 use super::stream::{self, Headers, Kind, PORT, Stream};
-use super::{gateway, may_match};
 use crate::report::Report;
 
 const ROUNDS: usize = 7;
@@ -50,6 +50,7 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut harness = Harness::load()?;
+    let mut gateway = Gateway::open(gateway::loopback())?;
     for round in 1..=ROUNDS {
         for (mode, name) in modes {
             if !wanted(name) && !(mode == Forwarding::Dsr && wanted(ELSEWHERE)) {
@@ -59,6 +60,7 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
             let mut bench = Bench {
                 report: &mut *report,
                 harness: &mut harness,
+                gateway: &mut gateway,
                 prefix,
                 mode,
                 name,
@@ -76,6 +78,7 @@ const ELSEWHERE: &str = "not-for-a-vip";
 struct Bench<'a> {
     report: &'a mut Report,
     harness: &'a mut Harness,
+    gateway: &'a mut Gateway,
     prefix: &'a str,
     mode: Forwarding,
     name: &'static str,
@@ -111,11 +114,12 @@ impl Bench<'_> {
     fn group(
         &mut self,
         names: &[&str],
-        rows: fn(&mut Self, &mut Gateway) -> anyhow::Result<()>,
+        rows: fn(&mut Self) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let names = names.iter().map(|row| format!("{}-{row}", self.name));
         if names.into_iter().any(|name| may_match(&name, self.prefix)) {
-            rows(self, &mut Gateway::open(self.mode)?)?;
+            self.gateway.serve(self.mode)?;
+            rows(self)?;
         }
         Ok(())
     }
@@ -123,107 +127,83 @@ impl Bench<'_> {
     fn group_named(
         &mut self,
         name: &str,
-        rows: fn(&mut Self, &mut Gateway) -> anyhow::Result<()>,
+        rows: fn(&mut Self) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         if may_match(name, self.prefix) {
-            rows(self, &mut Gateway::open(self.mode)?)?;
+            self.gateway.serve(self.mode)?;
+            rows(self)?;
         }
         Ok(())
     }
 
-    fn known_v4(&mut self, gateway: &mut Gateway) -> anyhow::Result<()> {
-        self.open(gateway, false)?;
+    fn known_v4(&mut self) -> anyhow::Result<()> {
+        self.open(false)?;
         for (count, number) in COUNTS {
             let stream = Stream::known(Kind::Ack, false, count)?;
-            self.row(
-                gateway,
-                &format!("tcp4-{number}"),
-                &stream,
-                Verdict::Forwarded,
-            )?;
+            self.row(&format!("tcp4-{number}"), &stream, Verdict::Forwarded)?;
         }
         if self.translates() && may_match(&format!("{}-reply", self.name), self.prefix) {
-            self.harness.set_others(&answers(gateway)?)?;
+            self.harness.set_others(&answers(self.gateway)?)?;
             for (count, number) in [COUNTS[0], COUNTS[2]] {
                 let stream = Stream {
                     first: KNOWN_FLOWS,
                     ..Stream::known(Kind::Ack, false, count)?
                 };
-                self.row(
-                    gateway,
-                    &format!("reply-{number}"),
-                    &stream,
-                    Verdict::Replied,
-                )?;
+                self.row(&format!("reply-{number}"), &stream, Verdict::Replied)?;
             }
         }
         Ok(())
     }
 
-    fn known_v6(&mut self, gateway: &mut Gateway) -> anyhow::Result<()> {
-        self.open(gateway, true)?;
+    fn known_v6(&mut self) -> anyhow::Result<()> {
+        self.open(true)?;
         for (count, number) in [COUNTS[0], COUNTS[2], COUNTS[3]] {
             let stream = Stream::known(Kind::Ack, true, count)?;
-            self.row(
-                gateway,
-                &format!("tcp6-{number}"),
-                &stream,
-                Verdict::Forwarded,
-            )?;
+            self.row(&format!("tcp6-{number}"), &stream, Verdict::Forwarded)?;
         }
         Ok(())
     }
 
-    fn new(&mut self, gateway: &mut Gateway) -> anyhow::Result<()> {
+    fn new(&mut self) -> anyhow::Result<()> {
         for (count, number) in [COUNTS[0], COUNTS[2]] {
             let stream = Stream::known(Kind::Udp, false, count)?;
-            self.harness.run(&gateway.program, &stream, count, 0)?;
-            self.row(
-                gateway,
-                &format!("udp4-{number}"),
-                &stream,
-                Verdict::Forwarded,
-            )?;
+            self.harness.run(&self.gateway.program, &stream, count, 0)?;
+            self.row(&format!("udp4-{number}"), &stream, Verdict::Forwarded)?;
         }
         let syn = Stream::fresh(Kind::Syn, false)?;
-        self.row(gateway, "tcp4-new", &syn, Verdict::NewFlow)?;
+        self.row("tcp4-new", &syn, Verdict::NewFlow)?;
         let syn_v6 = Stream::fresh(Kind::Syn, true)?;
-        self.row(gateway, "tcp6-new", &syn_v6, Verdict::NewFlow)?;
+        self.row("tcp6-new", &syn_v6, Verdict::NewFlow)?;
         let unknown = if self.translates() {
             Verdict::UnknownFlow
         } else {
             Verdict::Forwarded
         };
         let ack = Stream::fresh(Kind::Ack, false)?;
-        self.row(gateway, "tcp4-unknown", &ack, unknown)?;
+        self.row("tcp4-unknown", &ack, unknown)?;
         let echo = self.other(Kind::Echo, stream::VIP_V4)?;
-        self.row(gateway, "echo", &echo, Verdict::EchoAnswered)?;
+        self.row("echo", &echo, Verdict::EchoAnswered)?;
         if self.wanted("tcp4-flood") {
-            self.harness.run(&gateway.program, &syn, FLOOD, 0)?;
-            self.row(gateway, "tcp4-flood", &syn, Verdict::NewFlow)?;
+            self.harness.run(&self.gateway.program, &syn, FLOOD, 0)?;
+            self.row("tcp4-flood", &syn, Verdict::NewFlow)?;
         }
         Ok(())
     }
 
-    fn handed_up(&mut self, gateway: &mut Gateway) -> anyhow::Result<()> {
+    fn handed_up(&mut self) -> anyhow::Result<()> {
         for (count, number) in COUNTS {
             let stream = Stream::known(Kind::Ack, false, count)?;
-            self.row(
-                gateway,
-                &format!("tcp4-{number}"),
-                &stream,
-                Verdict::HandedUp,
-            )?;
+            self.row(&format!("tcp4-{number}"), &stream, Verdict::HandedUp)?;
         }
         let stream = Stream::known(Kind::Ack, true, COUNTS[2].0)?;
-        self.row(gateway, "tcp6-64k", &stream, Verdict::HandedUp)?;
+        self.row("tcp6-64k", &stream, Verdict::HandedUp)?;
         let syn = Stream::fresh(Kind::Syn, false)?;
-        self.row(gateway, "tcp4-new", &syn, Verdict::HandedUp)
+        self.row("tcp4-new", &syn, Verdict::HandedUp)
     }
 
-    fn elsewhere(&mut self, gateway: &mut Gateway) -> anyhow::Result<()> {
+    fn elsewhere(&mut self) -> anyhow::Result<()> {
         let stream = self.other(Kind::Ack, [203, 0, 113, 9].into())?;
-        self.sample(gateway, ELSEWHERE, &stream, Verdict::NotForUs)
+        self.sample(ELSEWHERE, &stream, Verdict::NotForUs)
     }
 
     /// One packet that is none of a known flow.
@@ -238,11 +218,11 @@ impl Bench<'_> {
     }
 
     /// Opens all known flows.
-    fn open(&mut self, gateway: &Gateway, v6: bool) -> anyhow::Result<()> {
+    fn open(&mut self, v6: bool) -> anyhow::Result<()> {
         for kind in [Kind::Syn, Kind::Ack] {
             let stream = Stream::known(kind, v6, KNOWN_FLOWS)?;
             self.harness
-                .run(&gateway.program, &stream, KNOWN_FLOWS, 0)?;
+                .run(&self.gateway.program, &stream, KNOWN_FLOWS, 0)?;
         }
         Ok(())
     }
@@ -255,27 +235,15 @@ impl Bench<'_> {
         format!("{}-{row}", self.name).starts_with(self.prefix)
     }
 
-    fn row(
-        &mut self,
-        gateway: &mut Gateway,
-        row: &str,
-        stream: &Stream,
-        verdict: Verdict,
-    ) -> anyhow::Result<()> {
+    fn row(&mut self, row: &str, stream: &Stream, verdict: Verdict) -> anyhow::Result<()> {
         if !self.wanted(row) {
             return Ok(());
         }
-        self.sample(gateway, &format!("{}-{row}", self.name), stream, verdict)
+        self.sample(&format!("{}-{row}", self.name), stream, verdict)
     }
 
     /// One round's samples of a row.
-    fn sample(
-        &mut self,
-        gateway: &mut Gateway,
-        row: &str,
-        stream: &Stream,
-        verdict: Verdict,
-    ) -> anyhow::Result<()> {
+    fn sample(&mut self, row: &str, stream: &Stream, verdict: Verdict) -> anyhow::Result<()> {
         const METRIC: &str = "ns_per_packet";
         let [pass, grow] = [&self.harness.pass, &self.harness.grow].map(|fd| fd.try_clone());
         let empty = self.harness.run(&pass?, stream, RUNS, 0)?;
@@ -287,9 +255,9 @@ impl Bench<'_> {
             self.report.add(row, "grow", METRIC, grow);
             harness += (grow - empty) / 2.0;
         }
-        let before = gateway.counters.verdicts()?;
-        let gross = self.harness.run(&gateway.program, stream, RUNS, 0)?;
-        let after = gateway.counters.verdicts()?;
+        let before = self.gateway.counters.verdicts()?;
+        let gross = self.harness.run(&self.gateway.program, stream, RUNS, 0)?;
+        let after = self.gateway.counters.verdicts()?;
         expect(verdict, &before, &after).with_context(|| format!("row {row}"))?;
         self.report.add(row, "viaduct", METRIC, gross);
         self.report
@@ -305,24 +273,6 @@ impl Bench<'_> {
             Forwarding::Gue => ip + 8,
             Forwarding::Nat | Forwarding::Dnat | Forwarding::Dsr | Forwarding::L7 => 0,
         }
-    }
-}
-
-/// What is measured.
-struct Gateway {
-    datapath: Datapath,
-    program: aya::programs::ProgramFd,
-    counters: Counters,
-}
-
-impl Gateway {
-    fn open(mode: Forwarding) -> anyhow::Result<Gateway> {
-        let mut datapath = gateway::serving(mode, gateway::loopback())?;
-        Ok(Gateway {
-            program: datapath.packet_program()?,
-            counters: datapath.counters(),
-            datapath,
-        })
     }
 }
 

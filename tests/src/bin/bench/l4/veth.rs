@@ -5,8 +5,8 @@
 //!                      drop ◀═══════════ XDP_TX
 //! ```
 //!
-//! The kernel sends what the harness lays (BPF_F_TEST_XDP_LIVE_FRAMES, 64 frames at a time). Beside the
-//! gateway two floors: `drop` ends every frame at the far end, `tx` sends it back at once. Only what
+//! The gateway has one pair, the floors another. The kernel sends what the harness lays (BPF_F_TEST_XDP_LIVE_FRAMES, 64 frames at a time). Floors are
+//! two: `drop` ends every frame at the far end, `tx` sends it back at once. Only what
 //! came back is counted.
 
 use anyhow::{Context, ensure};
@@ -16,16 +16,20 @@ use router_tests::netns::Netns;
 use viaduct::config::{Attach, Forwarding};
 use viaduct::l4::next_hop::NextHop;
 
-use super::harness::{Harness, KNOWN_FLOWS, Live};
+use super::gateway::{self, Gateway};
+use super::harness::{Harness, Live};
+use super::may_match;
 use super::stream::{Kind, Stream};
-use super::{gateway, may_match};
 use crate::report::Report;
 
 const ROUNDS: usize = 7;
 /// Frames of one sample.
 const FRAMES: u32 = 1 << 20;
+/// The ends of the gateway's pair, and of that of the floors.
 const NEAR: &str = "near";
 const FAR: &str = "far";
+const FLOOR_NEAR: &str = "floor-near";
+const FLOOR_FAR: &str = "floor-far";
 const MANY: u32 = 65_536;
 
 /// Row, mode, kind of packet, IPv6, flows; none: each packet has a source of its own.
@@ -71,12 +75,13 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     let netns = Netns::create(&format!("viaduct-{}-veth", std::process::id()))?;
-    netns.ip(&[
-        "link set lo up",
-        &format!("link add {NEAR} type veth peer name {FAR}"),
-        &format!("link set {NEAR} up"),
-        &format!("link set {FAR} up"),
-    ])?;
+    for (near, far) in [(NEAR, FAR), (FLOOR_NEAR, FLOOR_FAR)] {
+        netns.ip(&[
+            &format!("link add {near} type veth peer name {far}"),
+            &format!("link set {near} up"),
+            &format!("link set {far} up"),
+        ])?;
+    }
     netns.run(|| rows(report, prefix))
 }
 
@@ -86,12 +91,18 @@ fn rows(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
     sched_setaffinity(Pid::from_raw(0), &one).context("stay on one core")?;
     let mut harness = Harness::load()?;
     harness.drop_at(NEAR)?;
-    let near = ifindex(NEAR)?;
+    harness.drop_at(FLOOR_NEAR)?;
+    let hop = NextHop {
+        ifindex: ifindex(FAR)?,
+        ..gateway::loopback()
+    };
+    let mut gateway = Gateway::open(hop)?;
+    gateway.datapath.attach(FAR, Attach::Native)?;
     for round in 1..=ROUNDS {
         eprintln!("l4: round {round} of {ROUNDS}, veth");
         for row in ROWS {
             if row.0.starts_with(prefix) {
-                measure_row(report, &mut harness, near, row)
+                measure_row(report, &mut harness, &mut gateway, row)
                     .with_context(|| format!("row {}", row.0))?;
             }
         }
@@ -102,31 +113,27 @@ fn rows(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
 fn measure_row(
     report: &mut Report,
     harness: &mut Harness,
-    near: u32,
+    gateway: &mut Gateway,
     (row, mode, kind, v6, flows): Row,
 ) -> anyhow::Result<()> {
     let stream = match flows {
         Some(count) => Stream::known(kind, v6, count)?,
         None => Stream::fresh(kind, v6)?,
     };
+    gateway.serve(mode)?;
+    let near = ifindex(FLOOR_NEAR)?;
     for who in ["drop", "tx"] {
-        let live = harness.floor_at(FAR, who, |harness| harness.send(&stream, FRAMES, near))?;
+        let send = |harness: &mut Harness| harness.send(&stream, FRAMES, near);
+        let live = harness.floor_at(FLOOR_FAR, who, send)?;
         add(report, row, who, live)?;
     }
-    let hop = NextHop {
-        ifindex: ifindex(FAR)?,
-        ..gateway::loopback()
-    };
-    let mut gateway = gateway::serving(mode, hop)?;
     if flows.is_some() {
-        let program = gateway.packet_program()?;
         for kind in [Kind::Syn, kind] {
-            let opening = Stream::known(kind, v6, KNOWN_FLOWS.min(MANY))?;
-            harness.run(&program, &opening, MANY, 0)?;
+            let opening = Stream::known(kind, v6, MANY)?;
+            harness.run(&gateway.program, &opening, MANY, 0)?;
         }
     }
-    gateway.attach(FAR, Attach::Native)?;
-    let live = harness.send(&stream, FRAMES, near)?;
+    let live = harness.send(&stream, FRAMES, ifindex(NEAR)?)?;
     add(report, row, "viaduct", live)
 }
 
