@@ -23,7 +23,7 @@ const ROUNDS: usize = 7;
 /// Packets of one sample.
 const RUNS: u32 = 200_000;
 /// More SYNs than the flow table has places.
-const FLOOD: u32 = 1_200_000;
+pub(super) const FLOOD: u32 = 1_200_000;
 /// Share of a row's packets that must meet the verdict it is about: some of half a million flows find
 /// their bucket full.
 const EXPECTED_SHARE: f64 = 0.97;
