@@ -30,7 +30,7 @@ struct Cli {
 enum Command {
     /// Install what is missing: the eBPF toolchain, the test runner, the lab's tools
     Setup {
-        /// Also what the gateway is measured beside: nginx, HAProxy, wrk
+        /// Also what the gateway is measured beside and by: nginx, HAProxy, nftables, wrk, iperf3
         #[arg(long)]
         bench: bool,
     },
@@ -50,7 +50,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
-    /// Measure l4, l7 or routes; without a name, everything
+    /// Measure l4, path, l7 or routes; without a name, everything
     Bench {
         which: Option<String>,
         /// Of l4, only the rows whose names begin so

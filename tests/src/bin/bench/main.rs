@@ -8,6 +8,7 @@
 
 mod l4;
 mod l7;
+mod path;
 mod report;
 mod routes;
 
@@ -32,8 +33,10 @@ struct Cli {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
-    /// The XDP program, in nanoseconds a packet
+    /// The packet program, in nanoseconds a packet
     L4,
+    /// TCP through the gateway, beside nftables and plain routing
+    Path,
     /// The proxy beside nginx and HAProxy
     L7,
     /// Registrations over NATS, and how soon they are served
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     for bench in chosen {
         let measured = match bench {
             Bench::L4 => l4::measure(&cli.rows),
+            Bench::Path => path::measure(),
             Bench::L7 => l7::measure(),
             Bench::Routes => routes::measure(),
         };
