@@ -7,14 +7,19 @@ use crate::report::Report;
 mod gateway;
 mod harness;
 mod packets;
+mod restart;
 mod stream;
+mod tables;
 mod veth;
 
 /// Measures the rows whose names begin with `prefix`.
 pub(crate) fn measure(prefix: &str) -> anyhow::Result<Report> {
     let mut report = Report::new("l4");
+    tables::measure_memory(&mut report, prefix)?;
     packets::measure(&mut report, prefix)?;
     veth::measure(&mut report, prefix)?;
+    tables::measure_changes(&mut report, prefix)?;
+    restart::measure(&mut report, prefix)?;
     Ok(report)
 }
 
