@@ -133,6 +133,22 @@ impl FlowState {
         }
     }
 
+    /// The name in the API and `viaduct flows`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            FlowState::Free => "free",
+            FlowState::Syn => "syn",
+            FlowState::Established => "established",
+            FlowState::FinClient => "fin_client",
+            FlowState::FinBackend => "fin_backend",
+            FlowState::Closing => "closing",
+            FlowState::Udp => "udp",
+            FlowState::Held => "held",
+            FlowState::Affinity => "affinity",
+            FlowState::Fragment => "fragment",
+        }
+    }
+
     /// The state after a TCP segment from the client.
     #[inline(always)]
     pub const fn after_client(self, flags: TcpFlags) -> FlowState {

@@ -19,6 +19,12 @@ pub const SWEEP_BUCKETS: u32 = 4096;
 /// Cells of the counters of new flows by source.
 pub const SOURCE_RATE_CELLS: u32 = 65_536;
 
+/// Indices in `LISTENERS`: the proxy's listeners that take connections by IPv4 and by IPv6; and how many
+/// there are.
+pub const LISTENER_V4: u32 = 0;
+pub const LISTENER_V6: u32 = 1;
+pub const LISTENERS: u32 = 2;
+
 /// Changes whenever a map's layout or meaning does: pinned maps of another layout are not adopted.
 pub const LAYOUT: u32 = 2;
 
@@ -268,7 +274,7 @@ pub struct BackendEntry {
     pub ifindex: u32,
     pub destination_mac: [u8; 6],
     pub source_mac: [u8; 6],
-    /// Host byte order, as all below; 0: the port that the client dialed.
+    /// As registered. Host byte order, as all below.
     pub port: u16,
     /// Changes whenever the id passes to another backend, and stays in the free entry in between;
     /// never 0 while in use.
@@ -281,7 +287,20 @@ pub struct BackendEntry {
     pub weight: u16,
     /// A [`BackendState`].
     pub state: u8,
-    pub reserved: u8,
+    /// 1: of a VIP of several ports; packets go to the one that the client dialed, not to `port`.
+    pub dialed_port: u8,
+}
+
+impl BackendEntry {
+    /// The port that packets to it are sent to.
+    #[inline(always)]
+    pub const fn port_for(&self, dialed: u16) -> u16 {
+        if self.dialed_port != 0 {
+            dialed
+        } else {
+            self.port
+        }
+    }
 }
 
 /// What a backend's flows moved; value of `BACKEND_COUNTERS`, one per CPU.
@@ -411,14 +430,15 @@ pub struct PacketEvent {
     /// CLOCK_MONOTONIC; 0 in `EXPLAINED`.
     pub monotonic_ns: u64,
     pub source: Addr,
+    /// Of an answer in `EVENTS`: the client that it went to.
     pub destination: Addr,
     /// Host byte order; ICMP has none.
     pub source_port: u16,
     pub destination_port: u16,
-    /// Octets of the frame.
+    /// Octets of the frame as it came, without padding.
     pub len: u32,
     pub ifindex: u32,
-    /// Index of the VIP in `VIPS`, plus 1; 0: none was found.
+    /// Index of the VIP in `VIPS`, plus 1; 0: none was found, and always in `EVENTS`.
     pub vip: u32,
     /// 0: none was chosen.
     pub backend: u32,

@@ -2,8 +2,8 @@
 
 use crate::{
     Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
-    PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, Settings, SourceKey, SweepRequest,
-    VipEntry,
+    LocalPeer, LocalPeerKey, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, Settings,
+    SourceKey, SweepRequest, VipEntry,
 };
 
 macro_rules! pod {
@@ -22,6 +22,8 @@ pod!(
     ClockSample,
     FlowBucket,
     FlowEntry,
+    LocalPeer,
+    LocalPeerKey,
     PacketEvent,
     QuicKey,
     RateCell,

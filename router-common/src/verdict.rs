@@ -46,6 +46,10 @@ verdicts! {
     TooBig => "too_big",
     /// Answered: new flows come too fast, so the client must show that it exists (RFC 9293 §3.5.1).
     Challenged => "challenged",
+    /// Translated: not a packet, but a connection or the first datagram of a client on this host.
+    Translated => "translated",
+    /// Dropped: a client's answer to a challenge; its next SYN passes.
+    Proven => "proven",
     /// Dropped: a header is cut short or contradicts itself.
     Malformed => "malformed",
     /// Dropped: a fragment whose first one, with the ports, has not come by.

@@ -8,8 +8,8 @@ use router_common::{IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, Verdict};
 use crate::frame::{Frame, Room, at};
 use crate::packet::{DF, EthHeader, IPV4_LEN, IPV6_LEN, Ipv4Header, Ipv6Header, Packet};
 use crate::rewrite::{self, Link, write_ipv4};
+use crate::scratch;
 use crate::stage::Outcome;
-use crate::{maps, scratch, vip};
 
 /// Octets that an ICMP error has in front of what it quotes (RFC 792, RFC 4443 §2.1).
 const ICMP_LEN: u32 = 8;
@@ -74,10 +74,9 @@ pub fn echo<F: Frame>(frame: &F, packet: &Packet) -> Result<i32, Verdict> {
         let ip = at::<Ipv6Header>(frame, packet.l3).ok_or(Verdict::Internal)?;
         // SAFETY: as above.
         unsafe {
-            let source = (*ip).source;
-            (*ip).source = (*ip).destination;
-            (*ip).destination = source;
-            (*ip).hop_limit = HOP_LIMIT;
+            let ip = &mut *ip;
+            core::mem::swap(&mut ip.source, &mut ip.destination);
+            ip.hop_limit = HOP_LIMIT;
         }
     } else {
         let ip = at::<Ipv4Header>(frame, packet.l3).ok_or(Verdict::Internal)?;
@@ -114,16 +113,6 @@ pub fn too_big<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let mtu = rewrite::inner_mtu(&scratch.steered);
     let action = error(frame, &scratch.packet, Error::TooBig(mtu))?;
     Ok(Outcome::sent(Verdict::TooBig, action))
-}
-
-/// Asks the client whether it exists, by an acknowledgment of something it never sent.
-#[inline(always)]
-pub fn challenge<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
-    let settings = maps::settings()?;
-    let packet = &scratch::get()?.packet;
-    let number = vip::cookie(&packet.key, settings, maps::now(settings));
-    let action = reset(frame, packet, Reply::Challenge(number))?;
-    Ok(Outcome::sent(Verdict::Challenged, action))
 }
 
 /// Segments that are made without a connection.

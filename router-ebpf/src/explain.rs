@@ -2,10 +2,28 @@
 //! agent asks about to `EXPLAINED`.
 
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
-use router_common::{PacketEvent, Verdict};
+use router_common::{Addr, FlowKey, PacketEvent, Ports, Verdict};
 
 use crate::frame::Frame;
+use crate::packet::Packet;
 use crate::{maps, scratch};
+
+/// Forgets the packet that was explained before, and the one that went by before this one.
+#[inline(always)]
+pub fn begin<F: Frame>(frame: &F, packet: &mut Packet) {
+    note(|event| {
+        *event = PacketEvent {
+            len: frame.len(),
+            ..PacketEvent::default()
+        };
+    });
+    packet.key = FlowKey {
+        source: Addr::default(),
+        destination: Addr::default(),
+        ports: Ports::default(),
+        proto: 0,
+    };
+}
 
 /// Adds to what `explain` found.
 #[inline(always)]
@@ -48,20 +66,44 @@ fn sample<F: Frame>(frame: &F, verdict: u32) -> u64 {
         ..PacketEvent::default()
     };
     fill(&mut event, frame, verdict);
+    note_way(&mut event, verdict);
     record.write(event);
     record.submit(0);
     0
+}
+
+/// Where a packet went that was sent on: what the scratch says of others is of earlier ones.
+#[inline(always)]
+fn note_way(event: &mut PacketEvent, verdict: u32) {
+    const TO_BACKEND: u32 = 1 << Verdict::Forwarded as u32
+        | 1 << Verdict::NewFlow as u32
+        | 1 << Verdict::Untracked as u32;
+    let Ok(scratch) = scratch::get() else {
+        return;
+    };
+    if TO_BACKEND >> (verdict & 31) & 1 == 1 {
+        event.backend = scratch.steered.backend_id;
+        event.mode = scratch.steered.mode as u8;
+    } else if verdict == Verdict::Replied as u32 {
+        event.backend = scratch.flow.backend.into();
+        event.mode = scratch.flow.mode;
+        event.destination = scratch.flow.client;
+        event.destination_port = scratch.flow.ports.source();
+    }
 }
 
 #[inline(always)]
 fn fill<F: Frame>(event: &mut PacketEvent, frame: &F, verdict: u32) {
     event.verdict = verdict;
     event.ifindex = frame.ifindex();
-    event.len = frame.len();
     let Ok(scratch) = scratch::get() else {
         return;
     };
     let packet = &scratch.packet;
+    // The frame itself may be longer by now.
+    if !F::DRY {
+        event.len = packet.len() as u32;
+    }
     event.source = packet.key.source;
     event.destination = packet.key.destination;
     event.source_port = packet.key.ports.source();

@@ -13,10 +13,11 @@ use router_common::{
 
 use crate::frame::{Frame, at};
 use crate::packet::{EthHeader, Fragment, Packet};
+use crate::scratch::Scratch;
 use crate::table::{self, Place};
 use crate::verifier::{add, forget, load, swap};
 use crate::vip::{Rate, Vip};
-use crate::{explain, maps, schedule, scratch, vip};
+use crate::{challenge, explain, maps, schedule, scratch, vip};
 
 /// Gateway ports tried for a new flow. A try fails if eight others share its bucket or one its hash.
 /// `RETURNS` is never more than half full, where that is one in fifty: all fail once in 10^13 flows,
@@ -61,83 +62,98 @@ pub fn by_ring_alone<F: Frame>(
     }
     let opens = packet.tcp.opens();
     if opens {
-        admit(packet, vip, settings, maps::now(settings))?;
+        admit::<F>(packet, vip, settings, maps::now(settings))?;
     }
     by_ring(vip, slot.current(), opens)
 }
 
-/// The backend of a client's packet.
+/// The backend of a client's packet, by the flow table; `NewFlow` where it is in none, and [`open`] must
+/// find or make one, at the place in the scratch if there is one.
 #[inline(always)]
 pub fn of_client<F: Frame>(
     frame: &F,
     packet: &Packet,
     vip: Vip,
     settings: &Settings,
-    now: u32,
+    scratch: (&mut u64, &mut Place),
 ) -> Result<Steered, Verdict> {
-    let tcp = packet.key.proto == IPPROTO_TCP;
-    let opens = !tcp || packet.tcp.opens();
-    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
     let hash = packet.key.hash(&settings.hash_keys);
     let known = find(&packet.key, vip, hash, settings)?;
-    if let Some(place) = known {
-        let found = follow(frame, packet, vip, place, settings, now)?;
-        if let Some(steered) = found {
-            return Ok(steered);
-        }
-    }
-    let mode = Mode::from_bits(vip.entry.mode);
-    let (backend_id, state) = if !opens {
-        if mode.translates() {
-            return Err(Verdict::UnknownFlow);
-        }
-        (older(vip, slot)?, FlowState::Established)
-    } else {
-        admit(packet, vip, settings, now)?;
-        let state = if tcp { FlowState::Syn } else { FlowState::Udp };
-        let id = schedule::choose::<F>(packet, vip, slot, hash, settings, now)?;
-        (id, state)
-    };
+    *scratch.0 = hash;
+    *scratch.1 = known.unwrap_or(Place::NONE);
     if F::DRY {
-        schedule::member(vip, backend_id).ok_or(Verdict::NoBackend)?;
-        return Ok(Steered {
-            backend_id,
-            mode,
-            nat_port: settings.nat_port_first,
-            new: true,
-            verdict: Verdict::NewFlow,
-        });
+        explain::note(|event| event.asked_table = 1);
     }
-    let place = match known {
-        Some(place) => Ok(place),
-        None => table::free_place(hash, settings, now),
-    };
-    if mode.translates() {
-        let new = New {
-            place: place?,
-            hash,
-            backend_id,
-            state,
-            now,
-            vip,
-        };
-        return create(frame, packet, &new, settings);
-    }
-    let mut steered = by_ring(vip, backend_id, opens)?;
-    if packet.tcp.rst() {
-        return Ok(steered);
-    }
-    let slot = FlowSlot::new(FlowSlot::tag_of(hash), backend_id, now, state);
-    let remembered = match place {
-        Ok(place) => remember(place, slot, &packet.key, vip, settings),
-        Err(_) => false,
-    };
-    if remembered {
-        table::count_flow(backend_id, 1);
+    let place = known.ok_or(Verdict::NewFlow)?;
+    let now = maps::now(settings);
+    follow(frame, packet, vip, place, settings, now)?.ok_or(Verdict::NewFlow)
+}
+
+/// The backend of a packet that [`of_client`] found no flow for, which is made if the packet opens one.
+#[inline(always)]
+pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
+    let settings = maps::settings()?;
+    let now = maps::now(settings);
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    let packet = &scratch.packet;
+    let hash = scratch.hash;
+    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
+    let tcp = packet.key.proto == IPPROTO_TCP;
+    let opens = !tcp || packet.tcp.opens();
+    let mode = Mode::from_bits(vip.entry.mode);
+    let backend_id = if opens {
+        admit::<F>(packet, vip, settings, now)?;
+        schedule::choose::<F>(vip, slot, hash, now)?
+    } else if mode.translates() {
+        return Err(Verdict::UnknownFlow);
     } else {
-        steered.verdict = Verdict::Untracked;
+        older(vip, slot)?
+    };
+    scratch.steered = by_ring(vip, backend_id, opens)?;
+    if F::DRY || (packet.tcp.rst() && !opens) {
+        scratch.steered.nat_port = settings.nat_port_first;
+        return Ok(());
     }
-    Ok(steered)
+    if scratch.place.is_none() {
+        scratch.place = match table::free_place(hash, settings, now) {
+            Ok(place) => place,
+            Err(verdict) if mode.translates() => return Err(verdict),
+            Err(_) => {
+                scratch.steered.verdict = Verdict::Untracked;
+                return Ok(());
+            }
+        };
+    }
+    scratch.state = if !tcp {
+        FlowState::Udp
+    } else if opens {
+        FlowState::Syn
+    } else {
+        FlowState::Established
+    };
+    if !mode.translates() {
+        let tag = FlowSlot::tag_of(hash);
+        let flow = FlowSlot::new(tag, backend_id, now, scratch.state);
+        if remember(scratch.place, flow, &packet.key, vip) {
+            table::count_flow(backend_id, 1);
+        } else {
+            scratch.steered.verdict = Verdict::Untracked;
+        }
+        return Ok(());
+    }
+    let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::Internal)?;
+    scratch.flow.client_ifindex = frame.ifindex();
+    // SAFETY: the header lies in the frame, as `at` checked.
+    unsafe {
+        scratch.flow.client_mac = (*eth).source;
+        scratch.flow.local_mac = (*eth).destination;
+    }
+    match create() {
+        0 => Ok(()),
+        1 => Err(Verdict::Contended),
+        2 => Err(Verdict::PortsExhausted),
+        _ => Err(Verdict::Internal),
+    }
 }
 
 /// The backend of the flow that `key` names, if there is one; nothing is made or changed.
@@ -162,6 +178,12 @@ fn may_be_decided(vip: Vip, tcp: bool) -> bool {
         && Scheduler::from_bits(vip.entry.scheduler).is_hash()
         && vip.entry.affinity == 0
         && vip.entry.flags & vip_flags::TRACK == 0
+}
+
+/// The backend with an id, for a packet of a flow that it knows.
+#[inline(always)]
+pub fn by_id(vip: Vip, backend_id: u32) -> Result<Steered, Verdict> {
+    by_ring(vip, backend_id, false)
 }
 
 #[inline(always)]
@@ -198,11 +220,20 @@ fn older(vip: Vip, slot: RingSlot) -> Result<u32, Verdict> {
 
 /// Whether the VIP takes one more flow of this source now.
 #[inline(always)]
-fn admit(packet: &Packet, vip: Vip, settings: &Settings, now: u32) -> Result<(), Verdict> {
-    match vip::count_new(vip, &packet.key.source, settings, now) {
+fn admit<F: Frame>(
+    packet: &Packet,
+    vip: Vip,
+    settings: &Settings,
+    now: u32,
+) -> Result<(), Verdict> {
+    match vip::count_new(vip, &packet.key.source, settings, now, F::DRY) {
         Rate::Within => Ok(()),
-        Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 => {
-            Err(Verdict::Challenged)
+        Rate::VipExceeded if vip.entry.flags & vip_flags::CHALLENGE != 0 && packet.tcp.opens() => {
+            if challenge::is_proven(vip.index, now) != 0 {
+                Ok(())
+            } else {
+                Err(Verdict::Challenged)
+            }
         }
         Rate::SourceExceeded | Rate::VipExceeded => Err(Verdict::RateLimited),
     }
@@ -271,10 +302,7 @@ fn follow<F: Frame>(
 ) -> Result<Option<Steered>, Verdict> {
     let closed = place.slot.state() as u8 == FlowState::Closing as u8;
     if F::DRY {
-        explain::note(|event| {
-            event.asked_table = 1;
-            event.flow_state = place.slot.state() as u8;
-        });
+        explain::note(|event| event.flow_state = place.slot.state() as u8);
     }
     if closed && packet.tcp.opens() {
         return Ok(None);
@@ -348,20 +376,14 @@ fn follow_client(frame: &impl Frame, packet: &Packet, index: u32) {
 
 /// Writes a flow that nobody answers through the gateway; whether it could be.
 #[inline(always)]
-pub fn remember(
-    place: Place,
-    slot: FlowSlot,
-    key: &FlowKey,
-    vip: Vip,
-    settings: &Settings,
-) -> bool {
+pub fn remember(place: Place, slot: FlowSlot, key: &FlowKey, vip: Vip) -> bool {
     let Some(backend) = maps::BACKENDS.get(slot.backend()) else {
         return false;
     };
     let Some(entry) = maps::FLOWS.get_ptr_mut(place.index()) else {
         return false;
     };
-    let Ok(held) = table::hold(place, settings) else {
+    let Ok(held) = table::hold(place) else {
         return false;
     };
     // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer.
@@ -385,31 +407,34 @@ pub fn remember(
     true
 }
 
-/// What [`create`] writes.
-struct New {
-    place: Place,
-    hash: u64,
-    backend_id: u32,
-    state: FlowState,
-    now: u32,
-    vip: Vip,
+/// Makes the flow of the packet in the scratch, whose answers are led back through the gateway; 0 if it
+/// could, 1 if another core was faster, 2 without a free port, 3 if the tables contradict each other.
+/// Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn create() -> u64 {
+    match try_create() {
+        Ok(()) => 0,
+        Err(Verdict::Contended) => 1,
+        Err(Verdict::PortsExhausted) => 2,
+        Err(_) => 3,
+    }
 }
 
-/// Makes a flow whose answers are led back through the gateway.
 #[inline(always)]
-fn create(
-    frame: &impl Frame,
-    packet: &Packet,
-    new: &New,
-    settings: &Settings,
-) -> Result<Steered, Verdict> {
-    let vip = new.vip;
+fn try_create() -> Result<(), Verdict> {
+    let settings = maps::settings()?;
+    let scratch = scratch::get()?;
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    let packet = &scratch.packet;
     let mode = Mode::from_bits(vip.entry.mode);
-    let backend = schedule::member(vip, new.backend_id).ok_or(Verdict::NoBackend)?;
-    let index = new.place.index();
+    let backend_id = scratch.steered.backend_id;
+    let backend = schedule::member(vip, backend_id).ok_or(Verdict::NoBackend)?;
+    let place = scratch.place;
+    let index = place.index();
     let entry = maps::FLOWS.get_ptr_mut(index).ok_or(Verdict::Internal)?;
-    let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::Internal)?;
-    let held = table::hold(new.place, settings)?;
+    let held = table::hold(place)?;
+    let now = maps::now(settings);
     let dnat = matches!(mode, Mode::Dnat);
     let mut answer = FlowKey {
         source: backend.address,
@@ -421,23 +446,21 @@ fn create(
         ports: Ports::default(),
         proto: packet.key.proto,
     };
-    // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer. The
-    // Ethernet header lies in the frame. Before the return slot is filled, since whoever finds that
-    // reads the entry.
+    // SAFETY: the pointer is to the map's value, and holding the slot makes this its only writer. Before
+    // the return slot is filled, since whoever finds that reads the entry.
     unsafe {
-        let eth = &*eth;
         *entry = FlowEntry {
             client: packet.key.source,
             ports: packet.key.ports,
             vip: vip.index,
-            client_ifindex: frame.ifindex(),
+            client_ifindex: scratch.flow.client_ifindex,
             return_hash: 0,
-            reply_seen: new.now as u16,
-            backend: new.backend_id as u16,
+            reply_seen: now as u16,
+            backend: backend_id as u16,
             generation: backend.generation,
             nat_port: 0,
-            client_mac: eth.source,
-            local_mac: eth.destination,
+            client_mac: scratch.flow.client_mac,
+            local_mac: scratch.flow.local_mac,
             client_vlan: packet.vlan,
             proto: packet.key.proto,
             mode: mode as u8,
@@ -447,7 +470,7 @@ fn create(
         };
     }
     let port = backend_port(backend, packet.key.ports);
-    let mut number = new.hash as u32 ^ new.now;
+    let mut number = scratch.hash as u32 ^ now;
     for turn in 0..PORT_TRIES {
         // Weyl sequence: all tries differ. Mixed, so that no flow follows in the steps of another.
         number = number.wrapping_add(0x9e37_79b9);
@@ -466,19 +489,14 @@ fn create(
         }
         compiler_fence(Ordering::SeqCst);
         if table::claim_return(return_hash, index, settings) {
-            let tag = FlowSlot::tag_of(new.hash);
-            held.publish(FlowSlot::new(tag, new.backend_id, new.now, new.state));
-            table::count_flow(new.backend_id, 1);
-            if let Some(load) = maps::BACKEND_LOAD.get(new.backend_id) {
+            let tag = FlowSlot::tag_of(scratch.hash);
+            held.publish(FlowSlot::new(tag, backend_id, now, scratch.state));
+            table::count_flow(backend_id, 1);
+            if let Some(load) = maps::BACKEND_LOAD.get(backend_id) {
                 add(&load.opened, 1);
             }
-            return Ok(Steered {
-                backend_id: new.backend_id,
-                mode,
-                nat_port,
-                new: true,
-                verdict: Verdict::NewFlow,
-            });
+            scratch.steered.nat_port = nat_port;
+            return Ok(());
         }
     }
     held.vacate();
@@ -488,10 +506,7 @@ fn create(
 /// The port of the backend that packets with these ports go to.
 #[inline(always)]
 pub fn backend_port(backend: &BackendEntry, ports: Ports) -> u16 {
-    match backend.port {
-        0 => ports.destination(),
-        port => port,
-    }
+    backend.port_for(ports.destination())
 }
 
 /// Copies the flow that a backend's packet with this key answers; `None` if it is the gateway's own
@@ -552,15 +567,18 @@ pub fn of_backend<F: Frame>(
             }
         }
         if tcp.fin() || tcp.rst() {
-            note_backend_close(index, tcp);
+            note_backend_close(index, tcp.0.into());
         }
         return Some(());
     }
     None
 }
 
+/// Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn note_backend_close(index: u32, tcp: TcpFlags) -> u64 {
+extern "C" fn note_backend_close(index: u32, tcp: u32) -> u64 {
+    let tcp = TcpFlags(tcp as u8);
     let place = Place {
         bucket: index / router_common::FLOW_WAYS as u32,
         way: index % router_common::FLOW_WAYS as u32,
@@ -577,47 +595,53 @@ fn note_backend_close(index: u32, tcp: TcpFlags) -> u64 {
     0
 }
 
-/// Remembers where a datagram goes whose first fragment this is. `entry` says of whose flow.
+/// Remembers that the datagram whose first fragment is in the scratch is of the flow there. Verified by
+/// itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn remember_fragments(
-    packet: &Packet,
-    entry: &FlowEntry,
-    settings: &Settings,
-    now: u32,
-) -> bool {
+extern "C" fn remember_fragments() -> u64 {
+    let (Ok(settings), Ok(scratch)) = (maps::settings(), scratch::get()) else {
+        return 0;
+    };
+    let now = maps::now(settings);
+    let packet = &scratch.packet;
     let hash = packet.fragment_key().hash(&settings.hash_keys) ^ FRAGMENT_SALT;
     let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Fragment as u8;
     let place = match table::find(hash, settings, is_it) {
         Ok(Some(place)) => place,
         Ok(None) => match table::free_place(hash, settings, now) {
             Ok(place) => place,
-            Err(_) => return false,
+            Err(_) => return 0,
         },
-        Err(_) => return false,
+        Err(_) => return 0,
     };
-    let Some(to) = maps::FLOWS.get_ptr_mut(place.index()) else {
-        return false;
+    let Some(entry) = maps::FLOWS.get_ptr_mut(place.index()) else {
+        return 0;
     };
-    let Ok(held) = table::hold(place, settings) else {
-        return false;
+    let Ok(held) = table::hold(place) else {
+        return 0;
     };
     // SAFETY: as in `remember`.
-    unsafe { *to = *entry };
+    unsafe { *entry = scratch.flow };
+    let backend = scratch.flow.backend.into();
     let tag = FlowSlot::tag_of(hash);
-    let backend = entry.backend.into();
     held.publish(FlowSlot::new(tag, backend, now, FlowState::Fragment));
-    true
+    1
 }
 
-/// The same for the packet in the scratch, which goes to its backend.
-#[inline(never)]
-pub fn remember_forwarded_fragments() -> bool {
-    let (Ok(settings), Ok(scratch)) = (maps::settings(), scratch::get()) else {
-        return false;
-    };
+/// The first fragment of an answer, of the flow in the scratch.
+#[inline(always)]
+pub fn remember_answer_fragments(scratch: &mut Scratch) {
+    scratch.flow.reply = 1;
+    remember_fragments();
+}
+
+/// The first fragment of what goes to a backend.
+#[inline(always)]
+pub fn remember_forwarded_fragments(scratch: &mut Scratch) {
     let (packet, steered) = (&scratch.packet, &scratch.steered);
     let Some(backend) = maps::BACKENDS.get(steered.backend_id) else {
-        return false;
+        return;
     };
     scratch.flow = FlowEntry {
         client: packet.key.source,
@@ -630,7 +654,7 @@ pub fn remember_forwarded_fragments() -> bool {
         mode: steered.mode as u8,
         ..FlowEntry::default()
     };
-    remember_fragments(packet, &scratch.flow, settings, maps::now(settings))
+    remember_fragments();
 }
 
 /// Copies what [`remember_fragments`] wrote for the datagram that this later fragment is of.

@@ -53,6 +53,8 @@ impl Room {
 pub trait Frame: Stages {
     /// Maps stay as they are; [`router_common::PacketEvent`] says what would be done.
     const DRY: bool;
+    /// Whether a VLAN tag is in the frame, and not kept beside it.
+    const TAG_INSIDE: bool;
 
     fn data(&self) -> usize;
     fn data_end(&self) -> usize;
@@ -105,6 +107,7 @@ macro_rules! xdp_frame {
 
         impl Frame for $name<'_> {
             const DRY: bool = $dry;
+            const TAG_INSIDE: bool = true;
 
             #[inline(always)]
             fn data(&self) -> usize {
@@ -225,6 +228,7 @@ impl Tcx<'_> {
 
 impl Frame for Tcx<'_> {
     const DRY: bool = false;
+    const TAG_INSIDE: bool = false;
 
     #[inline(always)]
     fn data(&self) -> usize {
@@ -346,7 +350,7 @@ impl Frame for Tcx<'_> {
 
     #[inline(always)]
     fn drop(&self) -> i32 {
-        TC_ACT_SHOT as i32
+        TC_ACT_SHOT
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use router_common::{
     Addr, FlowEntry, FlowKey, IPPROTO_TCP, IPPROTO_UDP, Mode, Ports, Settings, TcpFlags, Verdict,
 };
 
-use crate::flows::{self, backend_port};
+use crate::flows::{self, Steered, backend_port};
 use crate::frame::{Dry, Frame, Room, at};
 use crate::packet::{IPV6_LEN, Ipv4Header, Ipv6Header, Packet, is_vip_address};
 use crate::rewrite::{self, Link, Translation};
@@ -18,7 +18,7 @@ use crate::{answer, maps, scratch, vip};
 
 const ICMP_LEN: u32 = 8;
 
-/// What becomes of an ICMP packet.
+/// What becomes of an ICMP packet; the next stage for one that goes to a backend as it is.
 #[inline(always)]
 pub fn steer<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
@@ -38,15 +38,27 @@ pub fn steer<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         return Err(Verdict::NoSuchVip);
     }
     let quote = Quote::read(frame, packet).ok_or(Verdict::NoSuchVip)?;
-    let mut found = None;
-    if packet.to_vip {
-        found = to_backend(frame, packet, &quote, settings)?;
+    if packet.to_vip
+        && let Some(vip) = vip::find(&quote.flow(), settings)
+    {
+        let steered = flows::peek::<F>(&quote.flow(), vip, settings);
+        scratch.steered = steered.map_err(|_| Verdict::UnknownError)?;
+        scratch.steered.verdict = Verdict::ErrorForwarded;
+        if packet.hops <= 1 {
+            return Err(Verdict::TtlExpired);
+        }
+        if !scratch.steered.mode.translates() {
+            return Ok(Outcome::NEXT);
+        }
+        let action = to_backend(frame, packet, &quote, &scratch.steered)?;
+        return Ok(Outcome::sent(Verdict::ErrorForwarded, action));
     }
-    if found.is_none() && packet.to_gateway {
-        found = to_client(frame, packet, &quote, settings, &mut scratch.flow)?;
+    if packet.to_gateway
+        && let Some(action) = to_client(frame, packet, &quote, settings, &mut scratch.flow)?
+    {
+        return Ok(Outcome::sent(Verdict::ErrorForwarded, action));
     }
-    let action = found.ok_or(Verdict::NoSuchVip)?;
-    Ok(Outcome::sent(Verdict::ErrorForwarded, action))
+    Err(Verdict::NoSuchVip)
 }
 
 /// RFC 792: destination unreachable, time exceeded, parameter problem; RFC 4443 §3.
@@ -119,28 +131,18 @@ impl Quote {
     }
 }
 
-/// An error about an answer: the VIP's packet, which its backend sent. `None`: not of a VIP.
+/// An error about an answer: the VIP's packet, which its backend sent.
 #[inline(always)]
 fn to_backend<F: Frame>(
     frame: &F,
     packet: &Packet,
     quote: &Quote,
-    settings: &Settings,
-) -> Result<Option<i32>, Verdict> {
+    steered: &Steered,
+) -> Result<i32, Verdict> {
     let key = quote.flow();
-    let Some(vip) = vip::find(&key, settings) else {
-        return Ok(None);
-    };
-    let steered = flows::peek::<F>(&key, vip, settings).map_err(|_| Verdict::UnknownError)?;
-    if packet.hops <= 1 {
-        return Err(Verdict::TtlExpired);
-    }
     let backend = maps::BACKENDS
         .get(steered.backend_id)
         .ok_or(Verdict::Internal)?;
-    if !steered.mode.translates() {
-        return rewrite::to_backend(frame, packet, &steered, settings).map(Some);
-    }
     let inner = Translation {
         source: backend.address,
         destination: if matches!(steered.mode, Mode::Nat) {
@@ -168,7 +170,7 @@ fn to_backend<F: Frame>(
         v6: packet.v6,
     };
     link.write(frame)?;
-    Ok(Some(frame.send(backend.ifindex)))
+    Ok(frame.send(backend.ifindex))
 }
 
 /// An error about a client's packet, on its way from the gateway to a backend. `None`: not of a flow.

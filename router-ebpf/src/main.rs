@@ -4,7 +4,9 @@
 //! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
-//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN.
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
+//! connections to VIPs of the proxy to it, and the programs of [`local`] translate at the sockets of
+//! this host.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -19,15 +21,19 @@
 )]
 
 mod answer;
+mod challenge;
 mod explain;
 mod flows;
 mod frame;
 mod icmp;
+mod local;
 mod maps;
 mod packet;
+mod quic;
 mod rewrite;
 mod schedule;
 mod scratch;
+mod sk_lookup;
 mod stage;
 mod sweep;
 mod table;
@@ -36,8 +42,8 @@ mod vip;
 
 use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
-use aya_ebpf::macros::{classifier, xdp};
-use aya_ebpf::programs::{TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
 use router_common::{ClockSample, Mode, Verdict, vip_flags};
 
 use crate::flows::Steered;
@@ -83,10 +89,10 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
     };
     let packet = &scratch.packet;
     if packet.fragment == Fragment::LATER {
-        return frame.later_fragment();
+        return deliver_unanswered(frame, frame.later_fragment());
     }
     if packet.is_icmp() {
-        return frame.icmp();
+        return deliver_unanswered(frame, frame.icmp());
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {
@@ -101,12 +107,32 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
     Outcome::refused(Verdict::NoSuchVip)
 }
 
+/// Sends on what a stage found a backend for, but answers nothing: neither ICMP errors nor later
+/// fragments may be answered by an error (RFC 1122 §3.2.2).
+#[inline(always)]
+fn deliver_unanswered<F: Frame>(frame: &F, found: Outcome) -> Outcome {
+    if !found.goes_on() {
+        return found;
+    }
+    let outcome = frame.deliver();
+    if outcome.is(Verdict::TooBig) {
+        return Outcome::refused(Verdict::DoesNotFit);
+    }
+    outcome
+}
+
 /// A client's packet, to its backend.
 #[inline(always)]
 fn to_vip<F: Frame>(frame: &F) -> Outcome {
     let mut outcome = frame.choose();
+    if outcome.is(Verdict::Proven) {
+        outcome = frame.prove();
+    }
     if outcome.is(Verdict::UnknownFlow) {
         outcome = frame.track();
+    }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = frame.open();
     }
     if outcome.goes_on() {
         outcome = frame.deliver();
@@ -155,7 +181,11 @@ fn complaint<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
 #[inline(always)]
 fn parse<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     frame.pull();
-    scratch::get()?.packet.parse(frame, maps::settings()?)?;
+    let packet = &mut scratch::get()?.packet;
+    if F::DRY {
+        explain::begin(frame, packet);
+    }
+    packet.parse(frame, maps::settings()?)?;
     Ok(Outcome::NEXT)
 }
 
@@ -175,19 +205,37 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     if vip.entry.mode == Mode::L7 as u8 {
         return Err(Verdict::HandedUp);
     }
+    if vip.entry.flags & vip_flags::CHALLENGE != 0 && scratch.packet.tcp.rst() {
+        return Err(Verdict::Proven);
+    }
     let chosen = flows::by_ring_alone::<F>(&scratch.packet, vip, settings);
     scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`open`].
 #[inline(always)]
 fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
-    let now = maps::now(settings);
-    let chosen = flows::of_client(frame, &scratch.packet, vip, settings, now);
-    scratch.steered = chosen.map_err(|verdict| rejected(vip, verdict))?;
+    if vip.entry.flags & vip_flags::QUIC != 0
+        && let Some(id) = quic::server(frame, &scratch.packet, vip)
+        && let Ok(steered) = flows::by_id(vip, id)
+    {
+        scratch.steered = steered;
+        return Ok(Outcome::NEXT);
+    }
+    let notes = (&mut scratch.hash, &mut scratch.place);
+    scratch.steered = flows::of_client(frame, &scratch.packet, vip, settings, notes)?;
+    Ok(Outcome::NEXT)
+}
+
+#[inline(always)]
+fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let scratch = scratch::get()?;
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    flows::open(frame, scratch).map_err(|verdict| rejected(vip, verdict))?;
     Ok(Outcome::NEXT)
 }
 
@@ -210,10 +258,9 @@ fn lead_back<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     flows::of_backend::<F>(&packet.key, packet.tcp, settings, now, &mut scratch.flow)
         .ok_or(Verdict::NotAReply)?;
     if packet.fragment == Fragment::FIRST && !F::DRY {
-        scratch.flow.reply = 1;
-        flows::remember_fragments(packet, &scratch.flow, settings, now);
+        flows::remember_answer_fragments(scratch);
     }
-    rewrite::to_client(frame, packet, &scratch.flow)
+    rewrite::to_client(frame, &scratch.packet, &scratch.flow)
 }
 
 /// A piece of a datagram, to where its first one went.
@@ -243,7 +290,36 @@ fn later_fragment<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         new: false,
         verdict: Verdict::Forwarded,
     };
-    Ok(frame.deliver())
+    Ok(Outcome::NEXT)
+}
+
+/// Declares the programs of a cgroup that are about a socket's peer.
+macro_rules! peers {
+    ($(($hook:ident, $program:ident, $does:expr),)*) => {
+        $(
+            #[cgroup_sock_addr($hook)]
+            fn $program(ctx: SockAddrContext) -> i32 {
+                $does(&ctx)
+            }
+        )*
+    };
+}
+
+peers!(
+    (connect4, local_connect4, local::connect::<false>),
+    (connect6, local_connect6, local::connect::<true>),
+    (sendmsg4, local_sendmsg4, local::send::<false>),
+    (sendmsg6, local_sendmsg6, local::send::<true>),
+    (recvmsg4, local_recvmsg4, local::receive::<false>),
+    (recvmsg6, local_recvmsg6, local::receive::<true>),
+    (getpeername4, local_getpeername4, local::name_peer::<false>),
+    (getpeername6, local_getpeername6, local::name_peer::<true>),
+);
+
+/// A socket of this host that is no more.
+#[cgroup_sock(sock_release)]
+fn local_release(ctx: SockContext) -> i32 {
+    local::release(&ctx)
 }
 
 /// Drops what the flow table no longer needs; see [`sweep::run`].

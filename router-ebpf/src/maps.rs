@@ -5,13 +5,14 @@
 //! pinned and outlive the agent.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::bpf_jiffies64;
-use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, ClockSample, FlowBucket, FlowEntry,
-    PREFILTER_WORDS, PacketEvent, QuicKey, RateCell, ReturnBucket, Ring, SOURCE_RATE_CELLS,
-    Settings, SourceKey, SweepRequest, Verdict, VipEntry,
+    LocalPeer, LocalPeerKey, LocalSocket, PREFILTER_WORDS, PacketEvent, QuicKey, RateCell,
+    ReturnBucket, Ring, SOURCE_RATE_CELLS, Settings, SourceKey, SweepRequest, Verdict, VipEntry,
 };
 
 /// Makes an array begin on a page, so that values of 64 octets are cache lines and not halves of two:
@@ -106,6 +107,21 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::C
 /// A sample of packets and what became of them, for `viaduct watch`. 256 KiB.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// A socket of this host that dialed a VIP, to what it dialed. Written here; the kernel keeps it with
+/// the socket and drops it with the socket.
+#[btf_map]
+pub static LOCAL_SOCKETS: SkStorage<LocalSocket> = SkStorage::new();
+
+/// Where datagrams of sockets without a connection go, and whom their answers are shown to be from:
+/// two entries for each VIP that such a socket sends to. Written here; the least recently used make
+/// room.
+#[map]
+pub static LOCAL_PEERS: LruHashMap<LocalPeerKey, LocalPeer> = LruHashMap::with_max_entries(2, 0);
+
+/// Backend id to connected sockets of this host. Written here, reset by the agent.
+#[map]
+pub static LOCAL_FLOWS: Array<u64> = Array::with_max_entries(2, 0);
 
 /// The sweep's order and answer.
 #[map]

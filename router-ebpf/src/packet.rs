@@ -120,13 +120,14 @@ impl Packet {
     /// Traffic for neither a VIP nor a gateway address of ours leaves after the destination is known,
     /// whatever else is wrong with it.
     #[inline(always)]
-    pub fn parse(&mut self, frame: &impl Frame, settings: &Settings) -> Result<(), Verdict> {
+    pub fn parse<F: Frame>(&mut self, frame: &F, settings: &Settings) -> Result<(), Verdict> {
         let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::NotForUs)?;
         // SAFETY: `at` checked that the header lies in the frame, as for all pointers below.
         let mut ethertype = unsafe { (*eth).ethertype };
         let mut l3 = ETH_LEN;
         let mut vlan = frame.vlan();
-        if ethertype == ETHERTYPE_VLAN {
+        // Two tags are nobody's here.
+        if F::TAG_INSIDE && ethertype == ETHERTYPE_VLAN {
             let tag = at::<[u16; 2]>(frame, ETH_LEN).ok_or(Verdict::NotForUs)?;
             // SAFETY: as above.
             let [control, inner] = unsafe { *tag };
@@ -193,7 +194,7 @@ fn parse_v4(
     let ip = unsafe { &*ip };
     let source = Addr::from_v4_word(ip.source);
     let destination = Addr::from_v4_word(ip.destination);
-    let bits = prefilter(settings, source, destination)?;
+    let bits = prefilter(settings, source, destination, ip.proto)?;
     let header_len = (ip.version_ihl & 0x0f) as u32 * 4;
     let ip_len = u16::from_be(ip.total_len) as u32;
     let proto = ip.proto;
@@ -236,12 +237,12 @@ fn parse_v6(
     let ip = unsafe { &*ip };
     let source = Addr::from_words(ip.source);
     let destination = Addr::from_words(ip.destination);
-    let bits = prefilter(settings, source, destination)?;
+    let bits = prefilter(settings, source, destination, ip.next_header)?;
+    packet.set_addresses(source, destination, bits);
+    packet.key.proto = ip.next_header;
     if u32::from_be(ip.version_class_label) >> 28 != 6 {
         return Err(refuse(&destination, bits, Verdict::Malformed));
     }
-    packet.set_addresses(source, destination, bits);
-    packet.key.proto = ip.next_header;
     packet.l4 = l3 + IPV6_LEN;
     packet.ip_len = IPV6_LEN + u16::from_be(ip.payload_len) as u32;
     packet.v6 = true;
@@ -309,7 +310,12 @@ fn parse_l4(frame: &impl Frame, packet: &mut Packet, bits: u64) -> Result<(), Ve
 
 /// Whose packet it may be: bits of the prefilter, at least one.
 #[inline(always)]
-fn prefilter(settings: &Settings, source: Addr, destination: Addr) -> Result<u64, Verdict> {
+fn prefilter(
+    settings: &Settings,
+    source: Addr,
+    destination: Addr,
+    proto: u8,
+) -> Result<u64, Verdict> {
     let look = |addr: Addr| {
         let (word, bit) = prefilter_bit(addr);
         Some(*maps::PREFILTER.get(word)? >> (bit & 63) & 3)
@@ -318,10 +324,14 @@ fn prefilter(settings: &Settings, source: Addr, destination: Addr) -> Result<u64
     if settings.dnat != 0 {
         bits |= look(source).ok_or(Verdict::Internal)? & 2;
     }
-    if bits == 0 {
-        return Err(Verdict::NotForUs);
+    if bits != 0 {
+        return Ok(bits);
     }
-    Ok(bits)
+    // A router on the way to a backend may tell any client that its packet got no further.
+    if settings.dnat != 0 && matches!(proto, IPPROTO_ICMP | IPPROTO_ICMPV6) {
+        return Ok(2);
+    }
+    Err(Verdict::NotForUs)
 }
 
 #[inline(always)]

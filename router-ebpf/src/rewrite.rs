@@ -33,14 +33,15 @@ struct UdpHeader {
 #[inline(always)]
 pub fn deliver<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let scratch = scratch::get()?;
+    if !F::DRY && scratch.packet.fragment == Fragment::FIRST {
+        flows::remember_forwarded_fragments(scratch);
+    }
     let (packet, steered) = (&scratch.packet, &scratch.steered);
     if F::DRY {
         explain::note(|event| {
             event.backend = steered.backend_id;
             event.mode = steered.mode as u8;
         });
-    } else if packet.fragment == Fragment::FIRST {
-        flows::remember_forwarded_fragments();
     }
     let action = to_backend(frame, packet, steered, maps::settings()?)?;
     if !F::DRY {
@@ -50,7 +51,7 @@ pub fn deliver<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
 }
 
 #[inline(always)]
-pub fn to_backend<F: Frame>(
+fn to_backend<F: Frame>(
     frame: &F,
     packet: &Packet,
     steered: &Steered,

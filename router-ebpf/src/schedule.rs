@@ -2,14 +2,13 @@
 
 use router_common::{
     BackendEntry, BackendState, FlowKey, FlowSlot, FlowState, NO_BACKEND, Ports, RING_KEYS,
-    RING_SIZE, RingSlot, Scheduler, Settings, Verdict, ring_slot,
+    RING_SIZE, RingSlot, Scheduler, Verdict, ring_slot,
 };
 
 use crate::frame::Frame;
-use crate::packet::Packet;
 use crate::verifier::{load, next};
 use crate::vip::Vip;
-use crate::{explain, maps, table};
+use crate::{explain, maps, scratch, table};
 
 /// Keeps places of affinity apart from those of flows.
 const AFFINITY_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -24,17 +23,21 @@ pub fn slot_of<F: Frame>(vip: Vip, key: &FlowKey) -> Result<RingSlot, Verdict> {
         key.ports
     };
     let hash = FlowKey { ports, ..*key }.hash(&RING_KEYS) >> 32;
-    read::<F>(vip, ring_slot(hash as u32, vip.entry.ring_len))
+    read(
+        vip,
+        ring_slot(hash as u32, vip.entry.ring_len),
+        F::DRY.into(),
+    )
 }
 
 #[inline(always)]
-fn read<F: Frame>(vip: Vip, slot: usize) -> Result<RingSlot, Verdict> {
+fn read(vip: Vip, slot: usize, dry: u32) -> Result<RingSlot, Verdict> {
     let ring = maps::RINGS.get(vip.index).ok_or(Verdict::Internal)?;
     if slot >= RING_SIZE {
         return Err(Verdict::Internal);
     }
     let content = ring.slots[slot];
-    if F::DRY {
+    if dry != 0 {
         explain::note(|event| {
             event.asked_ring = 1;
             event.slot = slot as u32;
@@ -54,55 +57,48 @@ pub fn member(vip: Vip, id: u32) -> Option<&'static BackendEntry> {
 
 /// The backend for a new flow.
 #[inline(always)]
-pub fn choose<F: Frame>(
-    packet: &Packet,
-    vip: Vip,
-    slot: RingSlot,
-    hash: u64,
-    settings: &Settings,
-    now: u32,
-) -> Result<u32, Verdict> {
-    if vip.entry.backends == 0 {
-        return Err(Verdict::NoBackend);
+pub fn choose<F: Frame>(vip: Vip, slot: RingSlot, hash: u64, now: u32) -> Result<u32, Verdict> {
+    if let Some(id) = at_once(vip, slot)? {
+        return Ok(id);
     }
-    if vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash() {
-        return Ok(slot.current());
-    }
-    let ask = Ask {
-        vip,
-        slot,
-        hash,
-        now,
-    };
-    match slow::<F>(packet, &ask, settings) {
+    match slow(vip.index, slot.0, hash, now, F::DRY.into()) {
         0 => Err(Verdict::Internal),
         id => Ok(id as u32),
     }
 }
 
-/// The arguments of [`slow`], which in BPF are five at most.
-struct Ask {
-    vip: Vip,
-    slot: RingSlot,
-    hash: u64,
-    now: u32,
+/// The backend for a new flow where it takes no more than the ring to know.
+#[inline(always)]
+pub fn at_once(vip: Vip, slot: RingSlot) -> Result<Option<u32>, Verdict> {
+    if vip.entry.backends == 0 {
+        return Err(Verdict::NoBackend);
+    }
+    let by_ring = vip.entry.affinity == 0 && Scheduler::from_bits(vip.entry.scheduler).is_hash();
+    Ok(by_ring.then_some(slot.current()))
 }
 
-/// The schedulers that keep count, and affinity in front of any.
+/// [`balanced`] for the packet in the scratch. Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
-    let Ask {
-        vip,
-        slot,
-        hash,
-        now,
-    } = *ask;
+extern "C" fn slow(vip: u32, slot: u32, hash: u64, now: u32, dry: u32) -> u64 {
+    let (Ok(scratch), Some(vip)) = (scratch::get(), Vip::at(vip)) else {
+        return 0;
+    };
+    balanced(&scratch.packet.key, vip, RingSlot(slot), hash, now, dry)
+}
+
+/// The schedulers that keep count, and affinity in front of any; 0 if that cannot be.
+#[inline(always)]
+pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dry: u32) -> u64 {
+    let Ok(settings) = maps::settings() else {
+        return 0;
+    };
     if vip.entry.affinity == 0 {
-        return scheduled::<F>(vip, slot, hash).into();
+        return scheduled(vip, slot, hash, dry).into();
     }
     let client = FlowKey {
-        ports: Ports::new(0, packet.key.ports.destination()),
-        ..packet.key
+        ports: Ports::new(0, key.ports.destination()),
+        ..*key
     };
     let client_hash = client.hash(&settings.hash_keys) ^ AFFINITY_SALT;
     let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Affinity as u8;
@@ -114,7 +110,7 @@ fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
         let active = member(vip, place.slot.backend())
             .is_some_and(|backend| backend.state == BackendState::Active as u8);
         if active && place.slot.age(now) <= vip.entry.affinity {
-            if !F::DRY
+            if dry == 0
                 && place.slot.seen() != now
                 && let Some(word) = place.word()
             {
@@ -124,8 +120,8 @@ fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
             return place.slot.backend().into();
         }
     }
-    let id = scheduled::<F>(vip, slot, hash);
-    if F::DRY {
+    let id = scheduled(vip, slot, hash, dry);
+    if dry != 0 {
         return id.into();
     }
     let place = match known {
@@ -137,26 +133,26 @@ fn slow<F: Frame>(packet: &Packet, ask: &Ask, settings: &Settings) -> u64 {
         },
     };
     let slot = FlowSlot::new(FlowSlot::tag_of(client_hash), id, now, FlowState::Affinity);
-    let _ = crate::flows::remember(place, slot, &client, vip, settings);
+    let _ = crate::flows::remember(place, slot, &client, vip);
     id.into()
 }
 
 #[inline(always)]
-fn scheduled<F: Frame>(vip: Vip, slot: RingSlot, hash: u64) -> u32 {
+fn scheduled(vip: Vip, slot: RingSlot, hash: u64, dry: u32) -> u32 {
     match Scheduler::from_bits(vip.entry.scheduler) {
         Scheduler::Maglev | Scheduler::SourceHash => slot.current(),
         Scheduler::RoundRobin => {
             let Some(cursor) = maps::CURSORS.get(vip.index) else {
                 return slot.current();
             };
-            let turn = if F::DRY { load(cursor) } else { next(cursor) };
+            let turn = if dry != 0 { load(cursor) } else { next(cursor) };
             let len = vip.entry.ring_len as u64;
             let turn = if len == 0 { 0 } else { turn % len };
-            read::<F>(vip, turn as usize).map_or(slot.current(), RingSlot::current)
+            read(vip, turn as usize, dry).map_or(slot.current(), RingSlot::current)
         }
         Scheduler::LeastConnections => {
             let pick = |hash: u32| {
-                read::<F>(vip, ring_slot(hash, vip.entry.ring_len)).map_or(0, RingSlot::current)
+                read(vip, ring_slot(hash, vip.entry.ring_len), dry).map_or(0, RingSlot::current)
             };
             // The flow's hash is keyed: nobody can choose the two for us.
             let (one, other) = (pick(hash as u32), pick((hash >> 32) as u32));
@@ -169,13 +165,15 @@ fn scheduled<F: Frame>(vip: Vip, slot: RingSlot, hash: u64) -> u32 {
     }
 }
 
-/// Flows of a backend for its weight, as a fraction with 1000 * 2^16 below.
+/// Flows of a backend, packets' and local clients', for its weight, as a fraction with 1000 * 2^16 below.
 #[inline(always)]
 fn load_of(id: u32) -> u64 {
     let (Some(load), Some(backend)) = (maps::BACKEND_LOAD.get(id), maps::BACKENDS.get(id)) else {
         return u64::MAX;
     };
-    let flows = if load.flows < 0 { 0 } else { load.flows as u64 };
+    let local = maps::LOCAL_FLOWS.get(id).map_or(0, crate::verifier::load) as i64;
+    let flows = load.flows + local;
+    let flows = if flows < 0 { 0 } else { flows as u64 };
     let weight = if backend.weight == 0 {
         1
     } else {

@@ -7,10 +7,11 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
-use router_common::{FlowEntry, Verdict};
+use router_common::{FlowEntry, FlowState, Verdict};
 
 use crate::flows::Steered;
 use crate::packet::Packet;
+use crate::table::Place;
 
 #[map]
 static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
@@ -20,6 +21,12 @@ pub struct Scratch {
     /// Of the VIP, once `packet` is known to be for one.
     pub vip: u32,
     pub steered: Steered,
+    /// Of the packet's key, once the flow table was asked,
+    pub hash: u64,
+    /// and where there is or was a flow with that key.
+    pub place: Place,
+    /// Of a flow to be made.
+    pub state: FlowState,
     /// A copy of the flow that `packet` answers.
     pub flow: FlowEntry,
 }

@@ -84,8 +84,12 @@ pub trait Stages {
     fn parse(&self) -> Outcome;
     /// The VIP, and the backend where the ring alone says it, to `Scratch::steered`.
     fn choose(&self) -> Outcome;
+    /// Takes the proof of a client that was asked for one.
+    fn prove(&self) -> Outcome;
     /// The backend by the flow table.
     fn track(&self) -> Outcome;
+    /// The backend of a packet without a flow, and the flow.
+    fn open(&self) -> Outcome;
     /// Sends the packet to the backend.
     fn deliver(&self) -> Outcome;
     /// Sends a backend's answer to its client.
@@ -131,14 +135,16 @@ stages!(
     xdp_md,
     (parse, xdp_parse, crate::parse),
     (choose, xdp_choose, crate::choose),
+    (prove, xdp_prove, crate::challenge::take),
     (track, xdp_track, crate::track),
+    (open, xdp_open, crate::open),
     (deliver, xdp_deliver, crate::rewrite::deliver),
     (lead_back, xdp_lead_back, crate::lead_back),
     (icmp, xdp_icmp, crate::icmp::steer),
     (later_fragment, xdp_later_fragment, crate::later_fragment),
     (reject, xdp_reject, crate::answer::reject),
     (too_big, xdp_too_big, crate::answer::too_big),
-    (challenge, xdp_challenge, crate::answer::challenge),
+    (challenge, xdp_challenge, crate::challenge::ask),
     (complaint, xdp_complaint, crate::complaint),
 );
 
@@ -148,14 +154,16 @@ stages!(
     xdp_md,
     (parse, dry_parse, crate::parse),
     (choose, dry_choose, crate::choose),
+    (prove, dry_prove, crate::challenge::take),
     (track, dry_track, crate::track),
+    (open, dry_open, crate::open),
     (deliver, dry_deliver, crate::rewrite::deliver),
     (lead_back, dry_lead_back, crate::lead_back),
     (icmp, dry_icmp, crate::icmp::steer),
     (later_fragment, dry_later_fragment, crate::later_fragment),
     (reject, dry_reject, crate::answer::reject),
     (too_big, dry_too_big, crate::answer::too_big),
-    (challenge, dry_challenge, crate::answer::challenge),
+    (challenge, dry_challenge, crate::challenge::ask),
     (complaint, dry_complaint, crate::complaint),
 );
 
@@ -165,13 +173,15 @@ stages!(
     __sk_buff,
     (parse, tcx_parse, crate::parse),
     (choose, tcx_choose, crate::choose),
+    (prove, tcx_prove, crate::challenge::take),
     (track, tcx_track, crate::track),
+    (open, tcx_open, crate::open),
     (deliver, tcx_deliver, crate::rewrite::deliver),
     (lead_back, tcx_lead_back, crate::lead_back),
     (icmp, tcx_icmp, crate::icmp::steer),
     (later_fragment, tcx_later_fragment, crate::later_fragment),
     (reject, tcx_reject, crate::answer::reject),
     (too_big, tcx_too_big, crate::answer::too_big),
-    (challenge, tcx_challenge, crate::answer::challenge),
+    (challenge, tcx_challenge, crate::challenge::ask),
     (complaint, tcx_complaint, crate::complaint),
 );

@@ -6,7 +6,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::bpf_loop;
 use router_common::{
-    FLOW_WAYS, FlowEntry, FlowKey, FlowSlot, FlowState, Mode, SWEEP_BUCKETS, Settings, SweepResult,
+    FLOW_WAYS, FlowKey, FlowSlot, FlowState, Mode, SWEEP_BUCKETS, Settings, SweepResult,
 };
 
 use crate::table::{self, Place};
@@ -75,7 +75,7 @@ fn sweep_slot(share: &mut Share, settings: &Settings, place: Place) {
         return;
     };
     if table::over(place.slot, entry, settings, share.now) {
-        if table::forget_flow(place, settings) {
+        if table::forget_flow(place) {
             share.result.freed += 1;
         }
         return;
@@ -92,13 +92,17 @@ fn sweep_slot(share: &mut Share, settings: &Settings, place: Place) {
         unsafe { *count += 1 };
     }
     if !Mode::from_bits(entry.mode).translates() {
-        count_moved(entry, place.slot.backend());
+        count_moved(place.index(), place.slot.backend());
     }
 }
 
-/// Counts a flow that the ring would send elsewhere.
+/// Counts a flow that the ring would send elsewhere. Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn count_moved(entry: &FlowEntry, backend: u32) -> u64 {
+extern "C" fn count_moved(index: u32, backend: u32) -> u64 {
+    let Some(entry) = maps::FLOWS.get(index) else {
+        return 0;
+    };
     let Some(vip) = maps::VIPS.get(entry.vip) else {
         return 0;
     };

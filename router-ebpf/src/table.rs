@@ -22,6 +22,17 @@ pub struct Place {
 }
 
 impl Place {
+    pub const NONE: Place = Place {
+        bucket: u32::MAX,
+        way: 0,
+        slot: FlowSlot(0),
+    };
+
+    #[inline(always)]
+    pub fn is_none(self) -> bool {
+        self.bucket == u32::MAX
+    }
+
     /// Of its entry in `FLOWS`.
     #[inline(always)]
     pub fn index(self) -> u32 {
@@ -104,7 +115,7 @@ pub fn free_place(hash: u64, settings: &Settings, now: u32) -> Result<Place, Ver
             });
         }
     }
-    match victim(bucket, settings, now) {
+    match victim(bucket, now) {
         0 => Err(Verdict::FlowTableFull),
         way => {
             let way = (way - 1) as u32 & (FLOW_WAYS as u32 - 1);
@@ -119,9 +130,12 @@ pub fn free_place(hash: u64, settings: &Settings, now: u32) -> Result<Place, Ver
 }
 
 /// The way to make free in a full bucket, plus 1; 0 if every flow there is alive and proven.
+///
+/// Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn victim(bucket: u32, settings: &Settings, now: u32) -> u64 {
-    let Some(slots) = maps::FLOW_SLOTS.get(bucket) else {
+extern "C" fn victim(bucket: u32, now: u32) -> u64 {
+    let (Some(slots), Ok(settings)) = (maps::FLOW_SLOTS.get(bucket), maps::settings()) else {
         return 0;
     };
     let mut oldest = 0;
@@ -154,14 +168,14 @@ fn victim(bucket: u32, settings: &Settings, now: u32) -> u64 {
 
 /// Takes a place for a flow to be written; the word to give back by [`publish`] or [`vacate`].
 #[inline(always)]
-pub fn hold(place: Place, settings: &Settings) -> Result<Held, Verdict> {
+pub fn hold(place: Place) -> Result<Held, Verdict> {
     let word = place.word().ok_or(Verdict::Internal)?;
     let held = FlowSlot::new(0, 0, 0, FlowState::Held).0;
     if matches!(place.slot.state(), FlowState::Held) || !swap(word, place.slot.0, held) {
         return Err(Verdict::Contended);
     }
     if place.slot.0 != 0 {
-        leave(place.slot, place.index(), settings);
+        leave(place.slot.0, place.index());
     }
     Ok(Held { word, held })
 }
@@ -186,10 +200,13 @@ impl Held {
     }
 }
 
-/// Undoes what a flow has elsewhere. Its slot must be held.
+/// Undoes what a flow has elsewhere. Its slot must be held. Verified by itself, as [`crate::stage`]
+/// explains.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn leave(slot: FlowSlot, index: u32, settings: &Settings) -> u64 {
-    let Some(entry) = maps::FLOWS.get(index) else {
+extern "C" fn leave(slot: u64, index: u32) -> u64 {
+    let slot = FlowSlot(slot);
+    let (Some(entry), Ok(settings)) = (maps::FLOWS.get(index), maps::settings()) else {
         return 0;
     };
     if matches!(slot.state(), FlowState::Affinity | FlowState::Fragment) {
@@ -209,8 +226,8 @@ fn leave(slot: FlowSlot, index: u32, settings: &Settings) -> u64 {
 
 /// Gives a place back, if it still holds `slot`; whether it did.
 #[inline(always)]
-pub fn forget_flow(place: Place, settings: &Settings) -> bool {
-    match hold(place, settings) {
+pub fn forget_flow(place: Place) -> bool {
+    match hold(place) {
         Ok(held) => {
             held.vacate();
             true

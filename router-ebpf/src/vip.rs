@@ -94,22 +94,22 @@ pub enum Rate {
     VipExceeded,
 }
 
-/// Counts a new flow.
+/// Counts a new flow, unless `dry`.
 #[inline(always)]
-pub fn count_new(vip: Vip, source: &Addr, settings: &Settings, now: u32) -> Rate {
+pub fn count_new(vip: Vip, source: &Addr, settings: &Settings, now: u32, dry: bool) -> Rate {
     if vip.entry.source_rate == 0 && vip.entry.vip_rate == 0 {
         return Rate::Within;
     }
-    count_limited(&vip, source, settings, now)
+    count_limited(&vip, source, settings, now, dry)
 }
 
 #[inline(never)]
-fn count_limited(vip: &Vip, source: &Addr, settings: &Settings, now: u32) -> Rate {
+fn count_limited(vip: &Vip, source: &Addr, settings: &Settings, now: u32, dry: bool) -> Rate {
     if vip.entry.source_rate != 0 {
         let key = vip_head(*source, vip.index as u16, 0, &settings.hash_keys);
         let count = maps::SOURCE_RATES
             .get(key & (SOURCE_RATE_CELLS - 1))
-            .map_or(0, |cell| count(cell, now));
+            .map_or(0, |cell| count(cell, now, dry));
         if count > vip.entry.source_rate {
             return Rate::SourceExceeded;
         }
@@ -117,7 +117,7 @@ fn count_limited(vip: &Vip, source: &Addr, settings: &Settings, now: u32) -> Rat
     if vip.entry.vip_rate != 0 {
         let count = maps::VIP_RATES
             .get(vip.index)
-            .map_or(0, |cell| count(cell, now));
+            .map_or(0, |cell| count(cell, now, dry));
         if count > vip.entry.vip_rate {
             return Rate::VipExceeded;
         }
@@ -125,9 +125,9 @@ fn count_limited(vip: &Vip, source: &Addr, settings: &Settings, now: u32) -> Rat
     Rate::Within
 }
 
-/// Adds one to what came in this tick. Two cores at once may count one for two.
+/// What came in this tick with one more. Two cores at once may count one for two.
 #[inline(always)]
-fn count(cell: &RateCell, now: u32) -> u32 {
+fn count(cell: &RateCell, now: u32, dry: bool) -> u32 {
     let word = load(&cell.word);
     let count = if (word >> 32) as u32 == now {
         word as u32
@@ -135,13 +135,8 @@ fn count(cell: &RateCell, now: u32) -> u32 {
         0
     };
     let count = count.saturating_add(1);
-    swap(&cell.word, word, (now as u64) << 32 | count as u64);
+    if !dry {
+        swap(&cell.word, word, (now as u64) << 32 | count as u64);
+    }
     count
-}
-
-/// A number that only whoever gets packets to `key`'s source can know, good for two to four ticks of
-/// 16.
-#[inline(always)]
-pub fn cookie(key: &FlowKey, settings: &Settings, now: u32) -> u32 {
-    (key.hash(&settings.hash_keys) as u32).wrapping_add((now >> 4).wrapping_mul(0x9e37_79b9))
 }

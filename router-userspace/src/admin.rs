@@ -7,10 +7,13 @@
 //! | `/metrics` | Prometheus text |
 //! | `/v1/routes`, `/v1/vips`, `/v1/backends` | listings in pages, see [`listing`] |
 //! | `/v1/stats` | counters in one object |
+//! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
+//! | `/v1/explain` | what would become of a packet or a request |
+//! | `/v1/drain` | backends that an operator drains; by POST, drains one |
 //!
 //! Reads the published snapshot and the counters, never the table, so that no answer delays a
-//! registration. There is nothing here that changes the gateway, and no authentication: it listens
-//! on loopback unless configured otherwise.
+//! registration; a drain and a packet to explain are events to the agent. There is no authentication:
+//! it listens on loopback unless configured otherwise.
 
 use std::io::ErrorKind::ConnectionRefused;
 use std::net::TcpListener;
@@ -31,13 +34,18 @@ use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::admin::listing::PageRequest;
 use crate::admin::ready::Sources;
 use crate::config::{AdminListen, Config};
+use crate::event::Event;
+use crate::l4::L4Reader;
 use crate::metrics::Scrape;
 
+mod drain;
+mod explain;
+mod flows;
 pub mod listing;
 pub mod ready;
 
@@ -54,6 +62,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Admin {
     pub scrape: Scrape,
     pub config: watch::Receiver<Arc<Config>>,
+    /// The agent's.
+    pub inbox: mpsc::Sender<Event>,
     /// True from the moment the gateway is told to stop.
     pub draining: watch::Receiver<bool>,
     pub started: Instant,
@@ -143,6 +153,10 @@ fn router(admin: Admin) -> Router {
         .route("/v1/vips", get(vips))
         .route("/v1/backends", get(backends))
         .route("/v1/stats", get(stats))
+        .route("/v1/flows", get(flows::flows))
+        .route("/v1/watch", get(flows::watch))
+        .route("/v1/explain", get(explain::explain))
+        .route("/v1/drain", get(drain::list).post(drain::drain))
         .with_state(Arc::new(admin))
 }
 
@@ -196,7 +210,8 @@ async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageReque
 
 async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
-        listing::vips(&scrape.published.load(), &request)
+        let served = scrape.l4.as_ref().map(L4Reader::vips).unwrap_or_default();
+        listing::vips(&scrape.published.load(), &served, &request)
     })
     .await
 }
@@ -215,11 +230,30 @@ async fn list<P: Serialize + Send + 'static>(
 ) -> Response {
     match off_runtime(admin, |admin| page(&admin.scrape)).await {
         Some(Ok(page)) => Json(page).into_response(),
-        Some(Err(error)) => {
-            (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response()
-        }
+        Some(Err(error)) => refuse(StatusCode::BAD_REQUEST, error),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
+}
+
+const LAYER_4_IS_OFF: &str = "layer 4 is off: l4.interfaces is empty";
+
+/// Asks the kernel's tables.
+async fn with_layer_4<P: Serialize + Send + 'static>(
+    admin: &Arc<Admin>,
+    ask: impl FnOnce(&L4Reader) -> anyhow::Result<P> + Send + 'static,
+) -> Response {
+    if admin.scrape.l4.is_none() {
+        return refuse(StatusCode::NOT_FOUND, LAYER_4_IS_OFF);
+    }
+    match off_runtime(admin, |admin| admin.scrape.l4.as_ref().map(ask)).await {
+        Some(Some(Ok(answer))) => Json(answer).into_response(),
+        Some(Some(Err(error))) => refuse(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
+        Some(None) | None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+fn refuse(status: StatusCode, error: impl Into<String>) -> Response {
+    (status, Json(json!({ "error": error.into() }))).into_response()
 }
 
 /// Works on a thread of its own, so that health checks and probes of `/livez` do not wait. `None`
@@ -264,6 +298,7 @@ fn counters(admin: &Admin) -> Value {
         "vips": size.vips,
         "route_backends": { "nats": size.entries[0], "file": size.entries[1], "adopted": size.entries[2] },
         "unhealthy_backends": snapshot.unhealthy.len(),
+        "drained_backends": snapshot.draining.len(),
         "nats": {
             "connected": metrics.nats_connected.get() == 1,
             "connects": metrics.nats_connects.get(),

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::anyhow;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -16,6 +17,7 @@ use crate::config::{Config, NatsConfig};
 use crate::event::Event;
 use crate::health::Unanswered;
 use crate::l4::L4;
+use crate::l4::explain::Question;
 use crate::metrics::Metrics;
 use crate::route::table::{Change, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
@@ -124,10 +126,10 @@ impl Agent {
                     tracing::info!(%backend, healthy, "backend health changed");
                     change.merge(self.table.set_health(backend, healthy));
                 }
-                Event::Unanswered(report) => {
-                    if self.reports.try_send(report).is_err() {
-                        self.metrics.passive_dropped.inc();
-                    }
+                Event::Explain(question) => self.explain(question),
+                Event::Drain { backend, drain } => {
+                    tracing::info!(%backend, drain, "an operator's drain");
+                    change.merge(self.table.set_draining(backend, drain));
                 }
                 Event::SourceConnected { origin, connected } => {
                     self.table.set_connected(origin, connected, now);
@@ -161,9 +163,30 @@ impl Agent {
             );
         }
         self.publish(change, now);
+        let mut reports = Vec::new();
         if let Some(l4) = &mut self.l4 {
             l4.tick(now);
+            reports = l4.unanswered();
         }
+        for report in reports {
+            self.report(report);
+        }
+    }
+
+    /// Hands what layer 4 saw to the health checker, without waiting for it.
+    fn report(&self, report: Unanswered) {
+        if self.reports.try_send(report).is_err() {
+            self.metrics.passive_dropped.inc();
+        }
+    }
+
+    fn explain(&mut self, question: Question) {
+        let explained = match &mut self.l4 {
+            Some(l4) => l4.explain(&question.probe),
+            None => Err(anyhow!("layer 4 is off: l4.interfaces is empty")),
+        };
+        // Whoever asked may have gone.
+        let _ = question.answer.send(explained);
     }
 
     /// Publishes the table if `change` says that it is another, then tells layer 4.

@@ -7,19 +7,25 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Config};
 
 pub mod announce;
 pub mod check;
 pub mod client;
+pub mod completions;
 pub mod detach;
 pub mod doctor;
+pub mod drain;
+pub mod explain;
+pub mod flows;
 pub mod list;
 pub mod resolve;
 pub mod run;
+pub mod stats;
 pub mod table;
+pub mod watch;
 
 /// Read when no `--config` is given, if it is there.
 pub const DEFAULT_CONFIG: &str = "/etc/viaduct/viaduct.toml";
@@ -44,8 +50,16 @@ enum Command {
     Vips(list::Options),
     /// List the backends of the running gateway
     Backends(list::Options),
-    /// Print the counters of the running gateway
-    Stats(list::Options),
+    /// List the flows in the flow table of the running gateway
+    Flows(flows::Options),
+    /// Print the counters of the running gateway, or what they are a second
+    Stats(stats::Options),
+    /// Show packets as they are forwarded, answered and dropped
+    Watch(watch::Options),
+    /// Say what the running gateway would do with a packet or a request, and why
+    Explain(explain::Options),
+    /// Give a backend nothing new at both layers, whatever it announces
+    Drain(drain::Options),
     /// Announce a backend over NATS, once
     Register(announce::Options),
     /// Withdraw a backend over NATS
@@ -54,6 +68,8 @@ enum Command {
     Doctor(doctor::Options),
     /// Remove the pinned programs and maps: packets pass by the gateway from here on
     Detach(detach::Options),
+    /// Print a script that completes these commands in a shell
+    Completions(completions::Options),
 }
 
 /// What ends a command early.
@@ -106,11 +122,16 @@ pub fn main() -> ExitCode {
         Command::Routes(options) => list::routes(options),
         Command::Vips(options) => list::vips(options),
         Command::Backends(options) => list::backends(options),
-        Command::Stats(options) => list::stats(options),
+        Command::Flows(options) => flows::run(options),
+        Command::Stats(options) => stats::run(options),
+        Command::Watch(options) => watch::run(options),
+        Command::Explain(options) => explain::run(options),
+        Command::Drain(options) => drain::run(options),
         Command::Register(options) => announce::register(options),
         Command::Unregister(options) => announce::unregister(options),
         Command::Doctor(options) => doctor::run(options),
         Command::Detach(options) => detach::run(options),
+        Command::Completions(options) => completions::run(options, Arguments::command()),
     };
     let (error, code) = match done {
         Ok(()) => return ExitCode::SUCCESS,
@@ -129,13 +150,19 @@ pub fn main() -> ExitCode {
 
 /// Writes a result to stdout; a reader that has seen enough is not an error.
 pub fn print(text: &str) -> anyhow::Result<()> {
+    print_on(text).map(|_| ())
+}
+
+/// The same; false once nobody reads any more.
+pub fn print_on(text: &str) -> anyhow::Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
-        Ok(()) | Err(_) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -149,8 +176,6 @@ pub fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Res
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

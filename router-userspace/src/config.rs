@@ -18,8 +18,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 mod l4;
 
 pub use l4::{
-    Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, MAX_AFFINITY, MAX_SOURCE_PREFIXES,
-    QuicConfig, Reject, Scheduler, VipConfig,
+    Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
+    MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,
 };
 
 /// The longest `health.interval`.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use crate::health::Unanswered;
+use crate::l4::explain::Question;
 use crate::l4::next_hop::NextHop;
 use crate::route::{Origin, RouteEvent};
 
@@ -14,7 +14,7 @@ use crate::route::{Origin, RouteEvent};
 /// budget of bytes; a routes file is sent as fast as the agent takes it in.
 pub const INBOX_DEPTH: usize = 8192;
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Event {
     Route(RouteEvent),
     /// A source lost or regained its server. Pruning of its routes pauses in between.
@@ -27,12 +27,17 @@ pub enum Event {
         backend: SocketAddr,
         healthy: bool,
     },
-    /// Layer 4 saw SYNs to a backend stay unanswered, or answered again; the checker judges.
-    Unanswered(Unanswered),
     /// The way to a backend became known, changed, or was lost.
     NextHop {
         backend: IpAddr,
         next_hop: Option<NextHop>,
+    },
+    /// What layer 4 would do with a packet.
+    Explain(Question),
+    /// An operator has a backend drained, or undoes that.
+    Drain {
+        backend: SocketAddr,
+        drain: bool,
     },
     /// Network interfaces came, went, or have other names.
     Interfaces,

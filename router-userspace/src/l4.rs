@@ -5,43 +5,54 @@
 //! of events; [`L4Reader`] is what everyone else may look at.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use arc_swap::ArcSwap;
-use router_common::{BackendCounters, BackendState, Mode};
+use router_common::{BackendCounters, Mode};
 use tokio::sync::mpsc;
 
-use crate::config::{L4Config, PortRange};
+use crate::config::{L4Config, LocalClients, PortRange};
 use crate::event::Event;
 use crate::l4::datapath::Datapath;
+use crate::l4::local_routes::LocalRoutes;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
-use crate::l4::stats::{MemberView, Shared, VipView};
-use crate::route::{Backend, Origin, Registration, RouteKey, Vip};
+use crate::l4::stats::{MemberView, Shared};
+use crate::l4::watch::Tap;
+use crate::route::{Backend, Origin, Pool, Registration, RouteKey, Vip};
 use crate::snapshot::Snapshot;
 
 mod clsact;
 pub mod datapath;
+mod detach;
+pub mod explain;
+pub mod flow_list;
 pub(crate) mod interface;
+mod local_routes;
 pub mod maglev;
 mod netlink;
 pub mod next_hop;
 pub(crate) mod pins;
 pub mod plan;
 pub mod policy;
+pub mod probe;
 mod round_robin;
 mod stats;
+mod unanswered;
+pub mod watch;
 pub(crate) mod xdp_features;
 
 pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
-pub use next_hop::release_neighbours;
-pub use pins::detach;
-pub use stats::{BackendStats, L4Reader, L4Stats, Moved, VipStats};
+pub use detach::detach;
+pub use stats::{
+    BackendStats, L4Reader, L4Stats, MemberState, Moved, Views, VipStats, VipView, mode_name,
+    scheduler_name,
+};
 
 /// How often expired flows are cleared away and the others counted.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -59,6 +70,7 @@ pub struct L4 {
     datapath: Datapath,
     planner: Planner,
     watcher: Watcher,
+    local_routes: LocalRoutes,
     /// The latest, for what time alone changes.
     snapshot: Snapshot,
     next_hops: HashMap<IpAddr, NextHop>,
@@ -70,6 +82,7 @@ pub struct L4 {
     /// What the last plan of a VIP left out.
     refused: HashMap<Vip, Vec<(SocketAddr, Refusal)>>,
     sweep: Sweep,
+    unanswered: unanswered::Watch,
     shared: Arc<Shared>,
 }
 
@@ -110,17 +123,29 @@ impl L4 {
             ticks_per_second: datapath.ticks_per_second(),
             next_hops: &HashMap::new(),
             unhealthy: &imbl::HashSet::new(),
+            panic_threshold: 0,
+            draining: &imbl::HashSet::new(),
         };
         for op in planner.adopt(datapath.installed()?, &world) {
             datapath
                 .apply(&op)
                 .with_context(|| format!("write {op:?}"))?;
         }
-        let counters = datapath.counters();
+        let shared = Arc::new(Shared {
+            counters: datapath.counters(),
+            flows: datapath.flows(),
+            tap: Tap::start(datapath.take_events()?, datapath.monotonic_clock())?,
+            vips: ArcSwap::default(),
+            map_bytes: datapath.map_bytes().to_vec(),
+            active_flows: AtomicU64::new(0),
+            failed_writes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        });
         let mut l4 = L4 {
             config: config.clone(),
             policies,
             watcher: Watcher::start(inbox)?,
+            local_routes: LocalRoutes::adopt()?,
             datapath,
             planner,
             snapshot: Snapshot::default(),
@@ -129,22 +154,48 @@ impl L4 {
             backlog: VecDeque::new(),
             refused: HashMap::new(),
             sweep: Sweep::default(),
-            shared: Arc::new(Shared {
-                counters,
-                vips: ArcSwap::default(),
-                flows: ArcSwap::default(),
-                active_flows: AtomicU64::new(0),
-                failed_writes: AtomicU64::new(0),
-                refused: AtomicU64::new(0),
-            }),
+            unanswered: unanswered::Watch::default(),
+            shared,
         };
         l4.adopt_next_hops();
         let declared: Vec<Vip> = l4.policies.declared().collect();
         for vip in declared {
             l4.apply_vip(vip, Instant::now());
         }
+        let planned: Vec<Vip> = l4.planner.vips().keys().copied().collect();
+        for vip in planned {
+            l4.route_locally(vip);
+        }
+        l4.local_routes.remove_unused();
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
+        l4.attach_local(config)?;
         Ok(l4)
+    }
+
+    /// Clients on this host are served where that can be; where it was asked for, it must.
+    fn attach_local(&mut self, config: &L4Config) -> anyhow::Result<()> {
+        match self.datapath.attach_local(&config.local_clients) {
+            Ok(Some(cgroup)) => {
+                tracing::info!(cgroup = %cgroup.display(), "clients on this host may dial VIPs");
+            }
+            Ok(None) if config.local_clients == LocalClients::Auto => {
+                tracing::info!("no cgroup2 is mounted: clients on this host cannot dial VIPs");
+            }
+            Ok(None) => {}
+            Err(error) if config.local_clients == LocalClients::Auto => {
+                tracing::warn!("clients on this host cannot dial VIPs: {error:#}");
+            }
+            Err(error) => return Err(error.context("l4.local_clients")),
+        }
+        Ok(())
+    }
+
+    /// Has connections to VIPs of `l7` mode handed to these listeners of the proxy.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn hand_up_to(&mut self, listeners: &[TcpListener]) -> anyhow::Result<()> {
+        self.datapath.hand_up_to(listeners)
     }
 
     /// What the adopted maps already serve, as registrations of [`Origin::Adopted`].
@@ -181,15 +232,6 @@ impl L4 {
         }
     }
 
-    /// What the proxy on this host serves without an address or a listener of its own: address, first
-    /// and last port. All are TCP.
-    pub fn l7_vips(&self) -> Vec<(IpAddr, u16, u16)> {
-        let vips = self.planner.vips().keys();
-        let l7 = vips.filter(|vip| self.policies.policy_of(vip).mode == Mode::L7);
-        l7.map(|vip| (vip.address, vip.ports.first, vip.ports.last))
-            .collect()
-    }
-
     /// Takes in the way to a backend; VIPs that wait for it come to life.
     pub fn next_hop(&mut self, backend: IpAddr, next_hop: Option<NextHop>, now: Instant) {
         match next_hop {
@@ -216,9 +258,15 @@ impl L4 {
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
     pub fn tick(&mut self, now: Instant) {
         self.datapath.forward_logs();
+        if self.datapath.is_refused() {
+            self.follow_interfaces();
+        }
         self.write_backlog();
         if let Err(error) = self.sweep(now) {
             tracing::error!("sweep the flow table: {error:#}");
+        }
+        if let Err(error) = self.datapath.set_sample(self.shared.tap.wanted()) {
+            tracing::error!("sample packets for those who watch: {error:#}");
         }
         for vip in self.planner.due(now) {
             self.apply_vip(vip, now);
@@ -250,38 +298,65 @@ impl L4 {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &self.snapshot.unhealthy,
+            panic_threshold: self.snapshot.panic_threshold,
+            draining: &self.snapshot.draining,
         };
         let plan = self.planner.plan(vip, pool.as_deref(), &world);
         self.note_refused(vip, plan.refused);
         self.backlog
             .extend(plan.ops.into_iter().map(|op| (vip, op)));
         self.write_backlog();
-        let mut members: Vec<MemberView> = Vec::new();
-        if let Some(planned) = self.planner.vips().get(&vip) {
-            members.extend(planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some() || member.state() == BackendState::Draining,
-                weight: member.entry.weight,
-            }));
-        }
-        let planned = self.planner.vips().get(&vip);
-        for backend in pool.iter().flat_map(|pool| &pool.backends) {
-            let (address, weight) = (backend.address, backend.weight);
-            if !planned.is_some_and(|planned| planned.members.contains_key(&address)) {
-                members.push(MemberView {
-                    address,
-                    id: None,
-                    draining: false,
-                    weight,
-                });
-            }
-        }
+        self.route_locally(vip);
+        let members = self.members(vip, pool.as_deref());
         self.watch_next_hops(
             vip,
             members.iter().map(|member| member.address.ip()).collect(),
         );
         self.publish(vip, members);
+    }
+
+    /// The backends of a VIP, those that are registered and those that drain.
+    fn members(&self, vip: Vip, pool: Option<&Pool>) -> Vec<MemberView> {
+        let mut members: Vec<MemberView> = Vec::new();
+        let planned = self.planner.vips().get(&vip);
+        if let Some(planned) = planned {
+            members.extend(planned.members.iter().map(|(address, member)| MemberView {
+                address: *address,
+                id: Some(member.id),
+                generation: member.entry.generation,
+                state: match member.is_active() {
+                    true => MemberState::Active,
+                    false => MemberState::Draining,
+                },
+                weight: member.entry.weight,
+            }));
+        }
+        for backend in pool.into_iter().flat_map(|pool| &pool.backends) {
+            let address = backend.address;
+            if planned.is_some_and(|planned| planned.members.contains_key(&address)) {
+                continue;
+            }
+            let mut refused = self.refused.get(&vip).into_iter().flatten();
+            let refusal = refused.find(|(refused, _)| *refused == address);
+            members.push(MemberView {
+                address,
+                id: None,
+                generation: 0,
+                state: match refusal {
+                    Some((_, refusal)) => MemberState::Refused(*refusal),
+                    None => MemberState::NoNextHop,
+                },
+                weight: backend.weight,
+            });
+        }
+        members
+    }
+
+    /// The kernel takes packets to a VIP of the proxy as its own.
+    fn route_locally(&mut self, vip: Vip) {
+        let served = self.planner.vips().contains_key(&vip);
+        let local = served && self.policies.policy_of(&vip).mode == Mode::L7;
+        self.local_routes.set(vip, local);
     }
 
     /// Writes what waits, up to the first operation that fails.
@@ -340,7 +415,12 @@ impl L4 {
             vips.without(&vip)
         } else {
             let retired = vips.get(&vip).map(|view| view.retired).unwrap_or_default();
-            vips.update(vip, Arc::new(VipView { members, retired }))
+            let view = VipView {
+                members,
+                retired,
+                ..VipView::new(vip, self.policies.policy_of(&vip))
+            };
+            vips.update(vip, Arc::new(view))
         };
         self.shared.vips.store(Arc::new(next));
     }
@@ -395,13 +475,7 @@ impl L4 {
                 };
                 self.next_hops.insert(entry.address.ip(), hop);
             }
-            let members = planned.members.iter().map(|(address, member)| MemberView {
-                address: *address,
-                id: Some(member.id),
-                draining: member.drain_until.is_some(),
-                weight: member.entry.weight,
-            });
-            adopted.push((*vip, members.collect()));
+            adopted.push((*vip, self.members(*vip, None)));
         }
         for (vip, members) in adopted {
             self.watch_next_hops(
@@ -454,7 +528,9 @@ impl L4 {
         let mut flows = HashMap::new();
         for planned in self.planner.vips().values() {
             for member in planned.members.values() {
-                flows.insert(member.id, self.datapath.flows_of(member.id)?);
+                let counted = self.datapath.flows_of(member.id)?;
+                self.datapath.set_load_flows(member.id, counted)?;
+                flows.insert(member.id, counted);
             }
         }
         self.shared
@@ -462,7 +538,6 @@ impl L4 {
             .store(self.sweep.live, Ordering::Relaxed);
         self.planner
             .end_drains(now, |id| flows.get(&id) == Some(&0));
-        self.shared.flows.store(Arc::new(flows));
         self.settle(now)
     }
 }

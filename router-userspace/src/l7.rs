@@ -10,7 +10,7 @@
 //! HTTP/1.0 and 1.1 on both sides. The agent starts, reloads and drains it; routes reach it only
 //! through the published snapshot.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,11 +61,13 @@ pub fn start(
         None => None,
     };
     let mut local_addresses = Vec::new();
-    let mut listeners: Vec<Vec<std::net::TcpListener>> = Vec::new();
+    let mut hand_up = Vec::new();
+    let mut listeners: Vec<Vec<TcpListener>> = Vec::new();
     listeners.resize_with(worker_count, Vec::new);
     for &address in &config.listen {
         let sockets = listen::listen(address, worker_count)?;
         local_addresses.push(sockets[0].local_addr()?);
+        hand_up.push(sockets[0].try_clone()?);
         for (worker, socket) in listeners.iter_mut().zip(sockets) {
             worker.push(socket);
         }
@@ -76,6 +78,7 @@ pub fn start(
     let (alive, ended) = mpsc::channel(1);
     let mut proxy = Proxy {
         local_addresses,
+        hand_up,
         fixed: Fixed::new(config),
         settings,
         stop,
@@ -101,6 +104,7 @@ pub fn start(
 /// The running layer 7. Dropping it ends the workers at once; [`Proxy::drain`] lets requests end.
 pub struct Proxy {
     local_addresses: Vec<SocketAddr>,
+    hand_up: Vec<TcpListener>,
     fixed: Fixed,
     settings: Arc<ArcSwap<Settings>>,
     stop: watch::Sender<Option<Instant>>,
@@ -113,6 +117,12 @@ impl Proxy {
     /// In the order of `http.listen`, with the ports that were taken for port 0.
     pub fn local_addresses(&self) -> &[SocketAddr] {
         &self.local_addresses
+    }
+
+    /// A descriptor of one listener for each of `http.listen`, once, for layer 4 to hand connections
+    /// to. To be dropped soon: a listener is open while there is one, and nobody accepts by this.
+    pub fn take_listeners(&mut self) -> Vec<TcpListener> {
+        std::mem::take(&mut self.hand_up)
     }
 
     /// Whether [`Proxy::reload`] would take this configuration.

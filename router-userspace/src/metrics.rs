@@ -273,6 +273,11 @@ impl Collector for Scrape {
             "Backends held to be down",
             snapshot.unhealthy.len() as u64,
         )?;
+        page.gauge(
+            "viaduct_drained_backends",
+            "Backends that an operator has drained",
+            snapshot.draining.len() as u64,
+        )?;
         encode_health(&mut page, &self.metrics)?;
         proxy::encode(&mut page, &self.l7)?;
         match &self.l4 {
@@ -438,6 +443,24 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
         "Flows in the flow table",
         stats.active_flows,
     )?;
+    page.gauge(
+        "viaduct_l4_flow_capacity",
+        "Places of the flow table",
+        stats.flow_capacity,
+    )?;
+    page.gauges(
+        "viaduct_l4_map_bytes",
+        "Memory of the kernel that a map took when it was opened",
+        stats
+            .map_bytes
+            .iter()
+            .map(|(map, bytes)| ([("map", map.as_str())], *bytes as usize)),
+    )?;
+    page.counter(
+        "viaduct_l4_watch_lost",
+        "Sampled packets that a watcher was too slow for",
+        stats.watch_lost,
+    )?;
     page.counter(
         "viaduct_l4_failed_writes",
         "Writes to the kernel's tables that failed and were repeated",
@@ -445,7 +468,7 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
     )?;
     page.counter(
         "viaduct_l4_refused_backends",
-        "Backends left out for want of room or for their address family",
+        "Backends that a plan of their VIP left out",
         stats.refused,
     )?;
     let vip_rows: [Row<VipStats, [u64; 2]>; 2] = [
@@ -472,6 +495,14 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
             .iter()
             .map(|vip| ([("vip", vip.vip.as_str())], vip.moved.new_flows)),
     )?;
+    page.gauges(
+        "viaduct_l4_vip_active_flows",
+        "Flows of a VIP in the flow table",
+        stats
+            .vips
+            .iter()
+            .map(|vip| ([("vip", vip.vip.as_str())], vip.active_flows as usize)),
+    )?;
     let backends: Vec<(&VipStats, &BackendStats, String)> = stats
         .vips
         .iter()
@@ -481,7 +512,7 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
                 .map(move |b| (vip, b, b.address.to_string()))
         })
         .collect();
-    let backend_rows: [Row<BackendStats, u64>; 3] = [
+    let backend_rows: [Row<BackendStats, u64>; 5] = [
         (
             "viaduct_l4_backend_packets",
             "Packets sent to a backend",
@@ -491,6 +522,16 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
             "viaduct_l4_backend_bytes",
             "Bytes sent to a backend",
             |backend| backend.moved.bytes,
+        ),
+        (
+            "viaduct_l4_backend_reply_packets",
+            "Packets that a backend answered with, where answers pass here",
+            |backend| backend.moved.reply_packets,
+        ),
+        (
+            "viaduct_l4_backend_reply_bytes",
+            "Bytes that a backend answered with, where answers pass here",
+            |backend| backend.moved.reply_bytes,
         ),
         (
             "viaduct_l4_backend_flows",
@@ -507,6 +548,14 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
         });
         page.counters(name, help, rows)?;
     }
+    page.gauges(
+        "viaduct_l4_backend_active_flows",
+        "Flows to a backend in the flow table",
+        backends.iter().map(|(vip, backend, address)| {
+            let labels = [("vip", vip.vip.as_str()), ("backend", address.as_str())];
+            (labels, backend.active_flows as usize)
+        }),
+    )?;
     page.gauges(
         "viaduct_l4_backend_reachable",
         "1 while the next hop to a backend is known",

@@ -307,3 +307,54 @@ impl fmt::Display for RouteKey {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vip_reads_back_as_it_was_written() {
+        for text in [
+            "tcp/192.0.2.10:9090",
+            "udp/[2001:db8::10]:53",
+            "tcp/192.0.2.10:8000-8999",
+            "tcp/[2001:db8::10]:1-65535",
+            "udp/192.0.2.10:*",
+        ] {
+            assert_eq!(text.parse::<Vip>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn one_vip_has_one_form() {
+        for (text, wanted) in [
+            ("tcp/192.0.2.10:80-80", "tcp/192.0.2.10:80"),
+            ("tcp/[::ffff:192.0.2.10]:80", "tcp/192.0.2.10:80"),
+            ("tcp/[2001:DB8:0::10]:080", "tcp/[2001:db8::10]:80"),
+        ] {
+            let vip: Vip = text.parse().unwrap();
+            assert_eq!(vip, wanted.parse().unwrap());
+            assert_eq!(vip.to_string(), wanted);
+        }
+    }
+
+    #[test]
+    fn what_is_no_vip_is_refused() {
+        for (text, wanted) in [
+            ("192.0.2.10:80", VipError::Proto),
+            ("sctp/192.0.2.10:80", VipError::Proto),
+            ("tcp/192.0.2.10", VipError::Address),
+            ("tcp/2001:db8::10:80", VipError::Address),
+            ("tcp/[192.0.2.10]:80", VipError::Address),
+            ("tcp/host:80", VipError::Address),
+            ("tcp/192.0.2.10:0", VipError::Port),
+            ("tcp/192.0.2.10:65536", VipError::Port),
+            ("tcp/192.0.2.10:9-8", VipError::Port),
+            ("tcp/192.0.2.10:0-9", VipError::Port),
+            ("tcp/192.0.2.10:1-2-3", VipError::Port),
+            ("tcp/192.0.2.10:", VipError::Port),
+        ] {
+            assert_eq!(text.parse::<Vip>(), Err(wanted), "{text}");
+        }
+    }
+}

@@ -26,6 +26,9 @@ pub struct Snapshot {
     /// Backends that the health checker holds to be down. New requests and flows avoid them unless
     /// their pool is [in panic](Snapshot::in_panic).
     pub unhealthy: imbl::HashSet<SocketAddr>,
+    /// Backends that an operator has drained: they get no new requests and flows, as if each of their
+    /// registrations had weight 0.
+    pub draining: imbl::HashSet<SocketAddr>,
     /// Percent of a pool that must be healthy; `health.panic_threshold`.
     pub panic_threshold: u8,
     /// Grows with every change of `unhealthy` or `panic_threshold`, so that what follows from them and

@@ -5,8 +5,10 @@ use std::process::Output;
 use std::sync::mpsc;
 use std::thread;
 
+use aya::maps::{Array, Map, MapData};
 use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
+use router_common::Settings;
 use router_tests::client;
 use router_tests::lab::INTERFACES;
 use router_tests::process::wait_for;
@@ -109,6 +111,32 @@ fn detach_leaves_nothing() {
         assert_eq!(managed_neighbours(&site), "");
         let again = run(&site, &["detach"]);
         assert!(again.status.success(), "{again:?}");
+    }
+}
+
+#[test]
+fn maps_of_another_layout_are_refused_by_name_and_left_alone() {
+    let mut site = Site::new(1).unwrap();
+    site.start_nats().unwrap();
+    site.start_gateway(|_| ()).unwrap();
+    stop(&mut site);
+    let pin = site.config().l4.pin_path.join("SETTINGS");
+    let settings = || -> Array<MapData, Settings> {
+        let map = MapData::from_pin(&pin).unwrap();
+        Array::try_from(Map::Array(map)).unwrap()
+    };
+    let ours = settings().get(&0, 0).unwrap();
+    let theirs = Settings { layout: 99, ..ours };
+    settings().set(0, theirs, 0).unwrap();
+
+    site.spawn_gateway(|_| ()).unwrap();
+    assert_eq!(site.gateway().wait().unwrap().code(), Some(1));
+    let log = site.gateway().log();
+    assert!(log.contains("are of layout 99"), "{log}");
+    assert!(log.contains("run `viaduct detach`"), "{log}");
+    assert_eq!(settings().get(&0, 0).unwrap(), theirs);
+    for interface in INTERFACES {
+        assert_eq!(hooks(&site, interface), "native");
     }
 }
 

@@ -69,7 +69,10 @@ fn down(backends: &[SocketAddr], port: u16, marks: Marks) -> SocketAddr {
     let vip = Vip {
         proto: Proto::Tcp,
         address: VIP.into(),
-        port,
+        ports: viaduct::config::PortRange {
+            first: port,
+            last: port,
+        },
     };
     let published = Published::default();
     published.store(Arc::new(Snapshot {

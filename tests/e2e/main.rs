@@ -9,10 +9,13 @@
 
 mod attach;
 mod cli;
+mod hand_up;
 mod health;
 mod l4;
 mod l7;
 mod lab;
+mod local;
 mod restart;
 mod routes;
+mod seeing;
 mod start;

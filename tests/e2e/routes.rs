@@ -138,7 +138,7 @@ fn bad_messages_are_refused_and_everything_else_goes_on() {
         r#"{"host":"10.0.0.11","port":"8080","uris":["bad.example.com"]}"#,
         r#"{"host":"10.0.0.11","port":8080,"uris":"bad.example.com"}"#,
         r#"{"host":"","port":8080,"uris":["bad.example.com"]}"#,
-        r#"{"host":"10.0.0.11","port":8080,"uris":["bad.example.com"],"weight":0}"#,
+        r#"{"host":"10.0.0.11","port":8080,"uris":["bad.example.com"],"weight":1001}"#,
         r#"{"host":"10.0.0.11","port":9000,"vips":["tcp/203.0.113.1:80"]}"#,
         r#"{"host":"10.0.0.11","port":9000,"vips":["tcp/192.0.2.10:0"]}"#,
         r#"{"host":"10.0.0.11","port":9000,"vips":["sctp/192.0.2.10:80"]}"#,

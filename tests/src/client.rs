@@ -4,10 +4,11 @@
 //! [`TIMEOUT`], so that a lost packet is an error and not a test that hangs.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use socket2::{Domain, Socket, Type};
 
 /// The longest a client waits for one answer.
 pub const TIMEOUT: Duration = Duration::from_secs(3);
@@ -16,6 +17,22 @@ pub const TIMEOUT: Duration = Duration::from_secs(3);
 pub fn tcp(address: SocketAddr) -> anyhow::Result<TcpClient> {
     let stream = TcpStream::connect_timeout(&address, TIMEOUT)
         .with_context(|| format!("connect to tcp/{address}"))?;
+    greeted(stream, address)
+}
+
+/// The same from a port of the client's own choice.
+pub fn tcp_from(port: u16, address: SocketAddr) -> anyhow::Result<TcpClient> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    let local = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    let bound = socket.bind(&local.into());
+    bound.with_context(|| format!("bind to port {port}"))?;
+    let connected = socket.connect_timeout(&address.into(), TIMEOUT);
+    connected.with_context(|| format!("connect to tcp/{address} from port {port}"))?;
+    greeted(socket.into(), address)
+}
+
+fn greeted(stream: TcpStream, address: SocketAddr) -> anyhow::Result<TcpClient> {
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     stream.set_nodelay(true)?;
@@ -41,6 +58,11 @@ impl TcpClient {
         let mut answer = vec![0; data.len()];
         self.reader.read_exact(&mut answer).context("read")?;
         Ok(answer)
+    }
+
+    /// The address that the connection comes from.
+    pub fn local_address(&self) -> anyhow::Result<SocketAddr> {
+        Ok(self.reader.get_ref().local_addr()?)
     }
 
     /// The connection itself, for what needs both directions at once.

@@ -25,12 +25,19 @@ const LOG_LINES: usize = 60;
 /// Set by whoever takes signals: every wait ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// The environment's factor for [`DEADLINE`]: an emulated machine is tens of times slower.
+const PATIENCE: &str = "VIADUCT_TEST_PATIENCE";
+
 /// Waits until `condition` returns something, and returns that.
 ///
 /// # Errors
-/// It did not within [`DEADLINE`], or [`INTERRUPTED`] was set; the message says what was waited for.
+/// It did not within [`DEADLINE`] times [`PATIENCE`], or [`INTERRUPTED`] was set; the message says
+/// what was waited for.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
-    let deadline = Instant::now() + DEADLINE;
+    let patience = std::env::var(PATIENCE).ok();
+    let patience = patience.and_then(|factor| factor.parse().ok()).unwrap_or(1);
+    let longest = DEADLINE * patience;
+    let deadline = Instant::now() + longest;
     loop {
         if let Some(value) = condition() {
             return Ok(value);
@@ -39,7 +46,7 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> anyh
             bail!("interrupted while waiting for {what}");
         }
         if Instant::now() > deadline {
-            bail!("waited {DEADLINE:?} for {what}");
+            bail!("waited {longest:?} for {what}");
         }
         thread::sleep(POLL);
     }

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use viaduct::config::{Attach, Config};
+use viaduct::config::{Attach, Config, LocalClients};
 
 use crate::app::{App, HOST, Presence, VIP, VIP_ECHO_PORT};
 use crate::client::{self, Response};
@@ -123,6 +123,8 @@ impl Site {
         config.nats.startup_grace = Duration::ZERO;
         config.l4.interfaces = INTERFACES.map(str::to_owned).into();
         config.l4.attach = Attach::Native;
+        // Cgroups are of the machine, and so not a lab's.
+        config.l4.local_clients = LocalClients::Off;
         config.l4.vip_ranges = [VIP_RANGE, VIP_RANGE_V6]
             .map(|range| range.parse().expect("the lab's ranges are valid"))
             .into();

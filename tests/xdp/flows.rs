@@ -1,400 +1,377 @@
-//! Which backend a flow goes to, and for how long.
+//! What the flow table keeps, and for how long, in the modes that lead answers back.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use router_common::{SweepResult, Verdict};
-use viaduct::config::{FlowTimeouts, PortRange};
+use router_common::Verdict;
+use viaduct::config::{FlowTimeouts, Forwarding, PortRange};
 use viaduct::l4::datapath::Options;
+use viaduct::route::Vip;
 
 use crate::fixture::*;
+use crate::packets::*;
 
-fn client(number: u16) -> SocketAddrV4 {
-    let [a, b] = (number / 1000).to_be_bytes();
-    SocketAddrV4::new(Ipv4Addr::new(198, 51, a, b), 10_000 + number % 1000)
+/// A VIP of its own for each row, with some of its backends.
+struct Site {
+    family: Family,
+    vip: Vip,
+    address: SocketAddr,
 }
 
-/// Opens a connection and returns the backend it went to and the gateway's port.
-fn open(gateway: &mut Gateway, from: SocketAddrV4) -> (SocketAddrV4, SocketAddrV4) {
-    let out = gateway.send(&tcp(from, VIP, Segment::Syn, b""));
-    assert_eq!(out.verdict, Verdict::NewFlow, "{from}");
-    let seen = read(&out.frame);
-    (seen.to, seen.from)
+impl Site {
+    fn new(gateway: &mut Gateway, family: Family, proto: &str, mode: Forwarding) -> Site {
+        let address = gateway.address(family, 80);
+        let vip = vip(proto, address);
+        gateway.configure(vip, |config| config.forwarding = Some(mode));
+        Site {
+            family,
+            vip,
+            address,
+        }
+    }
+
+    fn backend(&self, host: u8) -> SocketAddr {
+        self.family.backend(host, 8080)
+    }
+
+    fn set_pool(&self, gateway: &mut Gateway, hosts: &[u8]) {
+        let backends: Vec<_> = hosts.iter().map(|host| self.backend(*host)).collect();
+        gateway.set_pool(self.vip, &backends);
+    }
+
+    /// Opens a connection; the first packet as its backend gets it.
+    #[track_caller]
+    fn open(&self, gateway: &mut Gateway, client: SocketAddr) -> Packet {
+        let syn = tcp(client, self.address, Segment::Syn, b"");
+        read(&gateway.expect("SYN", &syn.frame(), Verdict::NewFlow).frame)
+    }
+
+    fn clients(&self, gateway: &mut Gateway, count: usize) -> Vec<SocketAddr> {
+        (0..count).map(|_| gateway.client(self.family)).collect()
+    }
+
+    fn segment(&self, client: SocketAddr, segment: Segment) -> Vec<u8> {
+        tcp(client, self.address, segment, b"").frame()
+    }
 }
 
 #[test]
-fn new_flows_reach_every_backend() {
-    let mut gateway = Gateway::serving(&[1, 2, 3]);
-    let mut counts: BTreeMap<SocketAddrV4, u32> = BTreeMap::new();
-    for number in 0..300 {
-        *counts
-            .entry(open(&mut gateway, client(number)).0)
-            .or_default() += 1;
+fn flows_stay_where_they_are() {
+    let mut gateway = Gateway::new();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for family in FAMILIES {
+            for mode in [Forwarding::Nat, Forwarding::Dnat] {
+                let mut site = || Site::new(&mut gateway, family, "tcp", mode);
+                let sites = [site(), site(), site(), site(), site(), site(), site()];
+                let [a, b, c, d, e, f, g] = &sites;
+                new_flows_reach_every_backend(&mut gateway, a);
+                a_removed_backend_keeps_its_flows(&mut gateway, b);
+                a_new_backend_moves_no_flow(&mut gateway, c);
+                a_closed_connection_makes_room_for_the_next_on_the_same_port(&mut gateway, d);
+                a_syn_sent_again_stays_with_its_flow(&mut gateway, e);
+                tcp_in_the_middle_of_nothing_opens_no_flow(&mut gateway, f);
+                a_backend_of_another_generation_gets_no_old_flow(&mut gateway, g);
+                for site in &sites {
+                    gateway.remove(site.vip);
+                }
+            }
+        }
+    }
+}
+
+fn new_flows_reach_every_backend(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1, 2, 3]);
+    let mut counts: BTreeMap<SocketAddr, u32> = BTreeMap::new();
+    for client in site.clients(gateway, 150) {
+        *counts.entry(site.open(gateway, client).to).or_default() += 1;
     }
     assert_eq!(counts.len(), 3);
-    // 100 each on average; 50 is more than six standard deviations away.
-    assert!(counts.values().all(|count| *count > 50), "{counts:?}");
+    // 50 each on average; 20 is more than five standard deviations away.
+    assert!(counts.values().all(|count| *count > 20), "{counts:?}");
+}
+
+fn a_removed_backend_keeps_its_flows(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1, 2, 3]);
+    let clients = site.clients(gateway, 60);
+    let flows: Vec<_> = clients
+        .iter()
+        .map(|client| (*client, site.open(gateway, *client)))
+        .collect();
+    site.set_pool(gateway, &[2, 3]);
+    for (client, sent) in &flows {
+        let ack = site.segment(*client, Segment::Ack);
+        let seen = read(&gateway.expect("ACK", &ack, Verdict::Forwarded).frame);
+        assert_eq!((seen.to, seen.from), (sent.to, sent.from));
+        gateway.expect("answer", &sent.answer(b"").frame(), Verdict::Replied);
+    }
+    for client in site.clients(gateway, 60) {
+        let sent = site.open(gateway, client);
+        assert_ne!(sent.to, site.backend(1), "a new flow to a draining backend");
+    }
+}
+
+fn a_new_backend_moves_no_flow(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1, 2]);
+    let clients = site.clients(gateway, 60);
+    let flows: Vec<_> = clients
+        .iter()
+        .map(|client| (*client, site.open(gateway, *client)))
+        .collect();
+    site.set_pool(gateway, &[1, 2, 3, 4]);
+    for (client, sent) in flows {
+        let ack = site.segment(client, Segment::Ack);
+        let out = gateway.expect("ACK", &ack, Verdict::Forwarded);
+        assert_eq!(read(&out.frame).to, sent.to);
+    }
+}
+
+fn a_closed_connection_makes_room_for_the_next_on_the_same_port(
+    gateway: &mut Gateway,
+    site: &Site,
+) {
+    site.set_pool(gateway, &[1, 2, 3]);
+    let client = gateway.client(site.family);
+    let sent = site.open(gateway, client);
+    for segment in [Segment::Ack, Segment::Fin] {
+        let frame = site.segment(client, segment);
+        gateway.expect("client's", &frame, Verdict::Forwarded);
+    }
+    let fin = Packet {
+        transport: Transport::Tcp(Segment::Fin),
+        ..sent.answer(b"")
+    };
+    gateway.expect("backend's FIN", &fin.frame(), Verdict::Replied);
+    // The last ACK still belongs to the old connection; the SYN begins another.
+    let ack = site.segment(client, Segment::Ack);
+    gateway.expect("last ACK", &ack, Verdict::Forwarded);
+    let sent = site.open(gateway, client);
+    gateway.expect("answer", &sent.answer(b"").frame(), Verdict::Replied);
+}
+
+fn a_syn_sent_again_stays_with_its_flow(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1, 2, 3]);
+    let client = gateway.client(site.family);
+    let first = site.open(gateway, client);
+    site.set_pool(gateway, &[4, 5, 6]);
+    let syn = site.segment(client, Segment::Syn);
+    let again = read(&gateway.expect("SYN again", &syn, Verdict::Forwarded).frame);
+    assert_eq!((again.to, again.from), (first.to, first.from));
+}
+
+fn tcp_in_the_middle_of_nothing_opens_no_flow(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1]);
+    for segment in [Segment::Ack, Segment::Fin, Segment::Rst] {
+        let client = gateway.client(site.family);
+        let frame = site.segment(client, segment);
+        gateway.expect_untouched(&format!("{segment:?}"), &frame, Verdict::UnknownFlow);
+    }
+}
+
+/// The next backend may have its id, but not its flows.
+fn a_backend_of_another_generation_gets_no_old_flow(gateway: &mut Gateway, site: &Site) {
+    site.set_pool(gateway, &[1]);
+    let client = gateway.client(site.family);
+    let sent = site.open(gateway, client);
+    let id = gateway.id_of(site.vip, site.backend(1));
+    site.set_pool(gateway, &[2]);
+    gateway.now += DRAIN;
+    site.set_pool(gateway, &[2]);
+    site.set_pool(gateway, &[2, 3]);
+    assert_eq!(gateway.id_of(site.vip, site.backend(3)), id);
+    let ack = site.segment(client, Segment::Ack);
+    gateway.expect_untouched("ACK", &ack, Verdict::UnknownFlow);
+    let answer = sent.answer(b"").frame();
+    let out = gateway.send(&answer);
+    assert_eq!(out.action, Action::Pass, "{out:?}");
+    let next = site.open(gateway, client).to;
+    assert!(next == site.backend(2) || next == site.backend(3));
 }
 
 #[test]
 fn every_flow_gets_its_own_answers() {
-    let mut gateway = Gateway::serving(&[1, 2]);
-    let mut flows = Vec::new();
-    for number in 0..2000 {
-        let client = client(number);
-        let (to, from) = open(&mut gateway, client);
-        flows.push((client, to, from));
-    }
+    let mut gateway = Gateway::new();
+    let site = Site::new(&mut gateway, Family::V4, "tcp", Forwarding::Nat);
+    site.set_pool(&mut gateway, &[1, 2]);
+    let clients = site.clients(&mut gateway, 2000);
+    let flows: Vec<_> = clients
+        .iter()
+        .map(|client| (*client, site.open(&mut gateway, *client)))
+        .collect();
     let ports: HashMap<_, _> = flows
         .iter()
-        .map(|(client, to, from)| ((*to, *from), *client))
+        .map(|(client, sent)| ((sent.to, sent.from), *client))
         .collect();
     assert_eq!(
         ports.len(),
         flows.len(),
         "two flows share a port towards the same backend"
     );
-    for (client, to, from) in flows {
-        let out = gateway.send(&tcp_reply(to, from, Segment::Ack, b"x"));
-        assert_eq!(out.verdict, Verdict::Replied);
-        let seen = read(&out.frame);
-        assert_eq!((seen.from, seen.to), (VIP, client));
+    for (client, sent) in flows {
+        let answer = sent.answer(b"x").frame();
+        let seen = read(&gateway.expect("answer", &answer, Verdict::Replied).frame);
+        assert_eq!((seen.from, seen.to), (site.address, client));
     }
-}
-
-#[test]
-fn a_removed_backend_keeps_its_flows() {
-    let mut gateway = Gateway::serving(&[1, 2, 3]);
-    let flows: Vec<_> = (0..100)
-        .map(|number| (client(number), open(&mut gateway, client(number))))
-        .collect();
-    gateway.set_pool("tcp", &[2, 3]);
-    for (client, (to, from)) in &flows {
-        let out = gateway.send(&tcp(*client, VIP, Segment::Ack, b"more"));
-        assert_eq!(out.verdict, Verdict::Forwarded);
-        let seen = read(&out.frame);
-        assert_eq!((seen.to, seen.from), (*to, *from));
-        assert_eq!(
-            gateway
-                .send(&tcp_reply(*to, *from, Segment::Ack, b""))
-                .verdict,
-            Verdict::Replied
-        );
-    }
-    for number in 100..200 {
-        assert_ne!(
-            open(&mut gateway, client(number)).0,
-            backend(1),
-            "a new flow to a draining backend"
-        );
-    }
-}
-
-#[test]
-fn a_new_backend_moves_no_flow() {
-    let mut gateway = Gateway::serving(&[1, 2]);
-    let flows: Vec<_> = (0..100)
-        .map(|number| (client(number), open(&mut gateway, client(number))))
-        .collect();
-    gateway.set_pool("tcp", &[1, 2, 3, 4]);
-    for (client, (to, _)) in flows {
-        assert_eq!(
-            read(&gateway.send(&tcp(client, VIP, Segment::Ack, b"")).frame).to,
-            to
-        );
-    }
-}
-
-#[test]
-fn a_drained_backend_gets_nothing_and_its_id_serves_another() {
-    let mut gateway = Gateway::serving(&[1]);
-    let (to, from) = open(&mut gateway, CLIENT);
-    assert_eq!(to, backend(1));
-    gateway.set_pool("tcp", &[2]);
-    gateway.now += DRAIN;
-    gateway.set_pool("tcp", &[2]);
-    // Backend 3 takes the id that backend 1 had.
-    gateway.set_pool("tcp", &[2, 3]);
-    assert_eq!(
-        gateway.send(&tcp(CLIENT, VIP, Segment::Ack, b"")).verdict,
-        Verdict::UnknownFlow
-    );
-    assert_eq!(
-        gateway
-            .send(&tcp_reply(to, from, Segment::Ack, b""))
-            .verdict,
-        Verdict::NotAReply
-    );
-    let next = open(&mut gateway, CLIENT).0;
-    assert!(next == backend(2) || next == backend(3));
+    // The gateway's own connection to a backend.
+    let own = SocketAddr::new(GATEWAY, 45_000);
+    let answer = tcp(site.backend(1), own, Segment::Ack, b"").from_backend();
+    gateway.expect_untouched("its own", &answer.frame(), Verdict::NotAReply);
 }
 
 #[test]
 fn a_vip_whose_backends_all_left_keeps_old_flows_and_takes_no_new_ones() {
-    let mut gateway = Gateway::serving(&[1]);
-    open(&mut gateway, client(0));
-    gateway.set_pool("tcp", &[]);
-    assert_eq!(
-        gateway
-            .send(&tcp(client(0), VIP, Segment::Ack, b""))
-            .verdict,
-        Verdict::Forwarded
-    );
-    let out = gateway.send(&tcp(client(1), VIP, Segment::Syn, b""));
-    assert_eq!((out.action, out.verdict), (DROP, Verdict::NoBackend));
+    let mut gateway = Gateway::new();
+    let site = Site::new(&mut gateway, Family::V4, "tcp", Forwarding::Nat);
+    let udp_vip = vip("udp", site.address);
+    site.set_pool(&mut gateway, &[1]);
+    gateway.serve(udp_vip, Forwarding::Nat, &[site.backend(1)]);
+    let client = gateway.client(Family::V4);
+    site.open(&mut gateway, client);
+    site.set_pool(&mut gateway, &[]);
+    let ack = site.segment(client, Segment::Ack);
+    gateway.expect("ACK", &ack, Verdict::Forwarded);
+    let other = gateway.client(Family::V4);
+    let syn = site.segment(other, Segment::Syn);
+    gateway.expect("SYN", &syn, Verdict::Rejected);
     gateway.now += DRAIN;
-    gateway.set_pool("tcp", &[]);
-    let out = gateway.send(&tcp(client(1), VIP, Segment::Syn, b""));
-    assert_eq!((out.action, out.verdict), (PASS, Verdict::NoSuchVip));
-    gateway.set_pool("udp", &[]);
-    gateway.now += DRAIN;
-    gateway.set_pool("udp", &[]);
-    assert_eq!(
-        gateway.send(&udp(client(1), VIP, b"")).verdict,
-        Verdict::NotForUs
-    );
-}
-
-#[test]
-fn tcp_in_the_middle_of_nothing_opens_no_flow() {
-    let mut gateway = Gateway::serving(&[1]);
-    for segment in [Segment::Ack, Segment::Fin, Segment::Rst] {
-        let out = gateway.send(&tcp(CLIENT, VIP, segment, b""));
-        assert_eq!(
-            (out.action, out.verdict),
-            (DROP, Verdict::UnknownFlow),
-            "{segment:?}"
-        );
-    }
-}
-
-#[test]
-fn a_closed_connection_makes_room_for_the_next_on_the_same_port() {
-    let mut gateway = Gateway::serving(&[1, 2, 3]);
-    let (to, from) = open(&mut gateway, CLIENT);
-    gateway.send(&tcp(CLIENT, VIP, Segment::Ack, b""));
-    gateway.send(&tcp(CLIENT, VIP, Segment::Fin, b""));
-    gateway.send(&tcp_reply(to, from, Segment::Fin, b""));
-    // The last ACK still belongs to the old connection; the SYN begins another.
-    assert_eq!(
-        gateway.send(&tcp(CLIENT, VIP, Segment::Ack, b"")).verdict,
-        Verdict::Forwarded
-    );
-    let (to, from) = open(&mut gateway, CLIENT);
-    assert_eq!(
-        gateway
-            .send(&tcp_reply(to, from, Segment::Ack, b""))
-            .verdict,
-        Verdict::Replied
-    );
-}
-
-#[test]
-fn a_syn_sent_again_stays_with_its_flow() {
-    let mut gateway = Gateway::serving(&[1, 2, 3]);
-    let first = open(&mut gateway, CLIENT);
-    let out = gateway.send(&tcp(CLIENT, VIP, Segment::Syn, b""));
-    assert_eq!(out.verdict, Verdict::Forwarded);
-    let seen = read(&out.frame);
-    assert_eq!((seen.to, seen.from), first);
-}
-
-#[test]
-fn the_gateways_own_traffic_with_a_backend_is_passed() {
-    let mut gateway = Gateway::serving(&[1]);
-    let answer = tcp_reply(
-        backend(1),
-        SocketAddrV4::new(GATEWAY, 45_000),
-        Segment::Ack,
-        b"",
-    );
-    let out = gateway.send(&answer);
-    assert_eq!((out.action, out.verdict), (PASS, Verdict::NotAReply));
-    assert_eq!(out.frame, answer);
+    site.set_pool(&mut gateway, &[]);
+    gateway.expect_untouched("no such port", &syn, Verdict::NoSuchVip);
+    gateway.remove(udp_vip);
+    gateway.expect_untouched("no such address", &syn, Verdict::NotForUs);
 }
 
 #[test]
 fn ports_run_out_with_a_verdict_of_their_own() {
-    let options = Options {
+    let mut gateway = Gateway::with(&Options {
         nat_ports: PortRange {
             first: 2000,
             last: 2003,
         },
         ..options()
-    };
-    let mut gateway = Gateway::new(&options, EGRESS);
-    gateway.set_pool("udp", &[1]);
-    let mut verdicts: BTreeMap<&str, u32> = BTreeMap::new();
+    });
+    let site = Site::new(&mut gateway, Family::V4, "udp", Forwarding::Nat);
+    site.set_pool(&mut gateway, &[1]);
     let mut ports = Vec::new();
-    for number in 0..200 {
-        let out = gateway.send(&udp(client(number), VIP, b""));
-        *verdicts.entry(out.verdict.name()).or_default() += 1;
+    for client in site.clients(&mut gateway, 200) {
+        let out = gateway.send(&udp(client, site.address, b"").frame());
         if out.verdict == Verdict::NewFlow {
             ports.push(read(&out.frame).from.port());
+        } else {
+            assert_eq!(
+                (out.action, out.verdict),
+                (Action::Drop, Verdict::PortsExhausted)
+            );
         }
     }
     ports.sort_unstable();
     assert_eq!(ports, [2000, 2001, 2002, 2003]);
-    assert_eq!(verdicts[Verdict::PortsExhausted.name()], 196);
 }
 
 #[test]
-fn a_full_table_refuses_new_flows_and_keeps_the_old() {
+fn a_full_table_refuses_no_flow_that_it_need_not() {
     let mut options = options();
     options.limits.flows = 1024;
-    let mut gateway = Gateway::new(&options, EGRESS);
-    gateway.set_pool("udp", &[1, 2]);
+    let mut gateway = Gateway::with(&options);
+    let site = Site::new(&mut gateway, Family::V4, "udp", Forwarding::Nat);
+    site.set_pool(&mut gateway, &[1, 2]);
     let mut kept = Vec::new();
-    let mut refused = 0;
-    for number in 0..2000 {
-        let out = gateway.send(&udp(client(number), VIP, b""));
+    for client in site.clients(&mut gateway, 2000) {
+        let out = gateway.send(&udp(client, site.address, b"").frame());
         match out.verdict {
+            // Answered, it is no longer the first to go.
             Verdict::NewFlow => {
-                let sent = read(&out.frame);
-                gateway.send(&udp_reply(sent.to, sent.from, b""));
-                kept.push(client(number));
+                let answer = read(&out.frame).answer(b"");
+                gateway.expect("answer", &answer.frame(), Verdict::Replied);
+                kept.push(client);
             }
-            Verdict::FlowTableFull => refused += 1,
+            Verdict::FlowTableFull => assert_eq!(out.action, Action::Drop),
             other => panic!("{other:?}"),
         }
     }
-    assert!(
-        kept.len() <= 1024 && kept.len() > 900,
-        "{} of 1024 places used",
-        kept.len()
-    );
-    assert_eq!(kept.len() + refused, 2000);
+    let len = kept.len();
+    assert!(len <= 1024 && len > 900, "{len} of 1024 places used");
     for client in kept {
-        assert_eq!(
-            gateway.send(&udp(client, VIP, b"")).verdict,
-            Verdict::Forwarded
-        );
+        let more = udp(client, site.address, b"").frame();
+        gateway.expect("kept", &more, Verdict::Forwarded);
     }
+    // Where the ring knows the backend too, packets are served without a place.
+    let tunnelled = Site::new(&mut gateway, Family::V4, "udp", Forwarding::Dsr);
+    let backend = Family::V4.backend(3, 80);
+    gateway.serve(tunnelled.vip, Forwarding::Dsr, &[backend]);
+    let mut untracked = 0;
+    for client in tunnelled.clients(&mut gateway, 200) {
+        let frame = udp(client, tunnelled.address, b"").frame();
+        let out = gateway.send(&frame);
+        assert_eq!(out.action, Action::Redirect, "{out:?}");
+        assert_eq!(gateway.backend_of(tunnelled.vip, &out), backend);
+        match out.verdict {
+            Verdict::Untracked => {
+                untracked += 1;
+                gateway.expect("again", &frame, Verdict::Untracked);
+            }
+            verdict => assert_eq!(verdict, Verdict::NewFlow),
+        }
+    }
+    assert!(untracked > 100, "{untracked} of 200");
 }
 
 #[test]
 fn half_open_flows_make_room_for_others() {
     let mut options = options();
     options.limits.flows = 1024;
-    let mut gateway = Gateway::new(&options, EGRESS);
-    gateway.set_pool("tcp", &[1, 2]);
-    let established = client(0);
-    open(&mut gateway, established);
-    gateway.send(&tcp(established, VIP, Segment::Ack, b""));
-    for number in 1..4000 {
-        open(&mut gateway, client(number));
+    let mut gateway = Gateway::with(&options);
+    let site = Site::new(&mut gateway, Family::V4, "tcp", Forwarding::Nat);
+    site.set_pool(&mut gateway, &[1, 2]);
+    let established = gateway.client(Family::V4);
+    site.open(&mut gateway, established);
+    let ack = site.segment(established, Segment::Ack);
+    gateway.expect("ACK", &ack, Verdict::Forwarded);
+    for client in site.clients(&mut gateway, 4000) {
+        site.open(&mut gateway, client);
     }
-    assert_eq!(
-        gateway
-            .send(&tcp(established, VIP, Segment::Ack, b""))
-            .verdict,
-        Verdict::Forwarded
-    );
+    gateway.expect("ACK", &ack, Verdict::Forwarded);
 }
 
 #[test]
-fn the_sweep_counts_live_flows_and_frees_expired_ones() {
-    let timeouts = FlowTimeouts {
-        udp: Duration::from_millis(1),
-        ..FlowTimeouts::default()
-    };
-    let mut gateway = Gateway::new(
-        &Options {
-            timeouts,
-            ..options()
+fn the_sweep_frees_what_is_over_and_its_return_slots() {
+    let mut options = Options {
+        timeouts: FlowTimeouts {
+            udp: Duration::from_millis(1),
+            ..FlowTimeouts::default()
         },
-        EGRESS,
-    );
-    gateway.set_pool("tcp", &[1]);
-    gateway.set_pool("udp", &[2]);
-    for number in 0..50 {
-        open(&mut gateway, client(number));
-        gateway.send(&udp(client(number), VIP, b""));
-    }
-    sweep_until_left(&mut gateway, 50);
-    assert_eq!(gateway.datapath.flows_of(1).unwrap(), 50);
-    assert_eq!(gateway.datapath.flows_of(2).unwrap(), 0);
-}
-
-#[test]
-fn the_sweep_frees_the_return_slots_too() {
-    let timeouts = FlowTimeouts {
-        udp: Duration::from_millis(1),
-        ..FlowTimeouts::default()
+        ..options()
     };
-    let mut options = options();
-    options.timeouts = timeouts;
     options.limits.flows = 1024;
-    let mut gateway = Gateway::new(&options, EGRESS);
-    gateway.set_pool("udp", &[1]);
-    // There are twice as many return slots as flows: the third time around they would be used up.
-    for round in 0..4 {
-        for number in 0..800 {
-            let from = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, round), 10_000 + number);
-            let verdict = gateway.send(&udp(from, VIP, b"")).verdict;
-            assert_eq!(verdict, Verdict::NewFlow, "flow {number} of round {round}");
-        }
-        sweep_until_left(&mut gateway, 0);
+    let mut gateway = Gateway::with(&options);
+    let site = Site::new(&mut gateway, Family::V4, "tcp", Forwarding::Nat);
+    site.set_pool(&mut gateway, &[1]);
+    let udp_vip = vip("udp", site.address);
+    gateway.serve(udp_vip, Forwarding::Nat, &[site.backend(2)]);
+    for client in site.clients(&mut gateway, 50) {
+        site.open(&mut gateway, client);
+        let datagram = udp(client, site.address, b"").frame();
+        gateway.expect("UDP", &datagram, Verdict::NewFlow);
+    }
+    let ids = [
+        gateway.id_of(site.vip, site.backend(1)),
+        gateway.id_of(udp_vip, site.backend(2)),
+    ];
+    assert_eq!(sweep_until_left(&mut gateway, 50, ids), [50, 0]);
+    for client in site.clients(&mut gateway, 4000) {
+        let datagram = udp(client, site.address, b"").frame();
+        gateway.expect("UDP", &datagram, Verdict::NewFlow);
     }
 }
 
-#[test]
-fn flows_of_a_backend_that_is_gone_hold_no_place() {
-    let mut gateway = Gateway::serving(&[1]);
-    open(&mut gateway, CLIENT);
-    gateway.set_pool("tcp", &[2]);
-    assert_eq!(sweep(&mut gateway).live, 1);
-    gateway.now += DRAIN;
-    gateway.set_pool("tcp", &[2]);
-    let swept = sweep(&mut gateway);
-    assert_eq!((swept.live, swept.freed), (0, 1));
-}
-
-#[test]
-fn forged_datagrams_make_room_for_others() {
-    let mut options = options();
-    options.limits.flows = 1024;
-    let mut gateway = Gateway::new(&options, EGRESS);
-    gateway.set_pool("udp", &[1]);
-    let sent = read(&gateway.send(&udp(CLIENT, VIP, b"")).frame);
-    assert_eq!(
-        gateway.send(&udp_reply(sent.to, sent.from, b"")).verdict,
-        Verdict::Replied
-    );
-    for number in 0..4000 {
-        assert_eq!(
-            gateway.send(&udp(client(number), VIP, b"")).verdict,
-            Verdict::NewFlow
-        );
-    }
-    assert_eq!(
-        gateway.send(&udp(CLIENT, VIP, b"")).verdict,
-        Verdict::Forwarded
-    );
-}
-
-/// Sweeps the whole table once.
-fn sweep(gateway: &mut Gateway) -> SweepResult {
-    let mut total = SweepResult::default();
-    for share in 0..gateway.datapath.sweep_shares() {
-        let result = gateway.datapath.sweep(share).expect("sweep");
-        total.live += result.live;
-        total.freed += result.freed;
-    }
-    total
-}
-
-/// Sweeps until only so many flows are left; the counts by backend are those of the last pass.
-fn sweep_until_left(gateway: &mut Gateway, wanted: u32) {
+/// Sweeps until only so many flows are left; those of two backends in the last sweep.
+fn sweep_until_left(gateway: &mut Gateway, wanted: u32, ids: [u32; 2]) -> [u32; 2] {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
-        for id in [1, 2] {
-            gateway.datapath.flows_of(id).expect("reset the counts");
-        }
-        let live = sweep(gateway).live;
+        let live = gateway.sweep().live;
+        let counts = ids.map(|id| gateway.datapath.flows_of(id).expect("take the counts"));
         if live == wanted {
-            return;
+            return counts;
         }
         assert!(
             Instant::now() < deadline,

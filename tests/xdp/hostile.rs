@@ -1,165 +1,247 @@
-//! What must not be touched, and what must be refused.
+//! What must be refused, and what no frame may do.
+
+use std::cell::RefCell;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use router_common::Verdict;
+use viaduct::config::Forwarding;
 
 use crate::fixture::*;
+use crate::packets::*;
 
-#[test]
-fn traffic_for_no_vip_is_passed_bit_for_bit() {
-    let mut gateway = Gateway::serving(&[1]);
-    let elsewhere = "203.0.113.9:80".parse().unwrap();
-    let mut arp = vec![0xff; 6];
-    arp.extend(CLIENT_MAC);
-    arp.extend([0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1]);
-    arp.resize(60, 0);
-    let mut ipv6 = Vec::new();
-    etherparse::PacketBuilder::ethernet2(CLIENT_MAC, GATEWAY_MAC)
-        .ipv6([0x20; 16], [0x21; 16], 64)
-        .tcp(1, 2, 3, 4)
-        .write(&mut ipv6, b"")
-        .unwrap();
-    for frame in [
-        tcp(CLIENT, elsewhere, Segment::Syn, b"x"),
-        udp(CLIENT, elsewhere, b"x"),
-        arp,
-        ipv6,
-    ] {
-        let out = gateway.send(&frame);
-        assert_eq!((out.action, out.verdict), (PASS, Verdict::NotForUs));
-        assert_eq!(out.frame, frame);
+const MODES: [Forwarding; 6] = [
+    Forwarding::Nat,
+    Forwarding::Dnat,
+    Forwarding::Dsr,
+    Forwarding::Ipip,
+    Forwarding::Gue,
+    Forwarding::L7,
+];
+
+/// One VIP of each mode, protocol and family.
+fn gateway() -> Gateway {
+    let mut gateway = Gateway::new();
+    for (host, mode) in (10..).zip(MODES) {
+        for family in FAMILIES {
+            let backends = [family.backend(1, 80), family.backend(2, 80)];
+            gateway.serve(vip("tcp", family.vip(host, 80)), mode, &backends);
+            if mode != Forwarding::L7 {
+                gateway.serve(vip("udp", family.vip(host, 80)), mode, &backends);
+            }
+        }
     }
-}
-
-#[test]
-fn an_unregistered_port_of_a_vip_is_the_hosts_business() {
-    let mut gateway = Gateway::serving(&[1]);
-    let frame = tcp(CLIENT, "192.0.2.10:81".parse().unwrap(), Segment::Syn, b"");
-    let out = gateway.send(&frame);
-    assert_eq!((out.action, out.verdict), (PASS, Verdict::NoSuchVip));
-    assert_eq!(out.frame, frame);
+    gateway
 }
 
 #[test]
 fn a_frame_cut_short_anywhere_is_passed_or_dropped_untouched() {
-    let mut gateway = Gateway::serving(&[1]);
-    for frame in [
-        tcp(CLIENT, VIP, Segment::Syn, b"payload"),
-        udp(CLIENT, VIP, b"payload"),
-    ] {
-        let headers = if frame[23] == 6 { 54 } else { 42 };
-        for len in 14..headers {
-            let out = gateway.send(&frame[..len]);
-            assert!([PASS, DROP].contains(&out.action), "{len} octets: {out:?}");
-            // The kernel pads what is shorter than its smallest frame.
-            assert_eq!(out.frame[..len], frame[..len], "{len} octets");
-            if len >= 34 {
-                assert_eq!(out.verdict, Verdict::Malformed, "{len} octets");
+    let mut gateway = gateway();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for family in FAMILIES {
+            for host in 10..15 {
+                for vlan in [0, 100] {
+                    let client = gateway.client(family);
+                    let to = family.vip(host, 80);
+                    for packet in [tcp(client, to, Segment::Syn, b""), udp(client, to, b"")] {
+                        let packet = Packet { vlan, ..packet };
+                        cut_short(&mut gateway, &packet);
+                    }
+                }
             }
+        }
+    }
+}
+
+fn cut_short(gateway: &mut Gateway, packet: &Packet) {
+    let frame = packet.frame();
+    for len in gateway.hook.shortest(&frame)..frame.len() {
+        let out = gateway.send(&frame[..len]);
+        let row = format!("{:?}, {len} octets: {out:02x?}", gateway.hook);
+        assert!([Action::Pass, Action::Drop].contains(&out.action), "{row}");
+        // The kernel pads what is shorter than its smallest frame.
+        assert_eq!(out.frame[..len], frame[..len], "{row}");
+        if len >= packet.l4() {
+            assert_eq!(out.verdict, Verdict::Malformed, "{row}");
         }
     }
 }
 
 #[test]
 fn headers_that_contradict_themselves_are_refused() {
-    let mut gateway = Gateway::serving(&[1]);
-    let sound = tcp(CLIENT, VIP, Segment::Syn, b"");
-    for (octet, value) in [
-        (14, 0x44),
-        (14, 0x40),
-        (14, 0x55),
-        (14, 0x4f),
-        (17, 20),
-        (17, 39),
-    ] {
-        let mut frame = sound.clone();
-        frame[octet] = value;
-        let out = gateway.send(&frame);
-        assert_eq!(
-            (out.action, out.verdict),
-            (DROP, Verdict::Malformed),
-            "octet {octet} = {value:#x}"
-        );
-    }
-}
-
-#[test]
-fn fragments_to_a_vip_are_refused_and_others_passed() {
-    let mut gateway = Gateway::serving(&[1]);
-    for flags in [[0x20, 0x00], [0x20, 0x10], [0x00, 0x10]] {
-        let mut frame = udp(CLIENT, VIP, b"fragment");
-        frame[20..22].copy_from_slice(&flags);
-        let out = gateway.send(&frame);
-        assert_eq!(
-            (out.action, out.verdict),
-            (DROP, Verdict::Fragment),
-            "{flags:?}"
-        );
-        let mut frame = udp_reply(
-            backend(1),
-            format!("{GATEWAY}:5000").parse().unwrap(),
-            b"fragment",
-        );
-        frame[20..22].copy_from_slice(&flags);
-        let out = gateway.send(&frame);
-        assert_eq!((out.action, out.frame), (PASS, frame), "{flags:?}");
+    let mut gateway = gateway();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for host in 10..16 {
+            let client = gateway.client(Family::V4);
+            let packet = tcp(client, Family::V4.vip(host, 80), Segment::Syn, b"");
+            // Version and header length, total length.
+            for (octet, value) in [
+                (14, 0x44),
+                (14, 0x40),
+                (14, 0x55),
+                (14, 0x65),
+                (14, 0x4f),
+                (17, 0),
+                (17, 20),
+                (17, 39),
+            ] {
+                let mut frame = packet.frame();
+                frame[octet] = value;
+                let row = format!("{hook:?} VIP {host}, octet {octet} = {value:#x}");
+                gateway.expect_untouched(&row, &frame, Verdict::Malformed);
+            }
+            let client = gateway.client(Family::V6);
+            let packet = tcp(client, Family::V6.vip(host, 80), Segment::Syn, b"");
+            // Version, payload length.
+            for (octet, value) in [(14, 0x40), (14, 0x50), (19, 0), (19, 19)] {
+                let mut frame = packet.frame();
+                frame[octet] = value;
+                let row = format!("{hook:?} VIP {host}, octet {octet} = {value:#x}");
+                gateway.expect_untouched(&row, &frame, Verdict::Malformed);
+            }
+        }
     }
 }
 
 #[test]
 fn time_to_live_is_honoured() {
-    let mut gateway = Gateway::serving(&[1]);
-    for (ttl, action) in [(0, DROP), (1, DROP), (2, REDIRECT)] {
-        let from = std::net::SocketAddrV4::new(*CLIENT.ip(), 50_000 + u16::from(ttl));
-        let out = gateway.send(&tcp_frame(
-            CLIENT_MAC,
-            GATEWAY_MAC,
-            from,
-            VIP,
-            Segment::Syn,
-            b"",
-            ttl,
-        ));
-        assert_eq!(out.action, action, "ttl {ttl}: {:?}", out.verdict);
+    let mut gateway = gateway();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for family in FAMILIES {
+            for host in 10..15 {
+                for proto in ["tcp", "udp"] {
+                    for hops in [0, 1, 2] {
+                        let row = format!("{hook:?} {family:?} VIP {host} {proto}, {hops} hops");
+                        let (client, to) = (gateway.client(family), family.vip(host, 80));
+                        let packet = match proto {
+                            "tcp" => tcp(client, to, Segment::Syn, b""),
+                            _ => udp(client, to, b"x"),
+                        };
+                        let frame = Packet { hops, ..packet }.frame();
+                        if hops < 2 {
+                            gateway.expect_untouched(&row, &frame, Verdict::TtlExpired);
+                        } else {
+                            gateway.expect(&row, &frame, Verdict::NewFlow);
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 
 #[test]
-fn no_frame_aborts_the_program_or_changes_on_its_way_past() {
+fn chains_of_extension_headers_are_followed_to_a_bound() {
+    let mut gateway = gateway();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for host in 10..15 {
+            for count in 0..=8 {
+                let client = gateway.client(Family::V6);
+                let packet = udp(client, Family::V6.vip(host, 80), b"x");
+                let mut rest = packet.frame().split_off(packet.l4());
+                let mut number = 17;
+                for _ in 0..count {
+                    // RFC 8200 §4.6: destination options of 8 octets, padding.
+                    rest = [&[number, 0, 1, 4, 0, 0, 0, 0][..], &rest].concat();
+                    number = 60;
+                }
+                let frame = with_extension(&packet, number, &[], &rest);
+                let row = format!("{hook:?} VIP {host}, {count} extension headers");
+                let verdict = match count {
+                    0..=6 => Verdict::NewFlow,
+                    _ => Verdict::Malformed,
+                };
+                gateway.expect(&row, &frame, verdict);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_frame_is_counted_as_a_contradiction_or_changes_on_its_way_past() {
     // The runner takes a function that changes nothing; only this thread runs it.
-    let gateway = std::cell::RefCell::new(Gateway::serving(&[1, 2]));
-    let base = prop_oneof![
-        Just(tcp(CLIENT, VIP, Segment::Syn, b"payload")),
-        Just(udp(CLIENT, VIP, b"payload")),
-        Just(udp_reply(
-            backend(1),
-            format!("{GATEWAY}:2000").parse().unwrap(),
-            b"payload"
-        )),
-    ];
+    let gateway = RefCell::new(gateway());
+    let hook = prop_oneof![Just(Hook::Xdp), Just(Hook::Tcx)];
     let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6);
-    let strategy = (base, damage, any::<prop::sample::Index>(), any::<bool>());
+    let cut = any::<prop::sample::Index>();
+    let strategy = (hook, base(), damage, cut, 0u8..4);
     let mut runner = TestRunner::new(Config {
-        cases: 4096,
+        cases: 6000,
         failure_persistence: None,
         ..Config::default()
     });
-    runner
-        .run(&strategy, |(mut frame, damage, cut, whole)| {
-            for (at, value) in damage {
-                let at = at.index(frame.len());
-                frame[at] = value;
-            }
-            if !whole {
-                frame.truncate(14 + cut.index(frame.len() - 14));
-            }
-            let out = gateway.borrow_mut().send(&frame);
-            prop_assert!([DROP, PASS, TX, REDIRECT].contains(&out.action));
-            if [PASS, DROP].contains(&out.action) {
-                prop_assert_eq!(&out.frame[..frame.len()], &frame[..]);
-            }
-            Ok(())
-        })
-        .unwrap();
+    let check = |(hook, mut frame, damage, cut, whole): (
+        Hook,
+        Vec<u8>,
+        Vec<(prop::sample::Index, u8)>,
+        prop::sample::Index,
+        u8,
+    )| {
+        for (at, value) in damage {
+            // Mostly in the headers.
+            let at = at.index(frame.len().min(120));
+            frame[at] = value;
+        }
+        if whole == 0 {
+            frame.truncate(14 + cut.index(frame.len() - 14));
+        }
+        prop_assume!(frame.len() >= hook.shortest(&frame));
+        let mut gateway = gateway.borrow_mut();
+        gateway.hook = hook;
+        let out = gateway.send(&frame);
+        prop_assert!(out.verdict != Verdict::Internal);
+        if [Action::Pass, Action::Drop].contains(&out.action) {
+            prop_assert_eq!(&out.frame[..frame.len()], &frame[..], "{:?}", out.verdict);
+        }
+        Ok(())
+    };
+    runner.run(&strategy, check).unwrap();
+}
+
+/// Sound frames of every kind, and noise.
+fn base() -> impl Strategy<Value = Vec<u8>> {
+    let family = prop_oneof![Just(Family::V4), Just(Family::V6)];
+    let vlan = prop_oneof![3 => Just(0u16), 1 => Just(100)];
+    let sound = (family, 0u16..200, 9u8..17, vlan, 0u8..8, 0usize..80);
+    let sound = sound.prop_map(|(family, client, host, vlan, kind, len)| {
+        let (from, to) = (family.client(client), family.vip(host, 80));
+        let payload = vec![0x5a; len];
+        let gateway = std::net::SocketAddr::new(family.gateway(), 1024 + client);
+        let packet = match kind {
+            0 | 4 => tcp(from, to, Segment::Syn, &payload),
+            1 => tcp(from, to, Segment::Ack, &payload),
+            2 => tcp(family.backend(1, 80), gateway, Segment::Ack, &payload).from_backend(),
+            _ => udp(from, to, &payload),
+        };
+        let packet = Packet { vlan, ..packet };
+        match (kind, family) {
+            (4, Family::V4) => icmp(from.ip(), to.ip(), 8, 0, [0; 4], &payload),
+            (4, Family::V6) => icmp(from.ip(), to.ip(), 128, 0, [0; 4], &payload),
+            (5, Family::V4) => icmp(
+                from.ip(),
+                to.ip(),
+                3,
+                4,
+                [0; 4],
+                &packet.answer(b"").bytes(),
+            ),
+            (5, Family::V6) => icmp(
+                from.ip(),
+                to.ip(),
+                2,
+                0,
+                [0; 4],
+                &packet.answer(b"").bytes(),
+            ),
+            (6, Family::V4) => fragments_v4(&packet, client, 8)[len % 2].clone(),
+            (6, Family::V6) => fragments_v6(&packet, client.into(), 8)[len % 2].clone(),
+            _ => packet.frame(),
+        }
+    });
+    let noise = prop::collection::vec(any::<u8>(), 15..400);
+    prop_oneof![9 => sound, 1 => noise]
 }

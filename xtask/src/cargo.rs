@@ -3,7 +3,7 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 
@@ -44,12 +44,44 @@ where
     I: IntoIterator<Item = S>,
     S: AsRef<OsStr>,
 {
+    status(&mut building(arguments))
+}
+
+/// The same, and returns the executables it built or found up to date.
+///
+/// # Errors
+/// cargo is missing, or exited with anything but 0.
+pub(crate) fn executables<I, S>(arguments: I) -> anyhow::Result<Vec<PathBuf>>
+where
+    I: IntoIterator<Item = S>,
+    S: AsRef<OsStr>,
+{
+    let mut command = building(arguments);
+    command.arg("--message-format=json-render-diagnostics");
+    let line = display(&command);
+    let output = command.stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("start {line}"))?;
+    ensure!(output.status.success(), "{line}: {}", output.status);
+    // One field of known form; a JSON parser would double the time that xtask takes to compile.
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let executable = |message: &str| {
+        let (_, rest) = message.split_once("\"executable\":\"")?;
+        Some(PathBuf::from(rest.split_once('"')?.0))
+    };
+    Ok(messages.lines().filter_map(executable).collect())
+}
+
+fn building<I, S>(arguments: I) -> Command
+where
+    I: IntoIterator<Item = S>,
+    S: AsRef<OsStr>,
+{
     let mut command = cargo();
     command
         .args(arguments)
         .env("PATH", path())
         .env("VIADUCT_REQUIRE_EBPF", "1");
-    status(&mut command)
+    command
 }
 
 /// A bare `cargo`, without the variables that would make it believe it is part of this run.

@@ -7,6 +7,7 @@
 
 mod cargo;
 mod dist;
+mod kernel;
 mod setup;
 
 use std::ffi::OsString;
@@ -47,10 +48,14 @@ enum Command {
     },
     /// Run every test; arguments go to `cargo nextest run`
     Test {
+        /// On Debian's stock kernel of this version, emulated by qemu: packet tests and what attaches
+        /// programs; arguments go to each test binary instead
+        #[arg(long, value_name = "VERSION")]
+        kernel: Option<String>,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
-    /// Measure l4, path, l7 or routes; without a name, everything
+    /// Measure l4, path, l7, local or routes, without a name all of them; or ipvs, in a machine that has it
     Bench {
         which: Option<String>,
         /// Of l4, only the rows whose names begin so
@@ -90,7 +95,14 @@ fn run(command: Command) -> anyhow::Result<()> {
                 .exec();
             Err(error).context("start viaduct")
         }
-        Command::Test { filter } => test(&filter),
+        Command::Test {
+            kernel: None,
+            filter,
+        } => test(&filter),
+        Command::Test {
+            kernel: Some(version),
+            filter,
+        } => kernel::test(&version, &filter),
         Command::Bench { which, rows, json } => bench(which, rows, json),
         Command::Ci => ci(),
         Command::Dist => {
@@ -146,6 +158,9 @@ fn test(filter: &[OsString]) -> anyhow::Result<()> {
 }
 
 fn bench(which: Option<String>, rows: Option<String>, json: bool) -> anyhow::Result<()> {
+    if which.as_deref() == Some("ipvs") {
+        return kernel::bench_ipvs(json);
+    }
     require_root("the benchmarks load XDP programs and make network namespaces")?;
     setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
     build_lab()?;

@@ -140,6 +140,15 @@ pub(crate) const BENCH: &[Item] = &[
     },
 ];
 
+/// What tests on another kernel need besides.
+pub(crate) const KERNEL: &[Item] = &[Item {
+    name: "qemu",
+    purpose: "emulates a machine for the other kernel",
+    find: || on_path("qemu-system-x86_64"),
+    packages: &["qemu-system-x86"],
+    install: None,
+}];
+
 /// Packages that bring a system service of this name, started and enabled by default.
 const SERVICES: &[(&str, &str)] = &[
     ("nats-server", "nats-server"),
@@ -387,7 +396,8 @@ fn version(program: &str) -> Option<String> {
     ))
 }
 
-fn on_path(program: &str) -> Option<String> {
+/// Where a program is, in the search path or where the system keeps root's.
+pub(crate) fn on_path(program: &str) -> Option<String> {
     let folders = cargo::path();
     // Tools of the system are often missing from the PATH of other users than root.
     let system = ["/usr/sbin", "/sbin"].map(Into::into);

@@ -4,12 +4,14 @@
 //! over the snapshot that keeps the `limit` smallest keys after the cursor, so it needs no index and
 //! no memory beyond the page, and a listing stays meaningful while routes come and go between pages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use router_common::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::l4::{MemberState, Views, mode_name, scheduler_name};
 use crate::route::{Backend, Balance, HttpProtocol, Pool, Vip};
 use crate::snapshot::Snapshot;
 
@@ -47,7 +49,20 @@ pub struct VipRow {
     pub vip: String,
     /// Whether so few backends are healthy that all are used.
     pub panic: bool,
-    pub backends: Vec<MemberRow>,
+    /// Absent without layer 4, as what follows from it below.
+    pub forwarding: Option<&'static str>,
+    pub scheduler: Option<&'static str>,
+    pub backends: Vec<VipMemberRow>,
+}
+
+/// A backend in the pool of a VIP.
+#[derive(Debug, Serialize)]
+pub struct VipMemberRow {
+    /// `active`, `draining`, `no_next_hop` or `refused`.
+    pub state: Option<&'static str>,
+    pub refused: Option<String>,
+    #[serde(flatten)]
+    pub member: MemberRow,
 }
 
 /// A backend in the pool of one route.
@@ -71,6 +86,8 @@ pub struct MemberRow {
 pub struct BackendRow {
     pub address: SocketAddr,
     pub healthy: bool,
+    /// By an operator.
+    pub draining: bool,
     pub origin: &'static str,
     pub app: Option<String>,
     pub instance_index: Option<String>,
@@ -105,16 +122,40 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
     ))
 }
 
-pub fn vips(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<VipRow>, String> {
+/// The VIPs that are registered, and those that the proxy on this host serves without.
+pub fn vips(
+    snapshot: &Snapshot,
+    served: &Views,
+    request: &PageRequest,
+) -> Result<Page<VipRow>, String> {
     let after = request.after.as_deref().map(str::parse::<Vip>).transpose();
     let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
-    for (vip, pool) in &snapshot.vips {
-        page.offer(*vip, || pool);
+    let l7 = served.iter().filter(|(_, view)| view.mode == Mode::L7);
+    for vip in snapshot.vips.keys().chain(l7.map(|(vip, _)| vip)) {
+        page.offer(*vip, || ());
     }
-    Ok(page.finish(snapshot, Vip::to_string, |vip, pool| VipRow {
-        vip: vip.to_string(),
-        panic: snapshot.in_panic(pool),
-        backends: members(snapshot, pool),
+    Ok(page.finish(snapshot, Vip::to_string, |vip, ()| {
+        let view = served.get(&vip);
+        let known = view.into_iter().flat_map(|view| &view.members);
+        let states: HashMap<SocketAddr, MemberState> =
+            known.map(|member| (member.address, member.state)).collect();
+        let pool = snapshot.vips.get(&vip);
+        let members = pool.map(|pool| members(snapshot, pool)).unwrap_or_default();
+        let with_state = |member: MemberRow| {
+            let state = states.get(&member.address).copied();
+            VipMemberRow {
+                state: state.map(MemberState::as_str),
+                refused: state.and_then(MemberState::refusal),
+                member,
+            }
+        };
+        VipRow {
+            vip: vip.to_string(),
+            panic: pool.is_some_and(|pool| snapshot.in_panic(pool)),
+            forwarding: view.map(|view| mode_name(view.mode)),
+            scheduler: view.map(|view| scheduler_name(view.scheduler)),
+            backends: members.into_iter().map(with_state).collect(),
+        }
     }))
 }
 
@@ -130,6 +171,7 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
             let row = page.offer(backend.address, || BackendRow {
                 address: backend.address,
                 healthy: !snapshot.unhealthy.contains(&backend.address),
+                draining: snapshot.draining.contains(&backend.address),
                 origin: backend.origin.as_str(),
                 app: text(&backend.app),
                 instance_index: text(&backend.instance_index),

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::admin::listing::{BackendRow, Page};
+use crate::l4::{Views, VipView};
 use crate::l7::metrics::L7Metrics;
 use crate::metrics::Metrics;
 use crate::route::table::RouteTable;
@@ -49,7 +50,10 @@ fn pages_together_hold_every_row_once_and_in_order() {
         .collect();
     assert_eq!(routes.len(), 51);
     assert!(routes.is_sorted() && routes.contains(&"all.x/p25".to_owned()));
-    assert_eq!(walk(|request| listing::vips(&snapshot, request)).len(), 25);
+    assert_eq!(
+        walk(|request| listing::vips(&snapshot, &Views::default(), request)).len(),
+        25
+    );
     let backends: Vec<BackendRow> = walk(|request| listing::backends(&snapshot, request));
     assert_eq!(backends.len(), 25);
     assert!(
@@ -83,7 +87,7 @@ fn a_bad_page_request_is_refused_by_its_parameter() {
         after: Some("x".to_owned()),
     };
     assert!(
-        listing::vips(&snapshot, &request)
+        listing::vips(&snapshot, &Views::default(), &request)
             .unwrap_err()
             .starts_with("after")
     );
@@ -139,9 +143,11 @@ async fn the_api_answers_on_a_unix_socket() {
         l4: None,
         l7,
     };
+    let (inbox, _events) = mpsc::channel(1);
     let admin = Admin {
         scrape,
         config,
+        inbox,
         draining,
         started: Instant::now(),
     };
@@ -187,4 +193,20 @@ async fn the_api_answers_on_a_unix_socket() {
     assert!(get("/v1/stats").await.unwrap().contains("\"revision\":1"));
     assert!(format!("{:#}", get("/v1/routes?limit=0").await.unwrap_err()).contains("limit: 0"));
     assert!(get("/nothing").await.is_err());
+}
+
+#[test]
+fn a_vip_that_needs_no_registration_is_listed_beside_those_that_do() {
+    let declared = "tcp/192.0.2.1:9-11".parse().unwrap();
+    let mut view = VipView::default();
+    view.mode = router_common::Mode::L7;
+    let drains = "tcp/192.0.2.2:80".parse().unwrap();
+    let served = Views::from_iter([
+        (declared, Arc::new(view)),
+        (drains, Arc::new(VipView::default())),
+    ]);
+    let rows = walk(|request| listing::vips(&snapshot(), &served, request));
+    assert_eq!(rows.len(), 26);
+    let row = rows.iter().find(|row| row.vip == declared.to_string());
+    assert_eq!(row.unwrap().forwarding, Some("l7"));
 }

@@ -7,7 +7,6 @@ use crate::route::wire;
 struct Gateway {
     inbox: mpsc::Sender<Event>,
     published: Published,
-    reported: mpsc::Receiver<Unanswered>,
     metrics: Arc<Metrics>,
 }
 
@@ -18,7 +17,7 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let mut config = Config::default();
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
-        let (reports, reported) = mpsc::channel(1);
+        let (reports, _) = mpsc::channel(1);
         let agent = Agent::new(
             &config,
             Arc::clone(&published),
@@ -30,7 +29,6 @@ impl Gateway {
         Gateway {
             inbox,
             published,
-            reported,
             metrics,
         }
     }
@@ -184,10 +182,10 @@ async fn a_vip_is_in_panic_while_too_few_are_healthy() {
     let mut config = Config::default();
     config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
     config.health.panic_threshold = 60;
-    let reloaded = Event::Reload(Box::new(config.clone()));
-    let snapshot = gateway.send([reloaded.clone()]).await;
+    let reloaded = || Event::Reload(Box::new(config.clone()));
+    let snapshot = gateway.send([reloaded()]).await;
     assert!(in_panic(&snapshot));
-    let again = gateway.send([reloaded]).await;
+    let again = gateway.send([reloaded()]).await;
     assert_eq!(again.revision, snapshot.revision, "nothing is published");
     let snapshot = gateway.send([health(1, true)]).await;
     assert!(!in_panic(&snapshot), "three of four are healthy");
@@ -202,17 +200,20 @@ async fn a_vip_is_in_panic_while_too_few_are_healthy() {
     assert!(in_panic(&snapshot));
 }
 
-#[tokio::test]
-async fn reports_of_layer_4_go_to_the_checker_and_never_wait() {
-    let mut gateway = Gateway::start();
+#[test]
+fn reports_of_layer_4_go_to_the_checker_and_never_wait() {
+    let metrics = Arc::<Metrics>::default();
+    let (reports, mut reported) = mpsc::channel(1);
+    let published = Published::default();
+    let config = Config::default();
+    let agent = Agent::new(&config, published, None, reports, Arc::clone(&metrics));
     let report = Unanswered {
         backend: "10.0.0.1:80".parse().unwrap(),
         syns: 3,
         answered: 0,
     };
-    gateway
-        .send([Event::Unanswered(report), Event::Unanswered(report)])
-        .await;
-    assert_eq!(gateway.reported.recv().await, Some(report));
-    assert_eq!(gateway.metrics.passive_dropped.get(), 1);
+    agent.report(report);
+    agent.report(report);
+    assert_eq!(reported.try_recv(), Ok(report));
+    assert_eq!(metrics.passive_dropped.get(), 1);
 }

@@ -35,7 +35,7 @@ pub struct Options {
     /// Name its certificate must carry
     #[arg(long, requires = "tls")]
     server_name: Option<String>,
-    /// Share of new flows and requests, 1..=1000 [default: 100]
+    /// Share of new flows and requests, 0..=1000; 0 drains [default: 100]
     #[arg(long)]
     weight: Option<u16>,
     /// What it speaks [default: http1]

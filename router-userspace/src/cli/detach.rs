@@ -24,10 +24,12 @@ pub fn run(options: &Options) -> Result<(), Failure> {
             "a gateway answers at {admin} and would go on without its programs: stop it first"
         )));
     }
-    let removed = l4::detach(&config.l4.pin_path)?;
-    let neighbours = block_on(l4::release_neighbours())?;
-    let from = config.l4.pin_path.display();
+    let removed = block_on(l4::detach(&config.l4.pin_path))?;
     Ok(print(&format!(
-        "{removed} pins removed from {from}, {neighbours} neighbours given back\n"
+        "{} pins removed from {}, {} routes and {} neighbours of this namespace\n",
+        removed.pins,
+        config.l4.pin_path.display(),
+        removed.routes,
+        removed.neighbours,
     ))?)
 }

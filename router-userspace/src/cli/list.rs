@@ -1,30 +1,18 @@
-//! `viaduct routes | vips | backends | stats`: what the running gateway says of itself.
+//! `viaduct routes | vips | backends`: what the running gateway has.
 
 use serde_json::Value;
 
-use crate::cli::table::table;
-use crate::cli::{ConfigOption, Failure, block_on, client, print};
-use crate::config::AdminListen;
+use crate::cli::client::{self, AdminOption};
+use crate::cli::table::{cell, table};
+use crate::cli::{Failure, block_on, print};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Admin address of the gateway, ADDRESS:PORT or unix:/PATH [default: the configured one]
-    #[arg(long, env = "VIADUCT_ADMIN", value_name = "ADDRESS")]
-    admin: Option<AdminListen>,
     #[command(flatten)]
-    config: ConfigOption,
+    admin: AdminOption,
     /// Print JSON, one object a row
     #[arg(long)]
     json: bool,
-}
-
-impl Options {
-    fn admin(&self) -> Result<AdminListen, Failure> {
-        match &self.admin {
-            Some(admin) => Ok(admin.clone()),
-            None => Ok(self.config.load()?.admin.listen),
-        }
-    }
 }
 
 pub fn routes(options: &Options) -> Result<(), Failure> {
@@ -35,8 +23,17 @@ pub fn routes(options: &Options) -> Result<(), Failure> {
 }
 
 pub fn vips(options: &Options) -> Result<(), Failure> {
-    let headings = ["VIP", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP"];
-    list(options, "/v1/vips", headings, |vip| members(vip, "vip"))
+    let headings = [
+        "VIP",
+        "FORWARDING",
+        "BACKEND",
+        "STATE",
+        "WEIGHT",
+        "HEALTH",
+        "ORIGIN",
+        "APP",
+    ];
+    list(options, "/v1/vips", headings, vip_members)
 }
 
 pub fn backends(options: &Options) -> Result<(), Failure> {
@@ -51,17 +48,6 @@ pub fn backends(options: &Options) -> Result<(), Failure> {
             cell(&row["app"]),
         ]]
     })
-}
-
-pub fn stats(options: &Options) -> Result<(), Failure> {
-    let body = block_on(client::get(&options.admin()?, "/v1/stats"))?;
-    let stats: Value = serde_json::from_slice(&body).map_err(anyhow::Error::from)?;
-    if options.json {
-        return Ok(print(&format!("{stats}\n"))?);
-    }
-    let mut rows = Vec::new();
-    flatten("", &stats, &mut rows);
-    Ok(print(&table(["COUNTER", "VALUE"], &rows))?)
 }
 
 /// Prints a listing page by page, a table with headings for each.
@@ -83,7 +69,7 @@ fn list<const N: usize>(
             &rows.iter().flat_map(&cells).collect::<Vec<_>>(),
         )),
     };
-    let admin = options.admin()?;
+    let admin = options.admin.address()?;
     Ok(block_on(client::pages(&admin, path, print_page))?)
 }
 
@@ -112,44 +98,37 @@ fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
     backends.iter().map(row).collect()
 }
 
+/// As [`members`], with what layer 4 makes of each.
+fn vip_members(row: &Value) -> Vec<[String; 8]> {
+    let mut forwarding = cell(&row["forwarding"]);
+    let states = row["backends"].as_array().into_iter().flatten();
+    let states = states.map(|backend| cell(&backend["state"]));
+    let mut rows: Vec<[String; 8]> = members(row, "vip")
+        .into_iter()
+        .zip(states)
+        .map(|([vip, backend, weight, health, origin, app], state)| {
+            let forwarding = std::mem::take(&mut forwarding);
+            [vip, forwarding, backend, state, weight, health, origin, app]
+        })
+        .collect();
+    if rows.is_empty() {
+        // Served by the proxy on the gateway, which needs no backend here.
+        let mut row_without = [(); 8].map(|()| "-".to_owned());
+        row_without[0] = cell(&row["vip"]);
+        row_without[1] = forwarding;
+        rows.push(row_without);
+    }
+    rows
+}
+
 fn health(row: &Value) -> &'static str {
+    if row["draining"] == Value::Bool(true) {
+        return "drained";
+    }
     if row["healthy"] == Value::Bool(false) {
         "down"
     } else {
         "up"
-    }
-}
-
-fn cell(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
-/// Every leaf under its dotted name.
-fn flatten(name: &str, value: &Value, rows: &mut Vec<[String; 2]>) {
-    let under = |key: &str| match name {
-        "" => key.to_owned(),
-        name => format!("{name}.{key}"),
-    };
-    match value {
-        Value::Object(fields) => {
-            fields
-                .iter()
-                .for_each(|(key, value)| flatten(&under(key), value, rows));
-        }
-        Value::Array(items) => {
-            for (i, item) in items.iter().enumerate() {
-                match item.as_array().map(Vec::as_slice) {
-                    // A counter with its name, as layers list them.
-                    Some([Value::String(key), count]) => flatten(&under(key), count, rows),
-                    Some(_) | None => flatten(&under(&i.to_string()), item, rows),
-                }
-            }
-        }
-        leaf => rows.push([name.to_owned(), cell(leaf)]),
     }
 }
 
@@ -160,11 +139,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nested_counters_get_dotted_names() {
-        let mut rows = Vec::new();
-        let stats = json!({ "a": { "b": 1 }, "v": [["pass", 2]], "w": [{ "x": null }] });
-        flatten("", &stats, &mut rows);
-        assert_eq!(rows, [["a.b", "1"], ["v.pass", "2"], ["w.0.x", "-"]]);
+    fn a_vip_is_listed_with_what_layer_4_makes_of_it() {
+        let row = json!({
+            "vip": "tcp/192.0.2.1:80", "forwarding": "ipip",
+            "backends": [{ "address": "1", "state": "active" }, { "address": "2", "state": "refused" }],
+        });
+        let rows = vip_members(&row);
+        assert_eq!(rows[0][..4], ["tcp/192.0.2.1:80", "ipip", "1", "active"]);
+        assert_eq!(rows[1][..4], ["", "", "2", "refused"]);
+        let row = json!({ "vip": "tcp/192.0.2.1:80", "forwarding": "l7", "backends": [] });
+        let rows = vip_members(&row);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0][..3], ["tcp/192.0.2.1:80", "l7", "-"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! configuration again; SIGTERM, SIGINT and SIGUSR1, by which gorouter is drained, drain layer 7 and end; a second one
 //! ends at once. One that comes during the start is taken when it is over.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -23,7 +24,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 use crate::admin::{self, Admin};
 use crate::agent::Agent;
 use crate::cli::{ConfigOption, Failure, resolve};
-use crate::config::{self, Config, LogConfig, LogFormat, NatsConfig};
+use crate::config::{self, Config, L4Config, LogConfig, LogFormat, NatsConfig};
 use crate::event::{Event, INBOX_DEPTH};
 use crate::l4::{L4, L4Reader};
 use crate::l7::metrics::L7Metrics;
@@ -98,7 +99,7 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let l7_metrics = Arc::<L7Metrics>::default();
         let admin_listener = admin::bind(&config.admin.listen)?;
-        let proxy = match config.http.listen.is_empty() {
+        let mut proxy = match config.http.listen.is_empty() {
             true => None,
             false => Some(
                 l7::start(
@@ -125,8 +126,14 @@ impl Gateway {
             config: configured.clone(),
         };
         let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);
-        let (control, l4) =
-            start_control(context, Arc::clone(&published), reports, events, stopped)?;
+        let listeners = proxy.as_mut().map(Proxy::take_listeners);
+        let parts = ControlParts {
+            context,
+            published: Arc::clone(&published),
+            listeners: listeners.unwrap_or_default(),
+            reports,
+        };
+        let (control, l4) = start_control(parts, events, stopped)?;
         let checks = health::run(
             Arc::clone(&published),
             inbox.clone(),
@@ -144,6 +151,7 @@ impl Gateway {
         let admin = Admin {
             scrape,
             config: configured,
+            inbox: inbox.clone(),
             draining: drained,
             started,
         };
@@ -228,22 +236,37 @@ impl Gateway {
     }
 }
 
-/// Starts sources, agent and layer 4 on their thread; returns when they run or cannot.
-fn start_control(
+/// What the control thread is given.
+struct ControlParts {
     context: source::Context,
     published: Published,
+    /// Of the proxy, for layer 4 to hand connections to.
+    listeners: Vec<TcpListener>,
     reports: mpsc::Sender<health::Unanswered>,
+}
+
+/// Starts sources, agent and layer 4 on their thread; returns when they run or cannot.
+fn start_control(
+    parts: ControlParts,
     events: mpsc::Receiver<Event>,
     stopped: oneshot::Receiver<()>,
 ) -> anyhow::Result<(thread::JoinHandle<()>, Option<L4Reader>)> {
     let (started, starts) = oneshot::channel();
     let control = async move {
+        let ControlParts {
+            context,
+            published,
+            listeners,
+            reports,
+        } = parts;
         let config = Arc::clone(&context.config.borrow());
         let start = async {
             let l4 = match config.l4.interfaces.is_empty() {
                 true => None,
-                false => Some(L4::start(&config.l4, context.inbox.clone()).context("layer 4")?),
+                false => Some(start_l4(&config.l4, context.inbox.clone(), &listeners)?),
             };
+            // Held on to, they would outlive the workers' own and leave clients waiting.
+            drop(listeners);
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
             let agent = Agent::new(&config, published, l4, reports, metrics);
@@ -273,6 +296,25 @@ fn start_control(
         .blocking_recv()
         .context("the control thread ended at its start")??;
     Ok((thread, reader))
+}
+
+/// Layer 4 starts without handing connections up where nobody listens or the kernel will not.
+fn start_l4(
+    config: &L4Config,
+    inbox: mpsc::Sender<Event>,
+    listeners: &[TcpListener],
+) -> anyhow::Result<L4> {
+    let mut l4 = L4::start(config, inbox).context("layer 4")?;
+    if !listeners.is_empty()
+        && let Err(error) = l4.hand_up_to(listeners)
+    {
+        let error = format!("{error:#}");
+        tracing::warn!(
+            error,
+            "connections to VIPs of l7 mode do not reach the proxy"
+        );
+    }
+    Ok(l4)
 }
 
 fn start_admin(

@@ -1,8 +1,11 @@
 //! Columns of text for people.
 
+use serde_json::Value;
+
 /// Lays rows out under their headings, each column as wide as its widest cell.
-pub fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -> String {
-    let mut widths = headings.map(str::len);
+pub fn table<const N: usize>(headings: [impl AsRef<str>; N], rows: &[[String; N]]) -> String {
+    let headings = headings.each_ref().map(AsRef::as_ref);
+    let mut widths = headings.map(|heading| heading.chars().count());
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -22,6 +25,15 @@ pub fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -> Strin
         line(row.each_ref().map(String::as_str));
     }
     text
+}
+
+/// A value of the admin API as a cell.
+pub fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
 }
 
 #[cfg(test)]

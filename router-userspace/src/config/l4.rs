@@ -26,6 +26,8 @@ pub struct L4Config {
     /// Where the XDP program attaches. Empty switches layer 4 off.
     pub interfaces: Vec<String>,
     pub attach: Attach,
+    /// Whose sockets dial VIPs without a packet: on this host nothing passes XDP.
+    pub local_clients: LocalClients,
     /// Registrations of VIPs outside are refused.
     pub vip_ranges: Vec<IpNet>,
     pub forwarding: Forwarding,
@@ -62,6 +64,41 @@ pub enum Attach {
     Generic,
     /// A classifier at tc's ingress, by a link where the kernel has them (Linux 6.6).
     Tcx,
+}
+
+/// The cgroup whose processes' sockets are translated, with all below it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum LocalClients {
+    /// Every process's, where cgroup2 is mounted: also of those in other network namespaces.
+    #[default]
+    Auto,
+    Off,
+    /// A folder of cgroup2.
+    Cgroup(PathBuf),
+}
+
+impl TryFrom<String> for LocalClients {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<LocalClients, &'static str> {
+        match text.as_str() {
+            "auto" => Ok(LocalClients::Auto),
+            "off" => Ok(LocalClients::Off),
+            path if path.starts_with('/') => Ok(LocalClients::Cgroup(path.into())),
+            _ => Err("local clients are \"auto\", \"off\" or the absolute path of a cgroup"),
+        }
+    }
+}
+
+impl From<LocalClients> for String {
+    fn from(clients: LocalClients) -> String {
+        match clients {
+            LocalClients::Auto => "auto".to_owned(),
+            LocalClients::Off => "off".to_owned(),
+            LocalClients::Cgroup(path) => path.to_string_lossy().into_owned(),
+        }
+    }
 }
 
 /// How a VIP's packets get to its backends.
@@ -190,6 +227,7 @@ impl Default for L4Config {
         L4Config {
             interfaces: Vec::new(),
             attach: Attach::Auto,
+            local_clients: LocalClients::Auto,
             vip_ranges: Vec::new(),
             forwarding: Forwarding::Nat,
             scheduler: Scheduler::Maglev,

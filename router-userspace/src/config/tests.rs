@@ -73,3 +73,112 @@ fn statuses_are_ranges_and_single_ones() {
     assert!(text.contains("status = \"200-299,404\""), "{text}");
     assert_eq!(parse(&text).unwrap(), config);
 }
+
+#[test]
+fn a_vips_policy_is_read_whole() {
+    let config = parse(
+        r#"
+        [l4]
+        vip_ranges = ["192.0.2.0/24", "2001:db8::/64"]
+        forwarding = "ipip"
+        scheduler = "source-hash"
+        reject = "drop"
+        slow_start = "30s"
+        [[l4.vip]]
+        address = "tcp/192.0.2.10:8000-8999"
+        forwarding = "dsr"
+        scheduler = "least-connections"
+        affinity = "10m"
+        slow_start = "1m"
+        drain = "2m"
+        reject = "answer"
+        allow = ["198.51.100.0/24"]
+        deny = ["198.51.100.7/32"]
+        source_rate = 10
+        vip_rate = 100
+        challenge = true
+        track = true
+        [[l4.vip]]
+        address = "udp/[2001:db8::10]:443"
+        quic = { server_id_octets = 4, config = 1 }
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.l4.vip.len(), 2);
+    assert_eq!(
+        config.l4.vip[0].address.to_string(),
+        "tcp/192.0.2.10:8000-8999"
+    );
+    let text = toml::to_string(&config).unwrap();
+    assert_eq!(parse(&text).unwrap(), config, "{text}");
+}
+
+#[test]
+fn a_policy_that_contradicts_itself_is_refused_by_name() {
+    let tcp = "address = \"tcp/192.0.2.10:80\"\n";
+    let udp = "address = \"udp/192.0.2.10:443\"\n";
+    for (vip, wanted) in [
+        (
+            format!("{tcp}[[l4.vip]]\n{tcp}"),
+            "tcp/192.0.2.10:80 stands twice",
+        ),
+        (
+            "address = \"tcp/10.0.0.1:80\"".to_owned(),
+            "outside l4.vip_ranges",
+        ),
+        ("forwarding = \"nat\"".to_owned(), "address"),
+        (format!("{tcp}forwards = \"nat\""), "forwards"),
+        (format!("{udp}forwarding = \"l7\""), "l7 serves TCP only"),
+        (
+            format!("{tcp}forwarding = \"l7\"\naffinity = \"1m\""),
+            "affinity means nothing",
+        ),
+        (format!("{tcp}affinity = \"5h\""), "at most 4h"),
+        (format!("{tcp}affinity = \"0s\""), "longer than 0s"),
+        (
+            format!("{tcp}challenge = true"),
+            "challenge needs a vip_rate",
+        ),
+        (
+            format!("{udp}challenge = true\nvip_rate = 1"),
+            "challenge is for TCP",
+        ),
+        (
+            format!("{tcp}quic = {{ server_id_octets = 4 }}"),
+            "quic is for UDP",
+        ),
+        (
+            format!("{udp}quic = {{ server_id_octets = 4 }}"),
+            "quic needs forwarding",
+        ),
+        (
+            format!("{udp}forwarding = \"gue\"\nquic = {{ server_id_octets = 9 }}"),
+            "server_id_octets must be 1..=8",
+        ),
+        (
+            format!("{udp}forwarding = \"gue\"\nquic = {{ server_id_octets = 4, config = 7 }}"),
+            "quic.config must be 0..=6",
+        ),
+        (
+            format!("{tcp}allow = [\"2001:db8::/64\"]"),
+            "address family",
+        ),
+        (
+            format!("{tcp}allow = [\"10.0.0.0/8\"]\ndeny = [\"10.1.0.0/8\"]"),
+            "10.1.0.0/8 stands twice",
+        ),
+    ] {
+        let text = format!("[l4]\nvip_ranges = [\"192.0.2.0/24\"]\n[[l4.vip]]\n{vip}\n");
+        let message = format!("{:#}", parse(&text).unwrap_err());
+        assert!(
+            message.contains(wanted),
+            "{text}: {message:?} lacks {wanted:?}"
+        );
+    }
+}
+
+#[test]
+fn more_backends_than_a_ring_can_name_are_refused() {
+    let error = parse("[l4.limits]\nbackends = 65535\n").unwrap_err();
+    assert_eq!(format!("{error:#}"), "l4.limits.backends must be 1..=65534");
+}

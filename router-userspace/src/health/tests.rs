@@ -231,11 +231,7 @@ fn loopback_pool(count: u32, port: u16) -> Arc<Snapshot> {
         balance: None,
         route_service_url: None,
     };
-    let vip = Vip {
-        proto: Proto::Tcp,
-        address: Ipv4Addr::new(192, 0, 2, 1).into(),
-        port: 80,
-    };
+    let vip = Vip::new(Proto::Tcp, SocketAddr::from(([192, 0, 2, 1], 80)));
     Arc::new(Snapshot {
         revision: 1,
         vips: imbl::OrdMap::unit(vip, Arc::new(pool)),

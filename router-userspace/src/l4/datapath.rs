@@ -10,7 +10,8 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, SockMap};
+use aya::programs::links::FdLink;
 use aya::{Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
 use router_common::{HASH_WORDS, Settings};
@@ -23,18 +24,23 @@ mod attach;
 mod counters;
 mod events;
 mod flows;
+mod hand_up;
+mod links;
+mod local;
 mod maps;
 mod programs;
 mod run;
 mod settings;
 
-pub(super) use attach::release;
 pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
 pub use events::Events;
 pub use flows::{Flow, Flows};
+pub(super) use links::release;
+pub use local::cgroup2_mount;
 pub use programs::Loaded;
 pub use run::Run;
+pub use settings::MonotonicClock;
 
 /// The compiled programs; empty when built without a BPF toolchain.
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));
@@ -63,12 +69,17 @@ pub struct Datapath {
     loaded: Vec<Loaded>,
     pin_path: Option<PathBuf>,
     maps: maps::Maps,
+    map_bytes: Vec<(String, u64)>,
     settings: Settings,
     clock: settings::Clock,
     counters: Counters,
     flows: Flows,
     logger: EbpfLogger<&'static dyn log::Log>,
     attachments: attach::Attachments,
+    /// Held while nothing is pinned: dropping a link detaches it.
+    local: Vec<FdLink>,
+    /// Held for the sockets in it.
+    listeners: Option<SockMap<MapData>>,
 }
 
 impl Datapath {
@@ -105,10 +116,13 @@ impl Datapath {
             settings,
             clock,
             counters: Counters::open(&ebpf)?,
+            map_bytes: maps::memory(&ebpf),
             flows: Flows::open(&ebpf, clock, settings.bucket_mask + 1)?,
             logger: EbpfLogger::init(&mut ebpf).context("open the programs' log")?,
             maps: maps::Maps::take(&mut ebpf)?,
             attachments: attach::Attachments::default(),
+            local: Vec::new(),
+            listeners: None,
             ebpf,
         })
     }
@@ -148,6 +162,11 @@ impl Datapath {
         self.clock.ticks_per_second()
     }
 
+    /// The clock of [`Self::take_events`].
+    pub fn monotonic_clock(&self) -> MonotonicClock {
+        self.clock.monotonic()
+    }
+
     /// A reader of the counters, for other threads.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
@@ -156,6 +175,11 @@ impl Datapath {
     /// A reader of the flow table, for other threads.
     pub fn flows(&self) -> Flows {
         self.flows.clone()
+    }
+
+    /// Octets of the kernel's memory that each map took when it was opened.
+    pub fn map_bytes(&self) -> &[(String, u64)] {
+        &self.map_bytes
     }
 
     /// The reader of sampled packets. There is one of them: a second call is an error.

@@ -1,15 +1,20 @@
 //! One question or order to rtnetlink, and its answer, at once.
 //!
-//! For what is asked rarely and must be known before going on: `interface` and `clsact`. Whoever
-//! follows changes has a task of its own (`next_hop`).
+//! For what is asked rarely and must be done before going on: `interface`, `clsact` and
+//! `local_routes`. Whoever follows changes has a task of its own (`next_hop`).
 
 use anyhow::Context;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::route::RouteProtocol;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{Socket, SocketAddr};
+
+/// Marks the neighbours and routes that this program made; of the numbers that nobody has
+/// (include/uapi/linux/rtnetlink.h, `RTPROT_*`).
+pub(super) const PROTOCOL: RouteProtocol = RouteProtocol::Other(0xd7);
 
 /// Messages are padded to this (kernel: include/uapi/linux/netlink.h, `NLMSG_ALIGNTO`).
 const ALIGNMENT: usize = 4;

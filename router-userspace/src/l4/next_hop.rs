@@ -25,9 +25,6 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
     NeighbourState,
 };
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType, RouteVia,
-};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
@@ -36,6 +33,10 @@ use tokio::time::Instant;
 
 use crate::event::Event;
 use crate::l4::interface::Interface;
+use crate::l4::netlink::PROTOCOL;
+use crate::l4::next_hop::route::{Route, next_hop, read_route};
+
+mod route;
 
 /// The way to one backend address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,9 +62,6 @@ const ROUTE_SETTLE: Duration = Duration::from_millis(50);
 
 /// Between two attempts at opening the socket anew.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
-
-/// Marks the neighbours that this program made (`NDA_PROTOCOL`; of the numbers that nobody has).
-const NEIGHBOUR_PROTOCOL: RouteProtocol = RouteProtocol::Other(0xd7);
 
 /// Tells the task what to watch. Dropping it ends the task.
 pub struct Watcher {
@@ -158,17 +156,6 @@ struct Neighbour {
 struct Watched {
     route: Option<Route>,
     told: Option<NextHop>,
-}
-
-/// Where the routing table sends a backend's packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Route {
-    ifindex: u32,
-    /// Whose hardware address the frame needs: the router's, or the backend's own.
-    neighbour: IpAddr,
-    source: IpAddr,
-    /// Of the route alone.
-    mtu: Option<u32>,
 }
 
 impl Task {
@@ -444,7 +431,7 @@ impl Task {
             .replace();
         request.message_mut().attributes.extend([
             NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed),
-            NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL),
+            NeighbourAttribute::Protocol(PROTOCOL),
         ]);
         request.execute().await?;
         self.managed.insert(key);
@@ -470,12 +457,6 @@ impl Task {
     }
 }
 
-impl Route {
-    fn neighbour_key(&self) -> (u32, IpAddr) {
-        (self.ifindex, self.neighbour)
-    }
-}
-
 fn neighbour_key(neighbour: &NeighbourMessage) -> Option<(u32, IpAddr)> {
     neighbour
         .attributes
@@ -491,85 +472,17 @@ fn neighbour_key(neighbour: &NeighbourMessage) -> Option<(u32, IpAddr)> {
         })
 }
 
-fn read_route(answer: &RouteMessage, backend: IpAddr) -> Option<Route> {
-    if answer.header.kind != RouteType::Unicast {
-        return None;
-    }
-    let (mut ifindex, mut neighbour, mut source, mut mtu) = (None, backend, None, None);
-    for attribute in &answer.attributes {
-        match attribute {
-            RouteAttribute::Oif(index) => ifindex = Some(*index),
-            RouteAttribute::Gateway(gateway) => neighbour = address(gateway)?,
-            // Of the other family (RFC 5549).
-            RouteAttribute::Via(RouteVia::Inet(gateway)) => neighbour = IpAddr::V4(*gateway),
-            RouteAttribute::Via(RouteVia::Inet6(gateway)) => neighbour = IpAddr::V6(*gateway),
-            RouteAttribute::PrefSource(preferred) => source = address(preferred),
-            RouteAttribute::Metrics(metrics) => {
-                mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-            }
-            _ => {}
-        }
-    }
-    Some(Route {
-        ifindex: ifindex?,
-        neighbour,
-        source: source?,
-        mtu,
-    })
-}
-
-fn address(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
-        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
-        _ => None,
-    }
-}
-
-/// `None` if a frame with one VLAN tag, or none, cannot get there.
-fn next_hop(
-    backend: IpAddr,
-    route: Route,
-    destination_mac: [u8; 6],
-    interfaces: &HashMap<u32, Interface>,
-) -> Option<NextHop> {
-    let device = interfaces.get(&route.ifindex)?;
-    let (ifindex, vlan) = match device.vlan {
-        None => (device.index, 0),
-        Some(vlan) => {
-            let lower = interfaces.get(&device.lower?)?;
-            if lower.vlan.is_some() {
-                return None;
-            }
-            (lower.index, vlan)
-        }
-    };
-    let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
-    Some(NextHop {
-        ifindex,
-        source_mac: device.mac?,
-        destination_mac,
-        source: route.source,
-        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
-        vlan,
-        on_link: route.neighbour == backend,
-    })
-}
-
 /// Gives all neighbours that this program made back to the kernel's own ageing. Says how many.
 ///
 /// # Errors
 /// rtnetlink does not answer.
-pub async fn release_neighbours() -> anyhow::Result<usize> {
+pub(super) async fn release_neighbours() -> anyhow::Result<usize> {
     let (connection, handle, _) = rtnetlink::new_connection().context("open a rtnetlink socket")?;
     let connection = tokio::spawn(connection);
     let mut neighbours = Vec::new();
     let mut answers = handle.neighbours().get().execute();
     while let Some(neighbour) = answers.try_next().await.context("read neighbours")? {
-        let ours = NeighbourAttribute::Protocol(NEIGHBOUR_PROTOCOL);
+        let ours = NeighbourAttribute::Protocol(PROTOCOL);
         if neighbour.attributes.contains(&ours) {
             neighbours.push(neighbour);
         }
@@ -585,6 +498,3 @@ pub async fn release_neighbours() -> anyhow::Result<usize> {
     connection.abort();
     Ok(released)
 }
-
-#[cfg(test)]
-mod tests;

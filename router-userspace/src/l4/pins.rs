@@ -13,12 +13,12 @@ use crate::l4::datapath::{Hook, release};
 /// Where links are pinned, below the pin path.
 const LINKS: &str = "links";
 
-/// Removes every trace of layer 4: links and filters first, which takes the programs off their
-/// interfaces, then the maps. Says how many pins there were.
+/// Removes all pins: links and filters first, which takes the programs off their interfaces, then the
+/// maps. Says how many there were.
 ///
 /// # Errors
 /// Names what could not be removed; the rest is left as it is.
-pub fn detach(pin_path: &Path) -> anyhow::Result<usize> {
+pub(super) fn detach(pin_path: &Path) -> anyhow::Result<usize> {
     if !pin_path.exists() {
         return Ok(0);
     }
@@ -69,6 +69,11 @@ pub(super) fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
 
 pub fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Where the link of a program for clients on this host is pinned.
+pub(super) fn local_link(pin_path: &Path, program: &str) -> PathBuf {
+    pin_path.join(LINKS).join(program)
 }
 
 /// A pinned link, or, of a hook whose link cannot be pinned, the pinned program.
@@ -152,7 +157,13 @@ mod tests {
             assert_eq!(pin.path, Path::new("/pins/links").join(name));
             assert_eq!(LinkPin::read(pin.path.clone()), Some(pin));
         }
-        for name in ["eth0", "eth0:7", "eth0:7:other", "eth0:x:native"] {
+        for name in [
+            "eth0",
+            "local_connect4:new",
+            "eth0:7",
+            "eth0:7:other",
+            "eth0:x:native",
+        ] {
             assert_eq!(LinkPin::read(Path::new("/pins/links").join(name)), None);
         }
     }

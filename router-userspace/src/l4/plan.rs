@@ -163,6 +163,10 @@ pub struct World<'a> {
     pub ticks_per_second: f64,
     pub next_hops: &'a HashMap<IpAddr, NextHop>,
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
+    /// Percent of a VIP's backends that must be healthy; with fewer, all are used.
+    pub panic_threshold: u8,
+    /// Backends that an operator has drained.
+    pub draining: &'a imbl::HashSet<SocketAddr>,
 }
 
 impl World<'_> {
@@ -268,9 +272,15 @@ impl Planner {
     /// Brings one VIP in line with its pool; `None` when nobody serves it any more.
     pub fn plan(&mut self, vip: Vip, pool: Option<&Pool>, world: &World<'_>) -> Plan {
         let mut plan = Plan::default();
-        let claimed = pool.is_some() || world.policies.is_declared(&vip);
+        let policy = world.policies.policy_of(&vip);
+        let can_be = policy.mode != Mode::L7 || vip.proto == Proto::Tcp;
+        let claimed = can_be && (pool.is_some() || world.policies.is_declared(&vip));
         let mut planned = match self.vips.remove(&vip) {
             Some(planned) => planned,
+            None if !can_be => {
+                plan.refused = refuse_all(vip, pool, Refusal::NotTcp);
+                return plan;
+            }
             None if !claimed => return plan,
             None => match self.admit(vip) {
                 Ok(index) => PlannedVip::new(index),
@@ -283,7 +293,6 @@ impl Planner {
         if claimed {
             planned.unclaimed_until = None;
         }
-        let policy = world.policies.policy_of(&vip);
         let wanted = members::wanted(vip, pool, planned.index, policy, world, &mut plan.refused);
         self.note_mode(vip, &mut planned, policy, world);
         self.set_members(&mut planned, &wanted, policy, world, &mut plan);
@@ -307,15 +316,20 @@ impl Planner {
     /// Ends the drain of backends that no flow uses any more, by the flow table.
     pub fn end_drains(&mut self, now: Instant, unused: impl Fn(u32) -> bool) {
         for planned in self.vips.values_mut() {
-            let PlannedVip { members, ring, .. } = planned;
-            for member in members.values_mut() {
-                if member.drain_until.is_some_and(|until| until > now)
-                    && unused(member.id)
-                    // The flow table does not know of flows that the ring alone has placed.
-                    && !ring.remembers(member.id)
-                {
-                    member.drain_until = Some(now);
-                }
+            let mut ending: Vec<&mut PlannedMember> = planned
+                .members
+                .values_mut()
+                .filter(|member| member.drain_until.is_some_and(|until| until > now))
+                .filter(|member| unused(member.id))
+                .collect();
+            if ending.is_empty() {
+                continue;
+            }
+            // The flow table does not know of flows that the ring alone has placed.
+            let remembered = planned.ring.remembered();
+            ending.retain(|member| !remembered.contains(&member.id));
+            for member in ending {
+                member.drain_until = Some(now);
             }
         }
     }
@@ -337,7 +351,8 @@ impl Planner {
             if changed {
                 of_vip.push(planned.write_ring());
             }
-            if settled && planned.track_until.is_some_and(|until| until <= now) {
+            let waited = planned.track_until.is_some_and(|until| until <= now);
+            if waited && (settled || planned.always_asks()) {
                 self.end_track(&mut planned, &mut of_vip);
             }
             self.vips.insert(vip, planned);
@@ -380,9 +395,8 @@ impl Planner {
             let changed =
                 before.mode != policy.mode as u8 || before.scheduler != policy.scheduler as u8;
             let tracked = before.flags & vip_flags::TRACK != 0;
-            if changed {
-                planned.track_until = Some(world.flows_over(vip.proto));
-            } else if tracked && !policy.tracks() && planned.track_until.is_none() {
+            let untracked = tracked && !policy.tracks() && planned.track_until.is_none();
+            if changed || untracked {
                 planned.track_until = Some(world.flows_over(vip.proto));
             }
         }
@@ -457,7 +471,7 @@ impl Planner {
             self.remove_vip_address(entry.addr, ops);
             self.chains.remove(planned.index, &entry, ops);
         }
-        for (&(source, prefix_len), _) in &planned.sources {
+        for &(source, prefix_len) in planned.sources.keys() {
             let key = sources::key(planned.index, source);
             ops.push(MapOp::RemoveSource { key, prefix_len });
         }
@@ -532,7 +546,7 @@ impl PlannedVip {
                     ring::Kind::Maglev
                 }
             },
-            remembers: scheduler.is_hash() && !mode.translates(),
+            remembers: decides(scheduler, mode),
             members: members.collect(),
         }
     }
@@ -548,6 +562,7 @@ impl PlannedVip {
         flags |= on(vip_flags::QUIC, policy.quic.is_some());
         flags |= on(vip_flags::CHALLENGE, policy.challenge);
         let ticks = |time: Duration| (time.as_secs_f64() * world.ticks_per_second).ceil() as u32;
+        let a_tick = |a_second: u32| (f64::from(a_second) / world.ticks_per_second).ceil() as u32;
         VipEntry {
             mode: policy.mode as u8,
             scheduler: policy.scheduler as u8,
@@ -555,12 +570,19 @@ impl PlannedVip {
             backends: self.ring.backends(),
             ring_len: self.ring.len(),
             affinity: policy.affinity.map_or(0, ticks),
-            source_rate: policy.source_rate,
-            vip_rate: policy.vip_rate,
+            source_rate: a_tick(policy.source_rate),
+            vip_rate: a_tick(policy.vip_rate),
             quic_len: policy.quic.map_or(0, |quic| quic.server_id_octets),
             quic_config: policy.quic.map_or(0, |quic| quic.config),
             ..key_of(vip)
         }
+    }
+
+    /// Whether the flow table is asked for every packet, of whatever flows the ring knows.
+    fn always_asks(&self) -> bool {
+        let published = self.published.unwrap_or_default();
+        let scheduler = Scheduler::from_bits(published.scheduler);
+        self.tracks || !decides(scheduler, Mode::from_bits(published.mode))
     }
 
     fn write_ring(&self) -> MapOp {
@@ -579,6 +601,11 @@ impl PlannedVip {
         };
         waited || self.members.values().any(member_is_due)
     }
+}
+
+/// Whether a quiet slot of the ring alone says where its flows are.
+fn decides(scheduler: Scheduler, mode: Mode) -> bool {
+    scheduler.is_hash() && !mode.translates()
 }
 
 /// An entry of which nothing is said but what it covers.

@@ -64,6 +64,8 @@ pub(super) struct Circumstances<'a> {
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
     /// Whether they are not to be avoided.
     pub panic: bool,
+    /// Backends that an operator has drained.
+    pub draining: &'a imbl::HashSet<SocketAddr>,
     /// Indexes of targets that failed this request.
     pub tried: &'a [usize],
 }
@@ -124,9 +126,13 @@ impl PoolState {
     /// The index of the target to try, `None` if there is none that was not tried.
     ///
     /// Backends that are ejected, or unhealthy and their pool not in panic, are avoided while there is
-    /// another. Those of weight 0 are never picked: their own registration says so.
+    /// another. Those of weight 0 are never picked: their own registration says so, or an operator.
     pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Option<usize> {
-        let untried = |index: usize| !at.tried.contains(&index) && self.targets[index].weight > 0;
+        let drains = |target: &Target| {
+            target.weight == 0
+                || !at.draining.is_empty() && at.draining.contains(&target.backend.address())
+        };
+        let untried = |index: usize| !at.tried.contains(&index) && !drains(&self.targets[index]);
         let healthy = |index: usize| {
             let backend = &self.targets[index].backend;
             untried(index)

@@ -295,6 +295,7 @@ impl Worker {
                 now: self.now(),
                 unhealthy: &snapshot.unhealthy,
                 panic,
+                draining: &snapshot.draining,
                 tried,
             };
             pool.pick(&at, &mut *self.rng.borrow_mut())

@@ -34,6 +34,9 @@ pub const MAX_POOL_BACKENDS: usize = 4096;
 /// Paths of one host. A change copies the list of its host.
 pub const MAX_HOST_PATHS: usize = 4096;
 
+/// Backends that operators have drained.
+pub const MAX_DRAINING: usize = 4096;
+
 /// What a call did to the table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
@@ -218,18 +221,42 @@ impl RouteTable {
         };
         if changed {
             self.next.health_revision += 1;
-            let first = Vip {
-                proto: Proto::Tcp,
-                address: Ipv4Addr::UNSPECIFIED.into(),
-                ports: PortRange { first: 0, last: 0 },
-            };
-            let serves = self.vips_of.range((backend, first)..);
-            let vips = serves
-                .take_while(|(address, _)| *address == backend)
-                .map(|(_, vip)| *vip);
-            change.vips.extend(vips);
+            change.vips.extend(self.vips_of(backend));
         }
         change
+    }
+
+    /// Has a backend drained at both layers whatever its registrations say, or undoes that. Holds for
+    /// the address, also if it is registered later; [`MAX_DRAINING`] at once, beyond which nothing
+    /// changes.
+    pub fn set_draining(&mut self, backend: SocketAddr, drain: bool) -> Change {
+        let draining = &mut self.next.draining;
+        let changed = match drain {
+            true if draining.len() >= MAX_DRAINING => false,
+            true => draining.insert(backend).is_none(),
+            false => draining.remove(&backend).is_some(),
+        };
+        let mut change = Change {
+            changed,
+            ..Change::default()
+        };
+        if changed {
+            change.vips.extend(self.vips_of(backend));
+        }
+        change
+    }
+
+    /// The VIPs that a backend serves.
+    fn vips_of(&self, backend: SocketAddr) -> impl Iterator<Item = Vip> {
+        let first = Vip {
+            proto: Proto::Tcp,
+            address: Ipv4Addr::UNSPECIFIED.into(),
+            ports: PortRange { first: 0, last: 0 },
+        };
+        let serves = self.vips_of.range((backend, first)..);
+        serves
+            .take_while(move |(address, _)| *address == backend)
+            .map(|(_, vip)| *vip)
     }
 
     /// Sets the percentage of a pool that must be healthy.

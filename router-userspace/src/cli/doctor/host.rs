@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::Check;
 use crate::config::{Forwarding, L4Config, PortRange};
-use crate::l4::datapath::missing_capabilities;
+use crate::l4::datapath::{cgroup2_mount, missing_capabilities};
 use crate::l4::pins::is_bpffs;
 
 /// The oldest kernel that the programs are tested on.
@@ -26,17 +26,25 @@ pub(super) fn checks(config: &L4Config) -> Vec<Check> {
         btf(Path::new("/sys/kernel/btf/vmlinux").exists()),
         capabilities(),
         bpffs(config),
-        cgroup2(&read("/proc/mounts")),
+        cgroup2(&read("/proc/self/mounts")),
         ports(
             config.nat_ports,
             &read("/proc/sys/net/ipv4/ip_local_port_range"),
         ),
     ];
     let setting = |key: &str| read(&format!("/proc/sys/net/ipv4/{key}")) == "1";
-    checks.extend(forwarding(config.forwarding, setting("ip_forward")));
-    let strict = setting("conf/all/rp_filter");
-    checks.extend(rp_filter(config.forwarding, strict));
+    if uses(config, Forwarding::Dnat) {
+        checks.push(forwarding(setting("ip_forward")));
+    }
+    if uses(config, Forwarding::L7) {
+        checks.push(rp_filter(setting("conf/all/rp_filter")));
+    }
     checks
+}
+
+fn uses(config: &L4Config, mode: Forwarding) -> bool {
+    let mut of_vips = config.vip.iter().map(|vip| vip.forwarding);
+    config.forwarding == mode || of_vips.any(|of_vip| of_vip == Some(mode))
 }
 
 fn kernel(release: &str) -> Check {
@@ -104,13 +112,8 @@ fn bpffs(config: &L4Config) -> Check {
 
 /// Where programs for clients on this host attach.
 fn cgroup2(mounts: &str) -> Check {
-    let mount = mounts.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let path = words.next()?;
-        (words.next()? == "cgroup2").then_some(path)
-    });
-    match mount {
-        Some(path) => Check::good("cgroup2", path),
+    match cgroup2_mount(mounts) {
+        Some(path) => Check::good("cgroup2", path.display().to_string()),
         None => Check::hint(
             "cgroup2",
             "not mounted: clients on this host cannot dial VIPs",
@@ -145,29 +148,27 @@ fn ports(ours: PortRange, range: &str) -> Check {
 }
 
 /// Backends of `dnat` VIPs have the gateway as their router, also for what is no answer to a client.
-fn forwarding(mode: Forwarding, on: bool) -> Option<Check> {
-    if mode != Forwarding::Dnat {
-        return None;
-    }
-    Some(match on {
+fn forwarding(on: bool) -> Check {
+    match on {
         true => Check::good("forwarding", "net.ipv4.ip_forward = 1"),
         false => Check::hint(
             "forwarding",
             "net.ipv4.ip_forward = 0: backends reach nobody but the clients of their VIPs",
             "sysctl net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
         ),
-    })
+    }
 }
 
 /// What goes up to the proxy passes the kernel's own check of sources.
-fn rp_filter(mode: Forwarding, strict: bool) -> Option<Check> {
-    (mode == Forwarding::L7 && strict).then(|| {
-        Check::hint(
+fn rp_filter(strict: bool) -> Check {
+    match strict {
+        false => Check::good("rp_filter", "not strict"),
+        true => Check::hint(
             "rp_filter",
             "net.ipv4.conf.all.rp_filter = 1: clients whose route back is another interface are dropped",
             "sysctl net.ipv4.conf.all.rp_filter=2",
-        )
-    })
+        ),
+    }
 }
 
 fn version(release: &str) -> Option<Version> {
@@ -218,13 +219,10 @@ mod tests {
     }
 
     #[test]
-    fn hints_are_for_the_modes_they_are_about() {
-        assert_eq!(forwarding(Forwarding::Nat, false), None);
-        assert_eq!(
-            forwarding(Forwarding::Dnat, false).unwrap().verdict,
-            Verdict::Hint
-        );
-        assert_eq!(rp_filter(Forwarding::Dnat, true), None);
-        assert!(rp_filter(Forwarding::L7, true).is_some());
+    fn a_mode_is_in_use_where_any_vip_has_it() {
+        let text = "[l4]\nvip_ranges = [\"192.0.2.0/24\"]\n[[l4.vip]]\naddress = \"tcp/192.0.2.10:80\"\nforwarding = \"dnat\"\n";
+        let config = crate::config::parse(text).unwrap().l4;
+        assert!(uses(&config, Forwarding::Nat) && uses(&config, Forwarding::Dnat));
+        assert!(!uses(&config, Forwarding::L7));
     }
 }

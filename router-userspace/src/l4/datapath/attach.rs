@@ -1,31 +1,20 @@
 //! Puts the packet program on interfaces, and keeps it there.
 //!
-//! [`choose`] decides how by what kind of device it is; the rest does it. Links are pinned, and an agent
-//! that starts puts its own program into the links it finds, which the kernel swaps between two
-//! packets. [`Datapath::follow_interfaces`] brings the links in line with the interfaces that there
+//! [`choose`] decides how by what kind of device it is; `links` does it. An agent that starts puts its
+//! own program into the pinned links it finds, which the kernel swaps between two packets. [`Datapath::follow_interfaces`] brings the links in line with the interfaces that there
 //! are: at the start, and whenever rtnetlink tells of a change.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
-use aya::programs::tc;
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
-use aya::programs::xdp::{XdpLink, XdpMode};
 
-use super::{Datapath, programs};
+use super::Datapath;
+use super::links::{Held, release};
 use crate::config::Attach;
-use crate::l4::clsact;
 use crate::l4::interface::Interface;
 use crate::l4::pins::{self, LinkPin};
 
-/// Of our filter where links are not to be had; by these it is found again. Lower priorities run
-/// first, and the kernel gives out handles from 1.
-const FILTER_PRIORITY: u16 = 1;
-const FILTER_HANDLE: TcHandle = TcHandle::new(0x7664, 1);
 /// How long the kernel may take to let go of a device once the last reference to a link is gone.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -101,17 +90,10 @@ const SOCKET_BUFFERS: Choice = Choice {
 #[derive(Default)]
 pub(super) struct Attachments {
     /// Held while nothing is pinned: dropping a link detaches it.
-    held: Vec<Held>,
+    pub(super) held: Vec<Held>,
     attached: BTreeMap<String, Attached>,
-}
-
-#[expect(
-    dead_code,
-    reason = "held, never looked at: dropping a link detaches it"
-)]
-enum Held {
-    Xdp(XdpLink),
-    Classifier(SchedClassifierLink),
+    /// Interfaces that are there, but that the kernel refused.
+    refused: BTreeSet<String>,
 }
 
 impl Datapath {
@@ -157,8 +139,13 @@ impl Datapath {
                 (Some(before), Some(device)) if before.ifindex == device.index => {}
                 (_, Some(_)) => {
                     if let Err(error) = self.attach(interface, mode) {
-                        tracing::error!(interface, "not attached: {error:#}");
                         self.attachments.attached.remove(interface);
+                        // Told once, tried with every tick.
+                        if self.attachments.refused.insert(interface.clone()) {
+                            tracing::error!(interface, "not attached: {error:#}; trying on");
+                        }
+                    } else {
+                        self.attachments.refused.remove(interface);
                     }
                 }
                 (Some(_), None) => {
@@ -168,12 +155,19 @@ impl Datapath {
                     );
                     self.attachments.attached.remove(interface);
                 }
-                (None, None) => {}
+                (None, None) => {
+                    self.attachments.refused.remove(interface);
+                }
             }
         }
         if let Err(error) = self.release_others() {
             tracing::error!("let go of an interface: {error:#}");
         }
+    }
+
+    /// Whether there is an interface to attach to that the kernel refused so far.
+    pub fn is_refused(&self) -> bool {
+        !self.attachments.refused.is_empty()
     }
 
     /// Releases the pinned links of devices that no configured interface is.
@@ -266,166 +260,6 @@ impl Datapath {
         pins.retain(|pin| pin.ifindex == device.index);
         Ok(pins)
     }
-
-    /// Puts this agent's program into a pinned link; the kernel swaps it between two packets. A link
-    /// that is of no use is removed.
-    fn adopted(&mut self, device: &Interface, pin: &LinkPin) -> bool {
-        let done = match pin.hook {
-            Hook::Native | Hook::Generic => self.adopt_xdp(pin),
-            Hook::Tcx => self.adopt_tcx(pin),
-            Hook::Clsact => self.adopt_filter(device, pin),
-        };
-        // Its device is gone and another has its index, or somebody removed the filter.
-        let Err(error) = done else { return true };
-        tracing::info!(link = %pin.path.display(), "the pinned link is of no use: {error:#}");
-        if let Err(error) = fs::remove_file(&pin.path) {
-            tracing::warn!("remove {}: {error}", pin.path.display());
-        }
-        false
-    }
-
-    fn adopt_xdp(&mut self, pin: &LinkPin) -> anyhow::Result<()> {
-        let link: FdLink = PinnedLink::from_pin(&pin.path).context("open")?.into();
-        let link = XdpLink::try_from(link).context("not an XDP link")?;
-        let program = programs::xdp(&mut self.ebpf, programs::PACKETS)?;
-        let id = program
-            .attach_to_link(link)
-            .context("replace its program")?;
-        // The pin keeps it; this handle may go.
-        drop(program.take_link(id)?);
-        Ok(())
-    }
-
-    fn adopt_tcx(&mut self, pin: &LinkPin) -> anyhow::Result<()> {
-        let link: FdLink = PinnedLink::from_pin(&pin.path).context("open")?.into();
-        let link = SchedClassifierLink::try_from(link).context("not a tcx link")?;
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
-        let id = program
-            .attach_to_link(link)
-            .context("replace its program")?;
-        drop(program.take_link(id)?);
-        Ok(())
-    }
-
-    fn adopt_filter(&mut self, device: &Interface, pin: &LinkPin) -> anyhow::Result<()> {
-        let link = filter_on(&device.name)?;
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
-        let id = program
-            .attach_to_link(link)
-            .context("replace its program")?;
-        // Dropped, it would remove the filter.
-        std::mem::forget(program.take_link(id)?);
-        fs::remove_file(&pin.path).with_context(|| format!("remove {}", pin.path.display()))?;
-        program.pin(&pin.path).context("pin the program")
-    }
-
-    fn attach_new(
-        &mut self,
-        device: &Interface,
-        hook: Hook,
-        patience: Duration,
-    ) -> anyhow::Result<()> {
-        let pin = self
-            .pin_path
-            .as_ref()
-            .map(|path| LinkPin::new(path, &device.name, device.index, hook));
-        match hook {
-            Hook::Native => self.attach_xdp(device, XdpMode::Driver, patience, pin),
-            Hook::Generic => self.attach_xdp(device, XdpMode::Skb, patience, pin),
-            Hook::Tcx => self.attach_tcx(device, pin),
-            Hook::Clsact => self.attach_filter(device, pin),
-        }
-    }
-
-    fn attach_xdp(
-        &mut self,
-        device: &Interface,
-        mode: XdpMode,
-        patience: Duration,
-        pin: Option<LinkPin>,
-    ) -> anyhow::Result<()> {
-        let program = programs::xdp(&mut self.ebpf, programs::PACKETS)?;
-        let begun = Instant::now();
-        let id = loop {
-            match program.attach_to_if_index(device.index, mode) {
-                Ok(id) => break id,
-                Err(error) if is_busy(&error) && begun.elapsed() < patience => {
-                    thread::sleep(Duration::from_millis(5));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        };
-        let link = program.take_link(id)?;
-        match pin {
-            Some(pin) => keep(link.try_into().context("no link to pin")?, &pin)?,
-            None => self.attachments.held.push(Held::Xdp(link)),
-        }
-        Ok(())
-    }
-
-    fn attach_tcx(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
-        let id = program.attach_with_options(
-            &device.name,
-            TcAttachType::Ingress,
-            TcAttachOptions::TcxOrder(LinkOrder::default()),
-        )?;
-        let link = program.take_link(id)?;
-        match pin {
-            Some(pin) => keep(link.try_into().context("no link to pin")?, &pin)?,
-            None => self.attachments.held.push(Held::Classifier(link)),
-        }
-        Ok(())
-    }
-
-    /// The filter outlives the process by itself; pinning the program notes that it is ours.
-    fn attach_filter(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
-        // There may be one already; the filter tells whether there is.
-        let qdisc = tc::qdisc_add_clsact(&device.name);
-        let filter = NlOptions {
-            priority: FILTER_PRIORITY,
-            handle: FILTER_HANDLE,
-            classid: None,
-        };
-        let attached = program.attach_with_options(
-            &device.name,
-            TcAttachType::Ingress,
-            TcAttachOptions::Netlink(filter),
-        );
-        let id = match (attached, qdisc) {
-            (Ok(id), _) => id,
-            (Err(error), Ok(())) => return Err(error.into()),
-            (Err(error), Err(qdisc)) => bail!("{error}; add the clsact qdisc: {qdisc}"),
-        };
-        let link = program.take_link(id)?;
-        match pin {
-            Some(pin) => {
-                std::mem::forget(link);
-                program.pin(&pin.path).context("pin the program")?;
-            }
-            None => self.attachments.held.push(Held::Classifier(link)),
-        }
-        Ok(())
-    }
-}
-
-/// Takes a program off its device: removes the filter if it is one, and the pin.
-pub(in crate::l4) fn release(pin: &LinkPin) -> anyhow::Result<()> {
-    if pin.hook == Hook::Clsact
-        && let Ok(device) = Interface::indexed(pin.ifindex)
-    {
-        // Dropped, it removes the filter, if nobody has yet.
-        drop(filter_on(&device.name)?);
-        if let Err(error) = clsact::remove_if_empty(device.index) {
-            tracing::debug!(device = device.name, "clsact stays: {error:#}");
-        }
-    }
-    // Unlike the file system, a descriptor lets go at once.
-    let link = PinnedLink::from_pin(&pin.path);
-    fs::remove_file(&pin.path).with_context(|| format!("remove {}", pin.path.display()))?;
-    drop(link);
-    Ok(())
 }
 
 /// The device to attach to: below a VLAN's is the one whose frames have the tag, which the programs
@@ -439,35 +273,6 @@ pub fn device_of(interface: &str, mode: Attach) -> anyhow::Result<Interface> {
         device = Interface::indexed(lower)?;
     }
     Ok(device)
-}
-
-fn keep(link: FdLink, pin: &LinkPin) -> anyhow::Result<()> {
-    link.pin(&pin.path)
-        .with_context(|| format!("pin {}", pin.path.display()))?;
-    Ok(())
-}
-
-fn filter_on(interface: &str) -> anyhow::Result<SchedClassifierLink> {
-    SchedClassifierLink::attached(
-        interface,
-        TcAttachType::Ingress,
-        FILTER_PRIORITY,
-        FILTER_HANDLE,
-        None,
-    )
-    .with_context(|| format!("find the filter on {interface}"))
-}
-
-/// The kernel's EBUSY, or EEXIST for the other mode.
-fn is_busy(error: &aya::programs::ProgramError) -> bool {
-    use nix::errno::Errno;
-
-    let aya::programs::ProgramError::SyscallError(error) = error else {
-        return false;
-    };
-    [Errno::EBUSY, Errno::EEXIST]
-        .into_iter()
-        .any(|errno| error.io_error.raw_os_error() == Some(errno as i32))
 }
 
 #[cfg(test)]

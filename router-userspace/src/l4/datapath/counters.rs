@@ -17,6 +17,7 @@ struct CounterMaps {
     verdicts: PerCpuArray<MapData, u64>,
     backends: PerCpuArray<MapData, BackendCounters>,
     load: Array<MapData, BackendLoad>,
+    local_flows: Array<MapData, u64>,
 }
 
 impl Counters {
@@ -25,6 +26,7 @@ impl Counters {
             verdicts: PerCpuArray::try_from(reopen(ebpf, "VERDICTS")?)?,
             backends: PerCpuArray::try_from(reopen(ebpf, "BACKEND_COUNTERS")?)?,
             load: Array::try_from(reopen(ebpf, "BACKEND_LOAD")?)?,
+            local_flows: Array::try_from(reopen(ebpf, "LOCAL_FLOWS")?)?,
         })))
     }
 
@@ -46,6 +48,13 @@ impl Counters {
             total += *value;
         }
         Ok(total)
+    }
+
+    /// Sockets of this host that are connected to a backend.
+    pub fn local_flows(&self, id: u32) -> anyhow::Result<u64> {
+        let flows = self.0.local_flows.get(&id, 0).context("read LOCAL_FLOWS")?;
+        // Below 0 where sockets end that were there before counting began anew.
+        Ok(flows.cast_signed().max(0).unsigned_abs())
     }
 
     /// What a backend is doing.

@@ -46,9 +46,24 @@ impl Flows {
         })
     }
 
-    /// Every flow, one system call for eight places and another for each flow. A flow that begins or
-    /// ends meanwhile may be among them or not; one whose place was taken over at this very moment
-    /// is left out.
+    /// Places for flows.
+    pub fn capacity(&self) -> u64 {
+        u64::from(self.buckets) * FLOW_WAYS as u64
+    }
+
+    /// How many buckets the table has, each of eight places.
+    pub fn buckets(&self) -> u32 {
+        self.buckets
+    }
+
+    /// The flows of one bucket: one system call, and two more and one for each flow where there are
+    /// any. A flow that begins or ends meanwhile may be among them or not; one whose place was taken
+    /// over at this very moment is left out.
+    pub fn of_bucket(&self, bucket: u32) -> anyhow::Result<Vec<Flow>> {
+        self.bucket(bucket, self.clock.ticks_at(Instant::now()))
+    }
+
+    /// Every flow, as [`Self::of_bucket`] has them.
     pub fn iter(&self) -> impl Iterator<Item = anyhow::Result<Flow>> + '_ {
         let now = self.clock.ticks_at(Instant::now());
         (0..self.buckets).flat_map(move |bucket| {

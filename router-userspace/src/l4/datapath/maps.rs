@@ -1,15 +1,17 @@
 //! The maps: how large each is, whether a pinned one may be taken over, and writing to them.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues};
 use router_common::{
     Addr, BackendCounters, BackendEntry, BackendLoad, FLOW_WAYS, FlowBucket, FlowEntry, LAYOUT,
-    PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell, ReturnBucket, Ring, RingSlot,
-    SOURCE_RATE_CELLS, Settings, SourceKey, SweepRequest, Verdict, VipEntry,
+    LocalPeer, LocalSocket, PREFILTER_WORDS, PacketEvent, QuicKey, RING_SIZE, RateCell,
+    ReturnBucket, Ring, RingSlot, SOURCE_RATE_CELLS, Settings, SourceKey, SweepRequest, Verdict,
+    VipEntry,
 };
 
 use super::{array, take};
@@ -17,7 +19,9 @@ use crate::config::L4Limits;
 use crate::l4::plan::{Installed, MapOp};
 
 /// Source prefixes of all VIPs together. Memory is taken for those there are.
-const MAX_SOURCES: u32 = 65_536;
+const MAX_SOURCES: u32 = 1 << 17;
+/// Entries of `LOCAL_PEERS`: half as many pairs of a socket and a VIP it sends datagrams to. 7 MiB.
+const MAX_LOCAL_PEERS: u32 = 65_536;
 /// Places in `VIP_HEADS` for each VIP: chains of several are rare then.
 const HEADS_PER_VIP: u32 = 4;
 
@@ -31,7 +35,7 @@ pub(super) struct Shape {
 
 /// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS` and the log) are the
 /// agent's own.
-pub(super) fn shapes(limits: &L4Limits) -> [Shape; 20] {
+pub(super) fn shapes(limits: &L4Limits) -> [Shape; 23] {
     let buckets = buckets(limits);
     let backends = limits.backends + 1;
     let vips = limits.vips;
@@ -55,6 +59,9 @@ pub(super) fn shapes(limits: &L4Limits) -> [Shape; 20] {
         shape::<RateCell>("SOURCE_RATES", Some(SOURCE_RATE_CELLS)),
         shape::<RateCell>("VIP_RATES", Some(vips)),
         shape::<u32>("QUIC_SERVERS", Some(limits.backends)),
+        shape::<LocalSocket>("LOCAL_SOCKETS", None),
+        shape::<LocalPeer>("LOCAL_PEERS", Some(MAX_LOCAL_PEERS)),
+        shape::<u64>("LOCAL_FLOWS", Some(backends)),
         shape::<u64>("VERDICTS", Some(Verdict::COUNT)),
     ]
 }
@@ -75,6 +82,36 @@ pub(super) fn buckets(limits: &L4Limits) -> u32 {
 /// Length of `VIP_HEADS`: a power of two.
 pub(super) fn vip_heads(limits: &L4Limits) -> u32 {
     (HEADS_PER_VIP * limits.vips).next_power_of_two()
+}
+
+/// Octets of the kernel's memory that each map takes, by its own account: one that grows with what is
+/// in it is listed as it is at this moment.
+pub(super) fn memory(ebpf: &Ebpf) -> Vec<(String, u64)> {
+    let maps = ebpf.maps();
+    let mut memory: Vec<(String, u64)> = maps
+        .filter_map(|(name, map)| Some((name.to_owned(), memory_of(map)?)))
+        .collect();
+    memory.sort();
+    memory
+}
+
+/// Kernel: kernel/bpf/syscall.c, `bpf_map_show_fdinfo`.
+fn memory_of(map: &Map) -> Option<u64> {
+    let data = match map {
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::RingBuf(data)
+        | Map::SockMap(data) => data,
+        _ => return None,
+    };
+    let path = format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(path).ok()?;
+    let octets = info
+        .lines()
+        .find_map(|line| line.strip_prefix("memlock:"))?;
+    octets.trim().parse().ok()
 }
 
 /// A pinned map that another version or another configuration made would be misread.
@@ -100,7 +137,7 @@ fn check_layout(settings: &Path) -> anyhow::Result<()> {
         Ok(info) if info.value_size() as usize != size_of::<Settings>() => "another".to_owned(),
         Ok(_) => {
             let map = MapData::from_pin(settings).context("open the pinned SETTINGS")?;
-            let map: Array<MapData, Settings> = Array::try_from(aya::maps::Map::Array(map))?;
+            let map: Array<MapData, Settings> = Array::try_from(Map::Array(map))?;
             match map.get(&0, 0).context("read SETTINGS")?.layout {
                 // Of an agent that ended before it wrote them: the maps are as new.
                 0 | LAYOUT => return Ok(()),
@@ -145,6 +182,7 @@ pub(super) struct Maps {
     pub(super) backend_load: Array<MapData, BackendLoad>,
     pub(super) backend_flows: Array<MapData, u32>,
     pub(super) moved_flows: Array<MapData, u32>,
+    local_flows: Array<MapData, u64>,
     sources: LpmTrie<MapData, SourceKey, u32>,
     quic_servers: HashMap<MapData, QuicKey, u32>,
     sweep: Array<MapData, SweepRequest>,
@@ -168,6 +206,7 @@ impl Maps {
             backend_load: array(ebpf, "BACKEND_LOAD")?,
             backend_flows: array(ebpf, "BACKEND_FLOWS")?,
             moved_flows: array(ebpf, "MOVED_FLOWS")?,
+            local_flows: array(ebpf, "LOCAL_FLOWS")?,
             sources: LpmTrie::try_from(take(ebpf, "SOURCES")?)?,
             quic_servers: HashMap::try_from(take(ebpf, "QUIC_SERVERS")?)?,
             sweep: array(ebpf, "SWEEP")?,
@@ -266,8 +305,22 @@ impl Maps {
         self.sweep.get(&0, 0).context("read SWEEP")
     }
 
+    pub(super) fn clear_explained(&mut self) -> anyhow::Result<()> {
+        let nothing = PacketEvent::default();
+        self.explained.set(0, nothing, 0).context("clear EXPLAINED")
+    }
+
     pub(super) fn explained(&self) -> anyhow::Result<PacketEvent> {
         self.explained.get(&0, 0).context("read EXPLAINED")
+    }
+
+    pub(super) fn clear_local_flows(&mut self) -> anyhow::Result<()> {
+        for id in 0..self.local_flows.len() {
+            self.local_flows
+                .set(id, 0, 0)
+                .context("write LOCAL_FLOWS")?;
+        }
+        Ok(())
     }
 
     fn clear_backend(&mut self, id: u32, generation: u16) -> anyhow::Result<()> {
@@ -280,6 +333,7 @@ impl Maps {
         self.backend_counters.set(id, zero, 0)?;
         self.backend_load.set(id, BackendLoad::default(), 0)?;
         self.backend_flows.set(id, 0, 0)?;
+        self.local_flows.set(id, 0, 0)?;
         Ok(())
     }
 }

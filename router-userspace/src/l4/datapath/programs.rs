@@ -11,14 +11,17 @@ pub(super) const PACKETS_TCX: &str = "viaduct_tcx";
 pub(super) const EXPLAIN: &str = "explain";
 pub(super) const SWEEP: &str = "sweep";
 pub(super) const CLOCK: &str = "clock";
+/// Finds the proxy's listener for connections to VIPs of `l7` mode.
+pub(super) const SK_LOOKUP: &str = "viaduct_sk_lookup";
 
 /// Names in the object, and whether layer 4 starts without.
-const PROGRAMS: [(&str, bool); 5] = [
+const PROGRAMS: [(&str, bool); 6] = [
     (PACKETS, false),
     (SWEEP, false),
     (CLOCK, false),
     (PACKETS_TCX, true),
     (EXPLAIN, true),
+    (SK_LOOKUP, true),
 ];
 
 /// A program, and what the kernel made of it.
@@ -67,13 +70,17 @@ pub(super) fn classifier<'a>(
         .with_context(|| format!("{name} is no classifier"))
 }
 
-fn load_one(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<u32> {
+/// Hands one program to the kernel; how many instructions the verifier walked through.
+pub(super) fn load_one(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<u32> {
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?;
     match program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
         _ => bail!("program {name} is of another kind"),
     }
     .with_context(|| format!("load program {name}"))?;

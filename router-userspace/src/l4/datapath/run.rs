@@ -37,6 +37,8 @@ impl Datapath {
 
     /// What the packet program would do to a frame, and what it looked at. Changes no table.
     pub fn explain(&mut self, frame: &[u8]) -> anyhow::Result<(Run, PacketEvent)> {
+        // The program adds to what is there.
+        self.maps.clear_explained()?;
         let run = run(programs::xdp(&mut self.ebpf, programs::EXPLAIN)?, frame)?;
         Ok((run, self.maps.explained()?))
     }

@@ -25,6 +25,7 @@ pub(super) fn write(ebpf: &mut Ebpf, options: &Options) -> anyhow::Result<(Setti
     let fresh = before.layout == 0;
     let clock = Clock {
         jiffies: sample.jiffies,
+        monotonic_ns: sample.monotonic_ns,
         at,
         hz,
         // Times in an adopted flow table stay in the unit they were taken in.
@@ -57,11 +58,29 @@ pub(super) fn write(ebpf: &mut Ebpf, options: &Options) -> anyhow::Result<(Setti
     Ok((settings, clock))
 }
 
+/// CLOCK_MONOTONIC as the programs read it.
+#[derive(Clone, Copy, Debug)]
+pub struct MonotonicClock {
+    nanoseconds: u64,
+    /// When it read that.
+    at: Instant,
+}
+
+impl MonotonicClock {
+    pub fn instant_of(&self, nanoseconds: u64) -> Instant {
+        match nanoseconds.checked_sub(self.nanoseconds) {
+            Some(after) => self.at + Duration::from_nanos(after),
+            None => self.at,
+        }
+    }
+}
+
 /// The programs' clock: jiffies, of which 2^`tick_shift` are a tick.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     /// At the moment `at`. They go on as CLOCK_MONOTONIC does, which [`Instant`] reads.
     jiffies: u64,
+    monotonic_ns: u64,
     at: Instant,
     hz: u32,
     tick_shift: u32,
@@ -70,6 +89,13 @@ pub(super) struct Clock {
 impl Clock {
     pub(super) fn ticks_per_second(&self) -> f64 {
         f64::from(self.hz) / f64::from(1u32 << self.tick_shift)
+    }
+
+    pub(super) fn monotonic(&self) -> MonotonicClock {
+        MonotonicClock {
+            nanoseconds: self.monotonic_ns,
+            at: self.at,
+        }
     }
 
     /// Modulo 2^16, as in a flow's slot.
@@ -161,6 +187,7 @@ mod tests {
     fn clock(hz: u32) -> Clock {
         Clock {
             jiffies: 1 << 33,
+            monotonic_ns: 0,
             at: Instant::now(),
             hz,
             tick_shift: tick_shift(hz),

@@ -6,13 +6,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use router_common::{BackendState, Mode, RingSlot, Scheduler, VIP_CHAIN, VipEntry, vip_flags};
+use router_common::{
+    BackendEntry, BackendState, Mode, QuicKey, RingSlot, Scheduler, SourceKey, VIP_CHAIN, VipEntry,
+    vip_flags,
+};
 
 use super::chains::Link;
-use super::members::quic_key;
 use super::ring::Ring;
 use super::{Installed, MapOp, PlannedMember, PlannedVip, Planner, World, vip_of};
 use crate::route::Vip;
+
+/// The VIPs that packets find, by index.
+type Found = BTreeMap<u32, (Vip, PlannedVip)>;
 
 impl Planner {
     /// Takes over what is installed. What was draining drains anew, and where flows were before a ring
@@ -21,77 +26,37 @@ impl Planner {
         let mut ops = Vec::new();
         let mut found = self.adopt_vips(&installed, &mut ops);
         self.dnat_in_use = installed.dnat;
-        for (id, entry) in installed.backends {
-            self.generations[id as usize] = entry.generation;
-            if entry.state == BackendState::Free as u8 {
-                continue;
-            }
-            match found.get_mut(&entry.vip) {
-                Some((vip, planned)) => {
-                    self.backends.take(id);
-                    let drain = world.policies.policy_of(vip).drain;
-                    let drains = entry.state != BackendState::Active as u8;
-                    let mut member = PlannedMember::new(id);
-                    member.entry = entry;
-                    member.drain_until = drains.then_some(world.now + drain);
-                    let address = SocketAddr::new(entry.address.ip(), entry.port);
-                    planned.members.insert(address, member);
-                }
-                None => {
-                    let generation = entry.generation;
-                    ops.push(MapOp::ClearBackend { id, generation });
-                }
-            }
-        }
-        for (key, prefix_len, verdict) in installed.sources {
-            match found.get_mut(&u32::from_be_bytes(key.vip)) {
-                Some((_, planned)) => {
-                    planned.sources.insert((key.source, prefix_len), verdict);
-                }
-                None => ops.push(MapOp::RemoveSource { key, prefix_len }),
-            }
-        }
-        for (key, backend) in installed.quic_servers {
-            let owner = found.get_mut(&key.vip);
-            let owner = owner.filter(|(_, planned)| planned.has_member(backend));
-            match owner {
-                Some((_, planned)) => {
-                    planned.quic_servers.insert(key.server, backend);
-                }
-                None => ops.push(MapOp::RemoveQuicServer {
-                    key: quic_key(key.vip, key.server),
-                }),
-            }
-        }
+        let gone = self.adopt_backends(&mut found, installed.backends, world);
+        adopt_lists(
+            &mut found,
+            installed.sources,
+            installed.quic_servers,
+            &mut ops,
+        );
+        ops.extend(gone);
         let rings: BTreeMap<u32, _> = installed.rings.into_iter().collect();
         for (index, (vip, mut planned)) in found {
-            let slots = rings.get(&index).map(|slots| &slots[..]);
-            self.adopt_ring(
-                vip,
-                &mut planned,
-                slots.unwrap_or_default(),
-                world,
-                &mut ops,
-            );
+            let slots = rings.get(&index).map_or(&[][..], |slots| slots);
+            self.adopt_ring(vip, &mut planned, slots, world, &mut ops);
             self.adopt_answers(&mut planned, &mut ops);
             planned.unclaimed_until = Some(world.now + world.policies.policy_of(&vip).drain);
             self.vips.insert(vip, planned);
         }
         self.write_dnat(&mut ops);
-        merge_prefilter(&mut ops);
+        // Each word once, since the programs look at it all the while, and all of them: that agent may
+        // have left bits that have no reason any more.
+        ops.retain(|op| !matches!(op, MapOp::SetPrefilter { .. }));
+        ops.extend(self.prefilter.all());
         ops
     }
 
     /// The VIPs that packets find, by index. Clears all others.
-    fn adopt_vips(
-        &mut self,
-        installed: &Installed,
-        ops: &mut Vec<MapOp>,
-    ) -> BTreeMap<u32, (Vip, PlannedVip)> {
+    fn adopt_vips(&mut self, installed: &Installed, ops: &mut Vec<MapOp>) -> Found {
         let entries: BTreeMap<u32, VipEntry> = installed.vips.iter().copied().collect();
         let mut found = BTreeMap::new();
+        let mut seen = BTreeSet::new();
         for &(place, first) in &installed.heads {
-            let Some(chain) = self.chain(place, first, &entries, &found) else {
+            let Some(chain) = self.chain(place, first, &entries, &mut seen) else {
                 ops.push(MapOp::SetVipHead { place, first: 0 });
                 continue;
             };
@@ -118,22 +83,50 @@ impl Planner {
         found
     }
 
+    /// Gives each backend to its VIP; returns what clears those that have none.
+    fn adopt_backends(
+        &mut self,
+        found: &mut Found,
+        backends: Vec<(u32, BackendEntry)>,
+        world: &World<'_>,
+    ) -> Vec<MapOp> {
+        let mut gone = Vec::new();
+        for (id, entry) in backends {
+            let generation = entry.generation;
+            self.generations[id as usize] = generation;
+            if entry.state == BackendState::Free as u8 {
+                continue;
+            }
+            let Some((vip, planned)) = found.get_mut(&entry.vip) else {
+                gone.push(MapOp::ClearBackend { id, generation });
+                continue;
+            };
+            self.backends.take(id);
+            let drains = entry.state != BackendState::Active as u8;
+            let drain = world.policies.policy_of(vip).drain;
+            let mut member = PlannedMember::new(id);
+            member.entry = entry;
+            member.drain_until = drains.then_some(world.now + drain);
+            let address = SocketAddr::new(entry.address.ip(), entry.port);
+            planned.members.insert(address, member);
+        }
+        gone
+    }
+
     /// A chain from its head to its end; `None` if it is not one that an agent writes.
     fn chain(
         &self,
         place: u32,
         first: u32,
         entries: &BTreeMap<u32, VipEntry>,
-        found: &BTreeMap<u32, (Vip, PlannedVip)>,
+        seen: &mut BTreeSet<Vip>,
     ) -> Option<Vec<Link>> {
         let mut chain: Vec<Link> = Vec::new();
         let mut next = first;
         while let Some(index) = next.checked_sub(1) {
             let entry = *entries.get(&index)?;
-            let is_new = !found.contains_key(&index)
-                && found.values().all(|(vip, _)| *vip != vip_of(&entry))
-                && chain.iter().all(|link| link.index != index);
-            if !is_new || self.chains.place(&entry) != place || chain.len() == VIP_CHAIN as usize {
+            let is_sound = seen.insert(vip_of(&entry)) && self.chains.place(&entry) == place;
+            if !is_sound || chain.len() == VIP_CHAIN as usize {
                 return None;
             }
             next = entry.next;
@@ -192,20 +185,33 @@ impl Planner {
     }
 }
 
-impl PlannedVip {
-    fn has_member(&self, id: u32) -> bool {
-        self.members.values().any(|member| member.id == id)
+/// Gives sources and server IDs to their VIPs; removes those of others.
+fn adopt_lists(
+    found: &mut Found,
+    sources: Vec<(SourceKey, u8, u32)>,
+    quic_servers: Vec<(QuicKey, u32)>,
+    ops: &mut Vec<MapOp>,
+) {
+    for (key, prefix_len, verdict) in sources {
+        match found.get_mut(&u32::from_be_bytes(key.vip)) {
+            Some((_, planned)) => {
+                planned.sources.insert((key.source, prefix_len), verdict);
+            }
+            None => ops.push(MapOp::RemoveSource { key, prefix_len }),
+        }
     }
-}
-
-/// Writes each word of the prefilter once: the programs look at it all the while.
-fn merge_prefilter(ops: &mut Vec<MapOp>) {
-    let words: BTreeMap<u32, MapOp> = ops
-        .extract_if(.., |op| matches!(op, MapOp::SetPrefilter { .. }))
-        .filter_map(|op| match op {
-            MapOp::SetPrefilter { word, .. } => Some((word, op)),
-            _ => None,
-        })
-        .collect();
-    ops.extend(words.into_values());
+    let planned = found.iter().flat_map(|(index, (_, planned))| {
+        let members = planned.members.values();
+        members.map(|member| (*index, member.id))
+    });
+    let members: BTreeSet<(u32, u32)> = planned.collect();
+    for (key, backend) in quic_servers {
+        let owner = found.get_mut(&key.vip);
+        match owner.filter(|_| members.contains(&(key.vip, backend))) {
+            Some((_, planned)) => {
+                planned.quic_servers.insert(key.server, backend);
+            }
+            None => ops.push(MapOp::RemoveQuicServer { key }),
+        }
+    }
 }

@@ -8,6 +8,7 @@ use router_common::{Addr, BackendEntry, BackendState, Mode, QuicKey};
 
 use super::prefilter::{self, Prefilter};
 use super::{MapOp, Plan, PlannedMember, PlannedVip, Planner, Ramp, Refusal, World};
+use crate::health::state::in_panic;
 use crate::l4::next_hop::NextHop;
 use crate::l4::policy::VipPolicy;
 use crate::route::{Backend, Pool, Proto, Vip};
@@ -42,12 +43,13 @@ pub(super) fn wanted(
                 let Some(hop) = hop.filter(|_| policy.mode != Mode::L7) else {
                     continue;
                 };
-                let entry = entry(backend, index, hop);
+                let drains = backend.weight == 0 || world.draining.contains(&backend.address);
+                let entry = entry(vip, backend, index, hop, drains);
                 wanted.insert(backend.address, Wanted { entry, quic_server });
             }
         }
     }
-    avoid_unhealthy(&mut wanted, world.unhealthy);
+    avoid_unhealthy(&mut wanted, world);
     wanted
 }
 
@@ -89,10 +91,10 @@ fn server_id(text: &str, octets: usize) -> Option<[u8; 8]> {
     Some(server)
 }
 
-fn entry(backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
-    let state = match backend.weight {
-        0 => BackendState::Draining,
-        _ => BackendState::Active,
+fn entry(vip: Vip, backend: &Backend, index: u32, hop: &NextHop, drains: bool) -> BackendEntry {
+    let state = match drains {
+        true => BackendState::Draining,
+        false => BackendState::Active,
     };
     BackendEntry {
         address: Addr::from(backend.address.ip()),
@@ -107,25 +109,21 @@ fn entry(backend: &Backend, index: u32, hop: &NextHop) -> BackendEntry {
         vlan: hop.vlan,
         weight: backend.weight,
         state: state as u8,
-        reserved: 0,
+        dialed_port: u8::from(vip.is_range()),
     }
 }
 
-/// An unhealthy backend gets no new flows, unless that would leave none.
-fn avoid_unhealthy(
-    wanted: &mut BTreeMap<SocketAddr, Wanted>,
-    unhealthy: &imbl::HashSet<SocketAddr>,
-) {
+/// An unhealthy backend gets no new flows, unless the VIP is in panic. Those that drain do not count.
+fn avoid_unhealthy(wanted: &mut BTreeMap<SocketAddr, Wanted>, world: &World<'_>) {
     let active = |wanted: &Wanted| wanted.entry.state == BackendState::Active as u8;
-    let healthy = |address: &SocketAddr| !unhealthy.contains(address);
-    if wanted
-        .iter()
-        .any(|(address, wanted)| active(wanted) && healthy(address))
-    {
-        for (address, wanted) in wanted {
-            if !healthy(address) {
-                wanted.entry.state = BackendState::Draining as u8;
-            }
+    let candidates = wanted.iter().filter(|(_, wanted)| active(wanted));
+    let addresses = candidates.map(|(address, _)| *address);
+    if in_panic(addresses, world.unhealthy, world.panic_threshold) {
+        return;
+    }
+    for (address, wanted) in wanted {
+        if world.unhealthy.contains(address) {
+            wanted.entry.state = BackendState::Draining as u8;
         }
     }
 }
@@ -194,7 +192,7 @@ impl Planner {
         now: Instant,
         ops: &mut Vec<MapOp>,
     ) {
-        let mut over = BTreeSet::new();
+        let mut over = BTreeMap::new();
         for (address, member) in &mut planned.members {
             let Some(until) = member.drain_until else {
                 continue;
@@ -203,7 +201,7 @@ impl Planner {
                 continue;
             }
             if until <= now {
-                over.insert(member.id);
+                over.insert(member.id, *address);
             } else if member.entry.state != BackendState::Draining as u8 {
                 member.entry.state = BackendState::Draining as u8;
                 ops.push(MapOp::SetBackend {
@@ -215,19 +213,18 @@ impl Planner {
         if over.is_empty() {
             return;
         }
-        if planned.ring.forget(&over) {
+        let ids = over.keys().copied().collect();
+        if planned.ring.forget(&ids) {
             ops.push(planned.write_ring());
         }
-        planned.remove_quic_servers(&over, ops);
-        let gone = planned
-            .members
-            .extract_if(.., |_, member| over.contains(&member.id));
-        for (_, mut member) in gone {
+        planned.remove_quic_servers(&ids, ops);
+        for (id, address) in over {
+            let mut member = planned.members.remove(&address).expect("found above");
             ops.push(MapOp::ClearBackend {
-                id: member.id,
+                id,
                 generation: member.entry.generation,
             });
-            self.backends.release(member.id);
+            self.backends.release(id);
             self.prefilter
                 .let_answers(&mut member, &BTreeSet::new(), ops);
         }
@@ -269,11 +266,14 @@ impl PlannedVip {
 
     fn remove_quic_servers(&mut self, backends: &BTreeSet<u32>, ops: &mut Vec<MapOp>) {
         let index = self.index;
-        let gone = |_: &[u8; 8], owner: &mut u32| backends.contains(owner);
-        for (server, _) in self.quic_servers.extract_if(.., gone) {
-            let key = quic_key(index, server);
-            ops.push(MapOp::RemoveQuicServer { key });
-        }
+        self.quic_servers.retain(|server, owner| {
+            let stays = !backends.contains(owner);
+            if !stays {
+                let key = quic_key(index, *server);
+                ops.push(MapOp::RemoveQuicServer { key });
+            }
+            stays
+        });
     }
 }
 
@@ -293,14 +293,6 @@ impl PlannedMember {
             drain_until: None,
             ramp: None,
             answers: BTreeSet::new(),
-        }
-    }
-
-    pub fn state(&self) -> BackendState {
-        if self.entry.state == BackendState::Active as u8 {
-            BackendState::Active
-        } else {
-            BackendState::Draining
         }
     }
 

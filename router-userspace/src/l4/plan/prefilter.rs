@@ -40,6 +40,14 @@ impl Prefilter {
         }
     }
 
+    /// The whole of it.
+    pub(super) fn all(&self) -> impl Iterator<Item = MapOp> {
+        (0..PREFILTER_WORDS).map(|word| MapOp::SetPrefilter {
+            word,
+            bits: self.words.get(&word).copied().unwrap_or(0),
+        })
+    }
+
     fn write(&mut self, word: u32, change: impl Fn(u64) -> u64, ops: &mut Vec<MapOp>) {
         debug_assert!(word < PREFILTER_WORDS);
         let bits = self.words.entry(word).or_default();

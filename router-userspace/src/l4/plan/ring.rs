@@ -112,9 +112,9 @@ impl Ring {
             .map_or(0, |built| built.members.len() as u32)
     }
 
-    /// Whether a flow that only the ring knows of may be on this backend, though it is not in the ring.
-    pub(super) fn remembers(&self, id: u32) -> bool {
-        self.slots.iter().any(|slot| slot.previous() == id)
+    /// The backends that flows may be on of which only the ring knows.
+    pub(super) fn remembered(&self) -> BTreeSet<u32> {
+        self.slots.iter().map(|slot| slot.previous()).collect()
     }
 
     /// Builds the ring anew if the plan is another; says whether slots changed. What slots begin to

@@ -61,6 +61,7 @@ fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize])
             now: Instant::now(),
             unhealthy: &unhealthy,
             panic: false,
+            draining: &imbl::HashSet::new(),
             tried,
         },
         rng,
@@ -124,6 +125,7 @@ fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
             now,
             unhealthy: &unhealthy,
             panic: false,
+            draining: &imbl::HashSet::new(),
             tried: &[],
         };
         for _ in 0..8 {
@@ -155,6 +157,7 @@ fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
             now,
             unhealthy: &snapshot.unhealthy,
             panic: true,
+            draining: &imbl::HashSet::new(),
             tried: &[],
         };
         let mut picked = [0; 3];

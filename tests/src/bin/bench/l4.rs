@@ -5,10 +5,8 @@
 use crate::report::Report;
 
 mod gateway;
-mod harness;
 mod packets;
 mod restart;
-mod stream;
 mod tables;
 mod veth;
 

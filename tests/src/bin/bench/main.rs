@@ -6,11 +6,15 @@
 
 #![forbid(unsafe_code)]
 
+mod harness;
+mod ipvs;
 mod l4;
 mod l7;
+mod local;
 mod path;
 mod report;
 mod routes;
+mod stream;
 
 use std::process::ExitCode;
 
@@ -21,7 +25,7 @@ use crate::report::Report;
 #[derive(Parser)]
 #[command(name = "bench", about = "Measure the gateway")]
 struct Cli {
-    /// What to measure; without a name, everything
+    /// What to measure; without a name, everything but ipvs
     which: Option<Bench>,
     /// Of l4, only the rows whose names begin so
     #[arg(default_value = "")]
@@ -39,21 +43,32 @@ enum Bench {
     Path,
     /// The proxy beside nginx and HAProxy
     L7,
+    /// Clients on the gateway's own host, which dial a VIP, beside dialing its backend
+    Local,
     /// Registrations over NATS, and how soon they are served
     Routes,
+    /// The gateway beside IPVS, in the machine of `cargo xtask bench ipvs`
+    Ipvs,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let chosen = cli
-        .which
-        .map_or(Bench::value_variants().to_vec(), |bench| vec![bench]);
+    let all = vec![
+        Bench::L4,
+        Bench::Path,
+        Bench::L7,
+        Bench::Local,
+        Bench::Routes,
+    ];
+    let chosen = cli.which.map_or(all, |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
             Bench::L4 => l4::measure(&cli.rows),
             Bench::Path => path::measure(),
             Bench::L7 => l7::measure(),
+            Bench::Local => local::measure(),
             Bench::Routes => routes::measure(),
+            Bench::Ipvs => ipvs::measure(),
         };
         match measured {
             Ok(report) => print(&report, cli.json),

@@ -166,7 +166,8 @@ impl Site {
         fs::write(&routes, route(HTTP_PORT) + &route(IPERF_PORT))?;
         let mut config = Config::default();
         config.file.paths = vec![routes];
-        config.http.listen = Vec::new();
+        config.nats.servers.clear();
+        config.http.listen.clear();
         config.l4.interfaces = ["front", "back"].map(str::to_owned).into();
         config.l4.vip_ranges = vec![format!("{VIP}/32").parse()?];
         config.l4.pin_path = format!("/sys/fs/bpf/viaduct-bench-{}", std::process::id()).into();

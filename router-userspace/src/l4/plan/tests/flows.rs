@@ -184,7 +184,14 @@ impl Gateway {
                 let (moved, used) = self.program.sweep(&self.bench.kernel, self.bench.now);
                 self.swept.get_or_insert(moved);
                 let unused = |id| !used.contains(&id);
+                let before = self.given_up();
                 self.bench.planner.end_drains(self.bench.now, unused);
+                let given_up = self.given_up();
+                let early = |flow: &&Flow| {
+                    let id = flow.backend.0;
+                    given_up.contains(&id) && !before.contains(&id)
+                };
+                assert_eq!(self.flows.iter().find(early).map(|flow| flow.hash), None);
             }
             Step::Settle => {
                 let (now_moved, _) = self.program.sweep(&self.bench.kernel, self.bench.now);
@@ -213,9 +220,23 @@ impl Gateway {
         let hosts = self.pools.get(&vip).cloned().unwrap_or_default();
         let pool = pool_of(hosts.into_iter().map(backend));
         let pool = (!pool.backends.is_empty()).then_some(&pool);
+        let given_up = self.given_up();
+        self.flows
+            .retain(|flow| !given_up.contains(&flow.backend.0));
         let plan = self.bench.ops(vip, pool);
         assert_eq!(plan.refused, []);
         self.write(plan.ops);
+    }
+
+    /// Backends whose drain is over.
+    fn given_up(&self) -> BTreeSet<u32> {
+        let planned = self.bench.planner.vips().values();
+        let members = planned.flat_map(|planned| planned.members.values());
+        let over = |member: &&PlannedMember| {
+            let until = member.drain_until;
+            until.is_some_and(|until| until <= self.bench.now)
+        };
+        members.filter(over).map(|member| member.id).collect()
     }
 
     /// Some of the flows send between any two writes.

@@ -56,7 +56,7 @@ fn the_policy_is_written_into_the_vip() {
     );
     assert_eq!(
         (entry.affinity, entry.source_rate, entry.vip_rate),
-        (1200, 7, 70)
+        (1200, 4, 35)
     );
     assert_eq!(
         entry.flags,
@@ -309,6 +309,24 @@ fn flows_of_an_earlier_mode_are_found_until_they_are_over() {
 }
 
 #[test]
+fn flows_elsewhere_keep_no_earlier_mode_where_the_flow_table_is_asked_anyhow() {
+    for (forwarding, scheduler) in [
+        (Forwarding::Nat, Schedule::Maglev),
+        (Forwarding::Ipip, Schedule::RoundRobin),
+    ] {
+        let mut bench = Bench::new(4, 16).forwarding(Forwarding::Dnat);
+        bench.plan(vip(1), &[1]);
+        bench.config.forwarding = forwarding;
+        bench.config.scheduler = scheduler;
+        bench.plan(vip(1), &[1]);
+        bench.now += bench.config.timeouts.tcp_established;
+        bench.settle(7);
+        assert_eq!(bench.flags(), 0);
+        assert!(!bench.kernel.dnat);
+    }
+}
+
+#[test]
 fn flows_that_affinity_placed_are_found_when_it_is_switched_off() {
     let mut bench = Bench::new(4, 16).forwarding(Forwarding::Ipip);
     bench.set_policy(|vip| vip.affinity = Some(Duration::from_secs(60)));
@@ -380,4 +398,109 @@ fn ipv6_is_served_like_ipv4() {
     assert_eq!(bench.plan_pool(vip, &pool).refused, []);
     assert_eq!(bench.kernel.serving(vip), BTreeSet::from([address]));
     assert!(bench.kernel.prefilter_knows(source, ANSWER));
+}
+
+#[test]
+fn the_proxy_takes_no_udp() {
+    let vip: Vip = "udp/192.0.2.1:8080".parse().unwrap();
+    let mut bench = Bench::new(4, 16).forwarding(Forwarding::Ipip);
+    bench.plan(vip, &[1]);
+    bench.config.forwarding = Forwarding::L7;
+    assert_eq!(refusals(&bench.plan(vip, &[1])), [Refusal::NotTcp]);
+    bench.now += DRAIN;
+    bench.plan(vip, &[1]);
+    assert!(bench.kernel.vips.is_empty() && bench.kernel.backends.is_empty());
+    assert_eq!(refusals(&bench.plan(vip, &[1])), [Refusal::NotTcp]);
+}
+
+/// Gives a VIP one of some policies that differ in all that is written beside backends.
+fn policy(vip: Vip, which: u8) -> VipConfig {
+    let mut policy = VipConfig::new(vip);
+    match which {
+        0 => policy.forwarding = Some(Forwarding::Nat),
+        1 => policy.forwarding = Some(Forwarding::Dnat),
+        2 => {
+            policy.forwarding = Some(Forwarding::Ipip);
+            policy.deny = vec!["198.51.100.0/24".parse().unwrap()];
+        }
+        3 => {
+            policy.forwarding = Some(Forwarding::Gue);
+            policy.scheduler = Some(Schedule::RoundRobin);
+            policy.allow = vec!["198.51.0.0/16".parse().unwrap()];
+        }
+        4 => {
+            policy.forwarding = Some(Forwarding::Dsr);
+            policy.affinity = Some(Duration::from_secs(60));
+            policy.quic = Some(QuicConfig {
+                server_id_octets: 1,
+                config: 0,
+            });
+        }
+        _ => policy.forwarding = Some(Forwarding::L7),
+    }
+    policy
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn whatever_the_policies_an_agent_may_end_between_any_two_operations(
+        steps in prop::collection::vec(
+            (0usize..3, 0u8..6, prop::collection::btree_set(1u8..6, 0..4), 0u64..80), 1..8),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let vips: [Vip; 3] = [
+            "tcp/192.0.2.1:8080",
+            "tcp/192.0.2.1:8080-8081",
+            "tcp/192.0.2.1:*",
+        ]
+        .map(|vip| vip.parse().unwrap());
+        let mut bench = Bench::new(3, 32);
+        let mut ops = Vec::new();
+        let mut pools: Map<Vip, Pool> = Map::new();
+        let kernel = bench.kernel.clone();
+        for (which, kind, hosts, seconds) in steps {
+            bench.now += Duration::from_secs(seconds);
+            let vip = vips[which];
+            bench.config.vip.retain(|policy| policy.address != vip);
+            bench.config.vip.push(policy(vip, kind));
+            let tagged = |host: u8| with_tag(host, &format!("{host:02x}"));
+            pools.insert(vip, pool_of(hosts.into_iter().map(tagged)));
+            for vip in bench.planner.due(bench.now).into_iter().chain([vip]) {
+                ops.extend(bench.plan_pool(vip, &pools[&vip]).ops);
+            }
+        }
+        bench.kernel = kernel;
+        for op in &ops[..cut.index(ops.len() + 1)] {
+            bench.kernel.apply(op);
+        }
+        bench.restart();
+        for (vip, pool) in &pools {
+            prop_assert_eq!(bench.plan_pool(*vip, pool).refused, vec![]);
+            let entry = bench.kernel.entry(*vip);
+            let policies = Policies::new(&bench.config);
+            if let Some((_, entry)) = entry {
+                prop_assert_eq!(entry.mode, policies.policy_of(vip).mode as u8);
+            }
+        }
+        let second = bench.kernel.vips.clone();
+        for (vip, pool) in &pools {
+            prop_assert_eq!(bench.plan_pool(*vip, pool).ops, vec![]);
+        }
+        prop_assert_eq!(second, bench.kernel.vips.clone());
+        // Without registrations and policies nothing is left.
+        bench.config.vip.clear();
+        for vip in vips {
+            bench.plan(vip, &[]);
+        }
+        bench.now += DRAIN;
+        for vip in bench.planner.due(bench.now) {
+            bench.plan(vip, &[]);
+        }
+        let Kernel { backends, vips, heads, addresses, sources, quic_servers, dnat, .. } = bench.kernel;
+        prop_assert!(backends.is_empty() && vips.is_empty() && heads.is_empty());
+        prop_assert!(addresses.is_empty() && sources.is_empty() && quic_servers.is_empty());
+        prop_assert!(!dnat && bench.kernel.prefilter.values().all(|bits| *bits == 0));
+    }
 }

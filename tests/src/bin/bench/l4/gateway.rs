@@ -14,7 +14,7 @@ use viaduct::l4::plan::{Planner, World};
 use viaduct::l4::policy::Policies;
 use viaduct::route::{Backend, Origin, Pool, Proto, Vip};
 
-use super::stream::{PORT, VIP_V4, VIP_V6};
+use crate::stream::{PORT, VIP_V4, VIP_V6};
 
 /// So many that the gateway's ports suffice for half a million flows in `nat` mode.
 const BACKENDS: u8 = 32;
@@ -101,6 +101,8 @@ impl Gateway {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &next_hops,
             unhealthy: &Default::default(),
+            panic_threshold: 0,
+            draining: &Default::default(),
         };
         let pool = (!hosts.is_empty()).then(|| pool(hosts));
         let plan = self.planner.plan(vip, pool.as_ref(), &world);

@@ -14,10 +14,10 @@ use router_common::Verdict;
 use viaduct::config::Forwarding;
 
 use super::gateway::{self, Gateway};
-use super::harness::{Harness, KNOWN_FLOWS};
 use super::may_match;
-use super::stream::{self, Headers, Kind, PORT, Stream};
+use crate::harness::{Harness, KNOWN_FLOWS};
 use crate::report::Report;
+use crate::stream::{self, Headers, Kind, PORT, Stream};
 
 const ROUNDS: usize = 7;
 /// Packets of one sample.
@@ -50,6 +50,7 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut harness = Harness::load()?;
+    harness.set_known()?;
     let mut gateway = Gateway::open(gateway::loopback())?;
     for round in 1..=ROUNDS {
         for (mode, name) in modes {

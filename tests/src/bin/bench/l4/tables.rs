@@ -14,8 +14,8 @@ use viaduct::l4::policy::Policies;
 use viaduct::route::{Proto, Vip};
 
 use super::gateway::{loopback, options, pool};
-use super::stream::{PORT, VIP_V4};
 use crate::report::Report;
+use crate::stream::{PORT, VIP_V4};
 
 const ROUNDS: usize = 7;
 const POOLS: [(u32, &str); 3] = [(10, "10"), (1000, "1k"), (10_000, "10k")];
@@ -94,6 +94,8 @@ impl Tables<'_> {
             ticks_per_second: self.datapath.ticks_per_second(),
             next_hops: &self.next_hops,
             unhealthy: &Default::default(),
+            panic_threshold: 0,
+            draining: &Default::default(),
         };
         let pool = pool(&addresses(backends).collect::<Vec<_>>());
         let start = Instant::now();

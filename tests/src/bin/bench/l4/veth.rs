@@ -22,11 +22,11 @@ use viaduct::config::{Attach, Forwarding};
 use viaduct::l4::next_hop::NextHop;
 
 use super::gateway::{self, Gateway};
-use super::harness::Harness;
 use super::may_match;
 use super::packets::FLOOD;
-use super::stream::{Kind, Stream};
+use crate::harness::Harness;
 use crate::report::Report;
+use crate::stream::{Kind, Stream};
 
 const ROUNDS: usize = 7;
 /// Frames of one sample.
@@ -98,6 +98,7 @@ fn rows(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
     one.set(CORE)?;
     sched_setaffinity(Pid::from_raw(0), &one).context("stay on one core")?;
     let mut harness = Harness::load()?;
+    harness.set_known()?;
     harness.drop_at(NEAR)?;
     harness.drop_at(FLOOR_NEAR)?;
     let hop = NextHop {
@@ -154,9 +155,12 @@ struct Sample {
 
 fn sample(harness: &mut Harness, stream: &Stream, near: u32) -> anyhow::Result<Sample> {
     let before = busy()?;
-    let returned = harness.send(stream, FRAMES, near)?;
-    let busy = busy()? - before;
-    Ok(Sample { returned, busy })
+    let tx = harness.tx.try_clone()?;
+    harness.send(Some(&tx), stream, FRAMES, near)?;
+    Ok(Sample {
+        busy: busy()? - before,
+        returned: harness.received()?,
+    })
 }
 
 fn add(report: &mut Report, row: &str, who: &'static str, sample: Sample) {

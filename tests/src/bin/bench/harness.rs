@@ -6,21 +6,21 @@ use aya::maps::{Array, MapData, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use viaduct::l4::{BENCH_PROGRAM, PASS_PROGRAM};
 
-use super::stream::{Headers, Stream, client_headers};
+use crate::stream::{Headers, Stream, client_headers};
 
 /// Kernel: include/uapi/linux/bpf.h, `enum xdp_action`.
 const ABORTED: u32 = 0;
 
-/// Flows that the harness knows from the beginning, and the place behind them for others.
-pub(super) const KNOWN_FLOWS: u32 = 524_288;
+/// Clients' flows that [`Stream::known`] is of, and the place behind them for 65,536 others.
+pub(crate) const KNOWN_FLOWS: u32 = 524_288;
 /// Words of the longest frame that is laid.
 const FRAME_WORDS: usize = 12;
 
-/// Frames that the kernel sends before it lets go of the core.
+/// Frames at once of those that really go somewhere, as a driver hands over in one poll.
 const BATCH: u32 = 64;
 
 /// The harness and its maps.
-pub(super) struct Harness {
+pub(crate) struct Harness {
     ebpf: Ebpf,
     frame: Array<MapData, [u64; FRAME_WORDS]>,
     flows: Array<MapData, Headers>,
@@ -28,10 +28,11 @@ pub(super) struct Harness {
     received: Array<MapData, u64>,
     target: ProgramArray<MapData>,
     /// Passes at once: what the harness costs itself.
-    pub(super) pass: ProgramFd,
+    pub(crate) pass: ProgramFd,
     /// Puts octets in front and sends: what the harness and a target share when frames grow.
-    pub(super) grow: ProgramFd,
-    tx: ProgramFd,
+    pub(crate) grow: ProgramFd,
+    /// Sends every packet back.
+    pub(crate) tx: ProgramFd,
     /// Sources that fresh streams have used up.
     fresh: u32,
     /// Keeps `pass` loaded.
@@ -39,7 +40,7 @@ pub(super) struct Harness {
 }
 
 impl Harness {
-    pub(super) fn load() -> anyhow::Result<Harness> {
+    pub(crate) fn load() -> anyhow::Result<Harness> {
         ensure!(
             !BENCH_PROGRAM.is_empty(),
             "built without the BPF programs: run `cargo xtask setup`"
@@ -55,13 +56,9 @@ impl Harness {
             ebpf.take_map(name)
                 .with_context(|| format!("no map {name}"))
         };
-        let mut flows = Array::try_from(take("FLOW_HEADERS")?)?;
-        for number in 0..KNOWN_FLOWS {
-            flows.set(number, client_headers(number), 0)?;
-        }
         Ok(Harness {
             frame: Array::try_from(take("FRAME")?)?,
-            flows,
+            flows: Array::try_from(take("FLOW_HEADERS")?)?,
             stream: Array::try_from(take("STREAM")?)?,
             received: Array::try_from(take("RECEIVED")?)?,
             target: ProgramArray::try_from(take("TARGET")?)?,
@@ -74,8 +71,16 @@ impl Harness {
         })
     }
 
+    /// Writes the known flows.
+    pub(crate) fn set_known(&mut self) -> anyhow::Result<()> {
+        for number in 0..KNOWN_FLOWS {
+            self.flows.set(number, client_headers(number), 0)?;
+        }
+        Ok(())
+    }
+
     /// Writes flows behind the known ones.
-    pub(super) fn set_others(&mut self, others: &[Headers]) -> anyhow::Result<()> {
+    pub(crate) fn set_others(&mut self, others: &[Headers]) -> anyhow::Result<()> {
         for (number, headers) in (KNOWN_FLOWS..).zip(others) {
             self.flows.set(number, headers, 0)?;
         }
@@ -86,14 +91,14 @@ impl Harness {
     /// the kernel's clock.
     ///
     /// `growth` is what the target puts in front if it is [`Self::grow`].
-    pub(super) fn run(
+    pub(crate) fn run(
         &mut self,
         target: &ProgramFd,
         stream: &Stream,
         runs: u32,
         growth: u32,
     ) -> anyhow::Result<f64> {
-        self.lay(target, stream, runs, growth)?;
+        self.lay(Some(target), stream, runs, growth)?;
         let result = program(&mut self.ebpf, "bench")?.test_run(TestRunOptions {
             data_in: Some(&stream.frame),
             repeat: runs,
@@ -106,15 +111,17 @@ impl Harness {
         Ok(result.duration.as_nanos() as f64)
     }
 
-    /// Sends packets of the stream out of an interface; how many came back to [`Self::drop_at`].
-    pub(super) fn send(
+    /// Sends packets of the stream through `target` as if they had come in by an interface of the
+    /// caller's namespace; without a target they are dropped. What becomes of them happens: the
+    /// kernel's stack gets what is passed, an interface what is sent or redirected to it.
+    pub(crate) fn send(
         &mut self,
+        target: Option<&ProgramFd>,
         stream: &Stream,
         frames: u32,
         ifindex: u32,
-    ) -> anyhow::Result<u64> {
-        let tx = self.tx.try_clone()?;
-        self.lay(&tx, stream, frames, 0)?;
+    ) -> anyhow::Result<()> {
+        self.lay(target, stream, frames, 0)?;
         self.received.set(0, 0, 0)?;
         // Kernel: include/uapi/linux/bpf.h, `struct xdp_md`: data, data_end, data_meta,
         // ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -128,18 +135,23 @@ impl Harness {
                 ..TestRunOptions::default()
             })
             .context("send frames")?;
+        Ok(())
+    }
+
+    /// What came in where [`Self::drop_at`] is, since sending began.
+    pub(crate) fn received(&self) -> anyhow::Result<u64> {
         Ok(self.received.get(&0, 0)?)
     }
 
     /// Ends and counts every frame that comes in by an interface, from here on.
-    pub(super) fn drop_at(&mut self, interface: &str) -> anyhow::Result<()> {
+    pub(crate) fn drop_at(&mut self, interface: &str) -> anyhow::Result<()> {
         let program = program(&mut self.ebpf, "drop")?;
         program.attach(interface, XdpMode::Driver)?;
         Ok(())
     }
 
     /// Calls `f` while one of the harness's own programs is at an interface.
-    pub(super) fn floor_at<T>(
+    pub(crate) fn floor_at<T>(
         &mut self,
         interface: &str,
         name: &str,
@@ -153,12 +165,15 @@ impl Harness {
 
     fn lay(
         &mut self,
-        target: &ProgramFd,
+        target: Option<&ProgramFd>,
         stream: &Stream,
         runs: u32,
         growth: u32,
     ) -> anyhow::Result<()> {
-        self.target.set(0, target, 0)?;
+        match target {
+            Some(target) => self.target.set(0, target, 0)?,
+            None => self.target.clear_index(&0)?,
+        }
         let mut words = [0; FRAME_WORDS];
         for (word, octets) in words.iter_mut().zip(stream.frame.as_chunks::<8>().0) {
             *word = u64::from_ne_bytes(*octets);
@@ -191,7 +206,7 @@ fn load(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<ProgramFd> {
     Ok(program.fd()?.try_clone()?)
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+pub(crate) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
     Ok(ebpf
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?

@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::{Context, bail};
 use etherparse::PacketBuilder;
 
-pub(super) const PORT: u16 = 9090;
-pub(super) const VIP_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+pub(crate) const PORT: u16 = 9090;
+pub(crate) const VIP_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 /// Ends as the IPv4 one, as the clients do: one table of differences serves both families.
-pub(super) const VIP_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0xc000, 0x020a);
+pub(crate) const VIP_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0xc000, 0x020a);
 /// First of the clients' addresses; they go up by one.
 const CLIENT: u32 = u32::from_be_bytes([198, 18, 0, 0]);
 
@@ -17,7 +17,7 @@ const V4_LEN: usize = 64;
 const V6_LEN: usize = 96;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Syn,
     Ack,
     Udp,
@@ -25,23 +25,23 @@ pub(super) enum Kind {
 }
 
 /// Last words of source and destination, and ports, as they lie in a packet.
-pub(super) type Headers = [[u16; 2]; 3];
+pub(crate) type Headers = [[u16; 2]; 3];
 
 /// Packets of `count` flows in turn, a power of two.
 #[derive(Clone)]
-pub(super) struct Stream {
-    pub(super) frame: Vec<u8>,
-    pub(super) v6: bool,
+pub(crate) struct Stream {
+    pub(crate) frame: Vec<u8>,
+    pub(crate) v6: bool,
     /// Place of its first flow in the harness's table.
-    pub(super) first: u32,
-    pub(super) count: u32,
+    pub(crate) first: u32,
+    pub(crate) count: u32,
     /// Every packet has a source of its own.
-    pub(super) fresh: bool,
+    pub(crate) fresh: bool,
 }
 
 impl Stream {
     /// Of known clients.
-    pub(super) fn known(kind: Kind, v6: bool, count: u32) -> anyhow::Result<Stream> {
+    pub(crate) fn known(kind: Kind, v6: bool, count: u32) -> anyhow::Result<Stream> {
         let to = vip(v6);
         Ok(Stream {
             frame: frame(kind, client(0, v6), to, client_port(0), PORT)?,
@@ -53,7 +53,7 @@ impl Stream {
     }
 
     /// Of clients that have not been here.
-    pub(super) fn fresh(kind: Kind, v6: bool) -> anyhow::Result<Stream> {
+    pub(crate) fn fresh(kind: Kind, v6: bool) -> anyhow::Result<Stream> {
         Ok(Stream {
             fresh: true,
             ..Stream::known(kind, v6, 1)?
@@ -61,31 +61,31 @@ impl Stream {
     }
 
     /// The frame of one of the known clients.
-    pub(super) fn known_frame(kind: Kind, number: u32) -> anyhow::Result<Vec<u8>> {
+    pub(crate) fn known_frame(kind: Kind, number: u32) -> anyhow::Result<Vec<u8>> {
         let port = client_port(number);
         frame(kind, client(number, false), vip(false), port, PORT)
     }
 }
 
-pub(super) fn client_headers(number: u32) -> Headers {
+pub(crate) fn client_headers(number: u32) -> Headers {
     let [a, b] = halves(CLIENT + number);
     let [c, d] = halves(VIP_V4.to_bits());
     [[a, b], [c, d], [client_port(number).to_be(), PORT.to_be()]]
 }
 
 /// The differing headers of an IPv4 frame.
-pub(super) fn headers_of(frame: &[u8]) -> Headers {
+pub(crate) fn headers_of(frame: &[u8]) -> Headers {
     let half = |at: usize| u16::from_ne_bytes([frame[at], frame[at + 1]]);
     [26, 30, 34].map(|at| [half(at), half(at + 2)])
 }
 
 /// What answers a forwarded IPv4 frame: its headers, the other way round.
-pub(super) fn answer_to(frame: &[u8]) -> Headers {
+pub(crate) fn answer_to(frame: &[u8]) -> Headers {
     let [source, destination, [from, to]] = headers_of(frame);
     [destination, source, [to, from]]
 }
 
-pub(super) fn frame(
+pub(crate) fn frame(
     kind: Kind,
     source: IpAddr,
     destination: IpAddr,
@@ -126,7 +126,7 @@ pub(super) fn frame(
     Ok(frame)
 }
 
-pub(super) fn client(number: u32, v6: bool) -> IpAddr {
+pub(crate) fn client(number: u32, v6: bool) -> IpAddr {
     let last = CLIENT + number;
     if v6 {
         Ipv6Addr::from_bits(0x2001_0db8_00ff_0000 << 64 | u128::from(last)).into()

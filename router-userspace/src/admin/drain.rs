@@ -1,0 +1,50 @@
+//! `/v1/drain`: backends that an operator takes out of both layers without their help.
+//!
+//! The one path that changes the gateway. What it takes is a JSON body, which a page of another site
+//! cannot have a browser send here unasked (Fetch standard, §3.3: a simple request has no such type).
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Json, Response};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::admin::{Admin, refuse};
+use crate::event::Event;
+use crate::route::table::MAX_DRAINING;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DrainRequest {
+    backend: SocketAddr,
+    /// False undoes it.
+    drain: bool,
+}
+
+/// The backends that are drained.
+pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Response {
+    let snapshot = admin.scrape.published.load();
+    let mut backends: Vec<SocketAddr> = snapshot.draining.iter().copied().collect();
+    backends.sort();
+    Json(json!({ "backends": backends })).into_response()
+}
+
+/// Answers once the agent has the order; it takes effect within milliseconds.
+pub(super) async fn drain(
+    State(admin): State<Arc<Admin>>,
+    Json(request): Json<DrainRequest>,
+) -> Response {
+    let DrainRequest { backend, drain } = request;
+    let full = admin.scrape.published.load().draining.len() >= MAX_DRAINING;
+    if drain && full {
+        let error = format!("{MAX_DRAINING} backends are drained already");
+        return refuse(StatusCode::INSUFFICIENT_STORAGE, error);
+    }
+    match admin.inbox.send(Event::Drain { backend, drain }).await {
+        Ok(()) => StatusCode::ACCEPTED.into_response(),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the agent has ended"),
+    }
+}
