@@ -32,7 +32,7 @@ const FRAGMENT_SALT: u64 = 0xc2b2_ae3d_27d4_eb4f;
 #[derive(Clone, Copy)]
 pub struct Steered {
     pub backend_id: u32,
-    /// `Forwarded`, `NewFlow` or `Untracked`.
+    /// `Forwarded`, `NewFlow`, `Untracked` or `Probed`.
     pub verdict: Verdict,
     /// The gateway's port towards the backend, in modes that translate.
     pub nat_port: u16,

@@ -413,7 +413,7 @@ pub struct Counted {
 }
 
 impl Counted {
-    fn since(&self, before: &Counted) -> BTreeMap<u32, BackendCounters> {
+    pub fn since(&self, before: &Counted) -> BTreeMap<u32, BackendCounters> {
         let mut moved = BTreeMap::new();
         for (id, after) in &self.backends {
             let before = before.backends.get(id).copied().unwrap_or_default();

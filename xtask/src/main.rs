@@ -31,7 +31,7 @@ struct Cli {
 enum Command {
     /// Install what is missing: the eBPF toolchain, the test runner, the lab's tools
     Setup {
-        /// Also what the gateway is measured beside: nginx, HAProxy, wrk
+        /// Also what the gateway is measured beside and by: nginx, HAProxy, nftables, wrk, iperf3
         #[arg(long)]
         bench: bool,
     },
@@ -55,9 +55,11 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
-    /// Measure l4, l7 or routes, without a name all three; or ipvs, in a machine that has it
+    /// Measure l4, path, l7, local or routes, without a name all of them; or ipvs, in a machine that has it
     Bench {
         which: Option<String>,
+        /// Of l4, only the rows whose names begin so
+        rows: Option<String>,
         /// One JSON object a line instead of a table
         #[arg(long)]
         json: bool,
@@ -101,7 +103,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             kernel: Some(version),
             filter,
         } => kernel::test(&version, &filter),
-        Command::Bench { which, json } => bench(which.as_deref(), json),
+        Command::Bench { which, rows, json } => bench(which, rows, json),
         Command::Ci => ci(),
         Command::Dist => {
             build()?;
@@ -155,15 +157,15 @@ fn test(filter: &[OsString]) -> anyhow::Result<()> {
     cargo::run(arguments)
 }
 
-fn bench(which: Option<&str>, json: bool) -> anyhow::Result<()> {
-    if which == Some("ipvs") {
+fn bench(which: Option<String>, rows: Option<String>, json: bool) -> anyhow::Result<()> {
+    if which.as_deref() == Some("ipvs") {
         return kernel::bench_ipvs(json);
     }
     require_root("the benchmarks load XDP programs and make network namespaces")?;
     setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
     build_lab()?;
     let mut bench = std::process::Command::new(cargo::release("bench"));
-    bench.args(which);
+    bench.args(which).args(rows);
     if json {
         bench.arg("--json");
     }

@@ -124,6 +124,20 @@ pub(crate) const BENCH: &[Item] = &[
         packages: &["wrk"],
         install: None,
     },
+    Item {
+        name: "iperf3",
+        purpose: "fills the path through the gateway",
+        find: || on_path("iperf3"),
+        packages: &["iperf3"],
+        install: None,
+    },
+    Item {
+        name: "nft",
+        purpose: "is measured beside the gateway",
+        find: || on_path("nft"),
+        packages: &["nftables"],
+        install: None,
+    },
 ];
 
 /// What tests on another kernel need besides.

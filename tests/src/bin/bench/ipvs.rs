@@ -27,8 +27,9 @@ use router_tests::site::Site;
 use viaduct::config::{Forwarding, L4Limits};
 use viaduct::l4::BENCH_PROGRAM;
 
-use crate::l4::{self, ACK, Flow, Harness, SYN};
+use crate::harness::{self, Harness, KNOWN_FLOWS};
 use crate::report::Report;
+use crate::stream::{Kind, Stream, frame, headers_of};
 
 const ROUNDS: usize = 3;
 const PACKETS: u32 = 100_000;
@@ -76,21 +77,21 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
             mode.name
         );
     }
-    let mut stream = Stream {
+    let mut bench = Bench {
         harness: Harness::load()?,
         report: Report::new("ipvs"),
     };
-    let pass = stream.harness.empty.try_clone()?;
+    let pass = bench.harness.pass.try_clone()?;
     let lab = Lab::new(1)?;
     out_by_dummy(&lab)?;
-    stream.measure(&lab.gateway, ("routing", "kernel"), &pass, backend(1))?;
+    bench.measure(&lab.gateway, ("routing", "kernel"), &pass, backend(1))?;
     drop(lab);
     for mode in &MODES {
         let lab = Lab::new(1)?;
         out_by_dummy(&lab)?;
         let backends: Vec<Ipv4Addr> = (1..=BACKENDS).map(backend).collect();
         serve_by_ipvs(&lab.gateway, mode, &backends)?;
-        stream.measure(&lab.gateway, (mode.name, "ipvs"), &pass, VIP)?;
+        bench.measure(&lab.gateway, (mode.name, "ipvs"), &pass, VIP)?;
     }
     for mode in &MODES {
         let Some(forwarding) = mode.viaduct else {
@@ -100,9 +101,9 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
         let _sink = out_by_veth(&site.lab)?;
         serve_by_viaduct(&mut site, forwarding)?;
         let gateway = &site.lab.gateway;
-        stream.measure(gateway, (mode.name, "viaduct"), &attached(gateway)?, VIP)?;
+        bench.measure(gateway, (mode.name, "viaduct"), &attached(gateway)?, VIP)?;
     }
-    Ok(stream.report)
+    Ok(bench.report)
 }
 
 /// Four connections from the client to a VIP of two backends, and bytes both ways.
@@ -206,8 +207,7 @@ fn out_by_dummy(lab: &Lab) -> anyhow::Result<()> {
 }
 
 /// Lets the stream out by a veth, since a dummy takes no redirected frames. Its other end throws
-/// frames away by the returned harness, which aborts without a target; what that takes counts as
-/// well.
+/// frames away by the returned program; what that takes counts as well.
 fn out_by_veth(lab: &Lab) -> anyhow::Result<Ebpf> {
     let end = &lab.backends[0];
     let peer = end.name();
@@ -216,7 +216,7 @@ fn out_by_veth(lab: &Lab) -> anyhow::Result<Ebpf> {
     )])?;
     end.ip(&[&format!("link set {SINK} up")])?;
     let mut sink = Ebpf::load(BENCH_PROGRAM).context("load the sink")?;
-    let program = l4::program(&mut sink, "bench")?;
+    let program = harness::program(&mut sink, "drop")?;
     program.load().context("load the sink")?;
     end.run(|| program.attach(SINK, XdpMode::Driver))?;
     connect(&lab.gateway)?;
@@ -241,12 +241,12 @@ fn connect(gateway: &Netns) -> anyhow::Result<()> {
 }
 
 /// What makes the packets, and what was found out by them.
-struct Stream {
+struct Bench {
     harness: Harness,
     report: Report,
 }
 
-impl Stream {
+impl Bench {
     /// Adds the figures of one contender: `row` and `who` of the report.
     fn measure(
         &mut self,
@@ -257,19 +257,14 @@ impl Stream {
     ) -> anyhow::Result<()> {
         for (count, name) in FLOWS {
             let row = format!("{row}-{name}");
-            let flows = |flags| -> Vec<Flow> {
-                (0..count)
-                    .map(|number| flow(number, destination, flags))
-                    .collect()
-            };
-            self.harness.lay(&flows(SYN), false)?;
-            self.send(gateway, Some(target), count)
+            let opening = self.stream(Kind::Syn, count, destination)?;
+            self.send(gateway, Some(target), &opening, count)
                 .with_context(|| format!("open the flows of {row}"))?;
-            self.harness.lay(&flows(ACK), false)?;
+            let stream = self.stream(Kind::Ack, count, destination)?;
             for _ in 0..ROUNDS {
-                let alone = self.send(gateway, None, PACKETS)?;
+                let alone = self.send(gateway, None, &stream, PACKETS)?;
                 let total = self
-                    .send(gateway, Some(target), PACKETS)
+                    .send(gateway, Some(target), &stream, PACKETS)
                     .with_context(|| format!("row {row}"))?;
                 let net = total.saturating_sub(alone).as_secs_f64() / f64::from(PACKETS);
                 let report = &mut self.report;
@@ -280,12 +275,32 @@ impl Stream {
         Ok(())
     }
 
+    /// Flows differ in the port alone, so that one checksum of the IP header fits all. Nobody on the
+    /// way reads the checksum of TCP.
+    fn stream(&mut self, kind: Kind, count: u32, destination: Ipv4Addr) -> anyhow::Result<Stream> {
+        let frame = |number: u32| {
+            let port = 1024 + u16::try_from(number).expect("fewer flows than ports");
+            frame(kind, CLIENT.into(), destination.into(), port, PORT)
+        };
+        let headers = (0..count).map(|number| Ok(headers_of(&frame(number)?)));
+        let headers: Vec<_> = headers.collect::<anyhow::Result<_>>()?;
+        self.harness.set_others(&headers)?;
+        Ok(Stream {
+            frame: frame(0)?,
+            v6: false,
+            first: KNOWN_FLOWS,
+            count,
+            fresh: false,
+        })
+    }
+
     /// Sends `packets`, and returns how long it took until all had gone out; without a target they
     /// end in the generator.
     fn send(
         &mut self,
         gateway: &Netns,
         target: Option<&ProgramFd>,
+        stream: &Stream,
         packets: u32,
     ) -> anyhow::Result<Duration> {
         let ifindex = link(gateway, "front")?["ifindex"].as_u64();
@@ -294,7 +309,7 @@ impl Stream {
         gateway.run(|| {
             let before = sent()?;
             let started = Instant::now();
-            self.harness.send(target, ifindex, packets)?;
+            self.harness.send(target, stream, packets, ifindex)?;
             if target.is_some() {
                 wait_for("the stream to go out", || {
                     let count = sent().ok()? - before;
@@ -327,18 +342,6 @@ fn sent() -> anyhow::Result<u64> {
 /// Backends of the stream, and the gateway's own address among them: nobody answers there.
 fn backend(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 9, 0, host)
-}
-
-/// Flows differ in the port alone, so that one checksum of the IP header fits all. Nobody on the way
-/// reads the checksum of TCP.
-fn flow(number: u32, destination: Ipv4Addr, flags: u8) -> Flow {
-    Flow {
-        source: CLIENT,
-        destination,
-        source_port: 1024 + u16::try_from(number).expect("fewer flows than ports"),
-        destination_port: PORT,
-        flags,
-    }
 }
 
 /// The program that the agent attached to the front interface.

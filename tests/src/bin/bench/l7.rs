@@ -16,6 +16,7 @@ use anyhow::{Context, ensure};
 use router_tests::client;
 use router_tests::lab::Lab;
 use router_tests::nats::Publisher;
+use router_tests::netns::Netns;
 use router_tests::process::{Process, wait_for};
 use router_tests::site::Site;
 use serde_json::json;
@@ -65,7 +66,8 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
                 eprintln!("l7: round {} of {ROUNDS}, {row}, {who}", round + 1);
                 wait_until_served(&site.lab, address, path)?;
                 let before = process.map(Process::cpu_time).transpose()?;
-                let load = wrk(&site.lab, address, path)?;
+                let header = format!("Host: {HOST}");
+                let load = wrk(&site.lab.gateway, address, path, &header)?;
                 let after = process.map(Process::cpu_time).transpose()?;
                 if let (Some(before), Some(after)) = (before, after) {
                     let cpu_us = (after - before).as_secs_f64() * 1e6;
@@ -135,7 +137,7 @@ fn start_nginx(lab: &Lab, backend: SocketAddr) -> anyhow::Result<Process> {
 }
 
 /// One process, no access log, keep-alive without an end, and every path inside the lab.
-fn nginx_config(folder: &Path, name: &str, upstream: &str, server: &str) -> String {
+pub(crate) fn nginx_config(folder: &Path, name: &str, upstream: &str, server: &str) -> String {
     let folder = folder.display();
     format!(
         "daemon off; master_process off; error_log stderr; pid {folder}/{name}.pid;
@@ -198,19 +200,25 @@ fn start(
 }
 
 /// What wrk measured.
-struct Load {
+pub(crate) struct Load {
     requests: f64,
-    requests_per_s: f64,
+    pub(crate) requests_per_s: f64,
     p50: Duration,
-    p99: Duration,
+    pub(crate) p99: Duration,
 }
 
-fn wrk(lab: &Lab, address: SocketAddr, path: &str) -> anyhow::Result<Load> {
-    let mut wrk = lab.gateway.command("wrk");
+/// Asks for a path with one more header, by one thread and [`CONNECTIONS`] connections.
+pub(crate) fn wrk(
+    netns: &Netns,
+    address: SocketAddr,
+    path: &str,
+    header: &str,
+) -> anyhow::Result<Load> {
+    let mut wrk = netns.command("wrk");
     wrk.args(["--latency", "-t1"])
         .arg(format!("-c{CONNECTIONS}"))
         .arg(format!("-d{SECONDS}s"));
-    wrk.args(["-H", &format!("Host: {HOST}")])
+    wrk.args(["-H", header])
         .arg(format!("http://{address}{path}"));
     let output = wrk.output().context("start wrk")?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -6,12 +6,15 @@
 
 #![forbid(unsafe_code)]
 
+mod harness;
 mod ipvs;
 mod l4;
 mod l7;
 mod local;
+mod path;
 mod report;
 mod routes;
+mod stream;
 
 use std::process::ExitCode;
 
@@ -24,6 +27,9 @@ use crate::report::Report;
 struct Cli {
     /// What to measure; without a name, everything but ipvs
     which: Option<Bench>,
+    /// Of l4, only the rows whose names begin so
+    #[arg(default_value = "")]
+    rows: String,
     /// One JSON object a line instead of a table
     #[arg(long)]
     json: bool,
@@ -31,8 +37,10 @@ struct Cli {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
-    /// The XDP program, in nanoseconds a packet
+    /// The packet program, in nanoseconds a packet
     L4,
+    /// TCP through the gateway, beside nftables and plain routing
+    Path,
     /// The proxy beside nginx and HAProxy
     L7,
     /// Clients on the gateway's own host, which dial a VIP, beside dialing its backend
@@ -45,11 +53,18 @@ enum Bench {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let all = vec![Bench::L4, Bench::L7, Bench::Local, Bench::Routes];
+    let all = vec![
+        Bench::L4,
+        Bench::Path,
+        Bench::L7,
+        Bench::Local,
+        Bench::Routes,
+    ];
     let chosen = cli.which.map_or(all, |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
-            Bench::L4 => l4::measure(),
+            Bench::L4 => l4::measure(&cli.rows),
+            Bench::Path => path::measure(),
             Bench::L7 => l7::measure(),
             Bench::Local => local::measure(),
             Bench::Routes => routes::measure(),
