@@ -99,7 +99,7 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return deliver_unanswered(frame, frame.later_fragment());
     }
     if packet.is_icmp() {
-        return deliver_unanswered(frame, frame.icmp());
+        return icmp_error(frame);
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {
@@ -109,9 +109,21 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         }
     }
     if to_gateway {
-        return Outcome::from(lead_back(frame));
+        return frame.lead_back();
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+#[inline(always)]
+fn icmp_error<F: Frame>(frame: &F) -> Outcome {
+    let outcome = frame.icmp();
+    if outcome.is(Verdict::ErrorForwarded) {
+        return frame.icmp_to_backend();
+    }
+    if outcome.is(Verdict::NotAReply) {
+        return frame.icmp_to_client();
+    }
+    deliver_unanswered(frame, outcome)
 }
 
 /// Sends on what a stage found a backend for, but answers nothing: neither ICMP errors nor later
@@ -137,6 +149,9 @@ fn to_vip<F: Frame>(frame: &F) -> Outcome {
     }
     if outcome.is(Verdict::UnknownFlow) {
         outcome = Outcome::from(track(frame));
+    }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = frame.pick();
     }
     if outcome.is(Verdict::NewFlow) {
         outcome = frame.open();
@@ -220,7 +235,7 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
-/// `NewFlow` asks for [`open`].
+/// `NewFlow` asks for [`pick`].
 #[inline(always)]
 fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
@@ -238,11 +253,21 @@ fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`open`].
 #[inline(always)]
-fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+fn pick<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
-    flows::open(frame, scratch).map_err(|verdict| rejected(vip, verdict))?;
+    let opens = flows::pick::<F>(scratch).map_err(|verdict| rejected(vip, verdict))?;
+    if opens {
+        return Err(Verdict::NewFlow);
+    }
+    Ok(Outcome::NEXT)
+}
+
+#[inline(always)]
+fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    flows::open(frame, scratch::get()?)?;
     Ok(Outcome::NEXT)
 }
 
