@@ -138,6 +138,8 @@ impl Both {
             // Not every refusal can be told to the client.
             verdict: match (expected.verdict, out.verdict) {
                 (Verdict::Rejected, Verdict::NoBackend) => Verdict::Rejected,
+                // The prefilter may take one address for another, but the packet passes all the same.
+                (Verdict::NotForUs, Verdict::NoSuchVip | Verdict::NotAReply) => Verdict::NotForUs,
                 (_, verdict) => verdict,
             },
             backend: out.moved.keys().next().copied(),

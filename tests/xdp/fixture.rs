@@ -180,8 +180,6 @@ pub struct Gateway {
     policies: Policies,
     /// By VIP index, as last written.
     pub rings: HashMap<u32, Box<[RingSlot]>>,
-    /// Counters after the last packet, unless the tables changed since.
-    counted: Option<Counted>,
     clients: u16,
     vips: u8,
 }
@@ -204,6 +202,9 @@ impl Gateway {
     pub fn with(options: &Options) -> Gateway {
         let datapath =
             Datapath::open(options).expect("load the programs: needs root and a BPF toolchain");
+        for loaded in datapath.loaded() {
+            assert!(loaded.outcome.is_ok(), "{} is not loaded", loaded.name);
+        }
         let planner = Planner::new(
             options.limits.vips,
             options.limits.backends,
@@ -219,7 +220,6 @@ impl Gateway {
             config: BTreeMap::new(),
             policies: Policies::new(&L4Config::default()),
             rings: HashMap::new(),
-            counted: None,
             clients: 0,
             vips: 0,
         }
@@ -267,7 +267,6 @@ impl Gateway {
     }
 
     pub fn set_backends(&mut self, vip: Vip, backends: Vec<Backend>) {
-        self.counted = None;
         for backend in &backends {
             self.next_hops
                 .entry(backend.address.ip())
@@ -309,7 +308,7 @@ impl Gateway {
 
     /// Runs the program on one frame; exactly one verdict must be counted.
     pub fn send(&mut self, frame: &[u8]) -> Outcome {
-        let before = self.counted.take().unwrap_or_else(|| self.counters());
+        let before = self.counters();
         let run = match self.hook {
             Hook::Xdp => self.datapath.run(frame),
             Hook::Tcx => self.datapath.run_tcx(frame),
@@ -326,7 +325,6 @@ impl Gateway {
             panic!("verdicts counted for one packet: {counted:?}")
         };
         let moved = after.since(&before);
-        self.counted = Some(after);
         Outcome {
             action: self.hook.action(run.action),
             verdict,
