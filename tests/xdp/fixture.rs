@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use router_common::{BackendCounters, RingSlot, SweepResult, Verdict};
 use viaduct::config::{FlowTimeouts, Forwarding, L4Config, L4Limits, PortRange, VipConfig};
-use viaduct::l4::datapath::{Datapath, Options};
+use viaduct::l4::datapath::{Datapath, Options, Run};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{MapOp, Planner, World};
 use viaduct::l4::policy::Policies;
@@ -308,29 +308,36 @@ impl Gateway {
 
     /// Runs the program on one frame; exactly one verdict must be counted.
     pub fn send(&mut self, frame: &[u8]) -> Outcome {
-        let before = self.counters();
-        let run = match self.hook {
-            Hook::Xdp => self.datapath.run(frame),
-            Hook::Tcx => self.datapath.run_tcx(frame),
-        }
-        .expect("run");
-        let after = self.counters();
-        let counted: Vec<Verdict> = before
-            .verdicts
-            .iter()
-            .zip(&after.verdicts)
-            .flat_map(|(before, after)| vec![after.0; (after.1 - before.1) as usize])
-            .collect();
+        let hook = self.hook;
+        let (run, counted, moved) = self.counting(|datapath| match hook {
+            Hook::Xdp => datapath.run(frame),
+            Hook::Tcx => datapath.run_tcx(frame),
+        });
         let [verdict] = counted[..] else {
             panic!("verdicts counted for one packet: {counted:?}")
         };
-        let moved = after.since(&before);
         Outcome {
-            action: self.hook.action(run.action),
+            action: hook.action(run.action),
             verdict,
             frame: run.frame,
             moved,
         }
+    }
+
+    /// Runs a program; the verdicts it counted, and what it added to the counters of backends.
+    pub fn counting(
+        &mut self,
+        run: impl FnOnce(&mut Datapath) -> anyhow::Result<Run>,
+    ) -> (Run, Vec<Verdict>, BTreeMap<u32, BackendCounters>) {
+        let before = self.counters();
+        let run = run(&mut self.datapath).expect("run");
+        let after = self.counters();
+        let verdicts = before.verdicts.iter().zip(&after.verdicts);
+        let counted = verdicts
+            .flat_map(|(before, after)| vec![after.0; (after.1 - before.1) as usize])
+            .collect();
+        let moved = after.since(&before);
+        (run, counted, moved)
     }
 
     /// Sends a frame that must meet this verdict.
@@ -411,7 +418,7 @@ pub struct Counted {
 }
 
 impl Counted {
-    pub fn since(&self, before: &Counted) -> BTreeMap<u32, BackendCounters> {
+    fn since(&self, before: &Counted) -> BTreeMap<u32, BackendCounters> {
         let mut moved = BTreeMap::new();
         for (id, after) in &self.backends {
             let before = before.backends.get(id).copied().unwrap_or_default();

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use router_common::{MAX_BACKENDS, NO_BACKEND, PROBE_MARK, Verdict};
 use viaduct::config::Forwarding;
+use viaduct::l4::datapath::Run;
 use viaduct::l4::next_hop::NextHop;
 
 use crate::fixture::*;
@@ -49,12 +50,11 @@ fn a_check_travels_to_its_backend_as_a_clients_packet_does() {
             let chosen = gateway.backend_of(vip, &out);
             for backend in backends {
                 let mark = PROBE_MARK | gateway.id_of(vip, backend);
-                let before = gateway.counters();
-                let run = gateway.datapath.run_probe(&frame, mark).unwrap();
+                let (run, verdicts) = leave(&mut gateway, &frame, mark);
                 assert_eq!(run.action, REDIRECT, "{row}");
                 assert_eq!(run.frame == out.frame, backend == chosen, "{row}");
                 assert_eq!(run.frame.len(), out.frame.len(), "{row}");
-                assert_eq!(counted(&gateway, &before), [Verdict::Probed], "{row}");
+                assert_eq!(verdicts, [Verdict::Probed], "{row}");
             }
         }
     }
@@ -92,22 +92,18 @@ fn whatever_is_no_check_of_a_backend_at_its_vip_leaves_untouched_and_uncounted()
         ("nat", syn(translated), PROBE_MARK | id_of_translated),
         ("gone", syn(gone), PROBE_MARK | id_of_gone),
     ] {
-        let before = gateway.counters();
-        let run = gateway.datapath.run_probe(&frame, mark).unwrap();
+        let (run, verdicts) = leave(&mut gateway, &frame, mark);
         assert_eq!((run.action, &run.frame), (NEXT, &frame), "{row}");
-        assert_eq!(counted(&gateway, &before), [], "{row}");
+        assert_eq!(verdicts, [], "{row}");
     }
     let mark = PROBE_MARK | id;
-    let run = gateway.datapath.run_probe(&syn(ours), mark).unwrap();
+    let (run, _) = leave(&mut gateway, &syn(ours), mark);
     assert_eq!(run.action, REDIRECT);
 }
 
-/// The verdicts since then, when nothing may have been counted for a backend.
-fn counted(gateway: &Gateway, before: &Counted) -> Vec<Verdict> {
-    let after = gateway.counters();
-    assert!(after.since(before).is_empty(), "counted for a backend");
-    let verdicts = before.verdicts.iter().zip(&after.verdicts);
-    verdicts
-        .flat_map(|(before, after)| vec![after.0; (after.1 - before.1) as usize])
-        .collect()
+/// Has a frame leave with a mark; what was counted. Nothing may be for a backend.
+fn leave(gateway: &mut Gateway, frame: &[u8], mark: u32) -> (Run, Vec<Verdict>) {
+    let (run, verdicts, moved) = gateway.counting(|datapath| datapath.run_probe(frame, mark));
+    assert!(moved.is_empty(), "{moved:?}");
+    (run, verdicts)
 }
