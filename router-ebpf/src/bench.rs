@@ -144,10 +144,10 @@ fn write<const WORDS: usize>(
         return None;
     }
     let to = data as *mut u64;
-    for at in 0..WORDS {
+    for (at, word) in frame[..WORDS].iter().enumerate() {
         // SAFETY: the words lie before the frame's end, as checked above, and the frame begins where the
         // kernel begins every frame, 256 octets into a page.
-        unsafe { *to.add(at) = frame[at] };
+        unsafe { *to.add(at) = *word };
     }
     for (offset, [first, second]) in offsets.into_iter().zip(headers) {
         let to = (data + offset) as *mut u16;
