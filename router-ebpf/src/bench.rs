@@ -144,7 +144,7 @@ fn write<const WORDS: usize>(
         return None;
     }
     let to = data as *mut u64;
-    for (at, word) in frame.iter().enumerate().take(WORDS) {
+    for (at, word) in frame[..WORDS].iter().enumerate() {
         // SAFETY: the words lie before the frame's end, as checked above, and the frame begins where the
         // kernel begins every frame, 256 octets into a page.
         unsafe { *to.add(at) = *word };

@@ -54,7 +54,7 @@ pub(super) fn measure(report: &mut Report, prefix: &str) -> anyhow::Result<()> {
     let mut gateway = Gateway::open(gateway::loopback())?;
     for round in 1..=ROUNDS {
         for (mode, name) in modes {
-            if !wanted(name) && !(mode == Forwarding::Dsr && wanted(ELSEWHERE)) {
+            if !(wanted(name) || mode == Forwarding::Dsr && wanted(ELSEWHERE)) {
                 continue;
             }
             eprintln!("l4: round {round} of {ROUNDS}, {name}");
@@ -107,7 +107,7 @@ impl Bench<'_> {
                 "tcp4-flood",
                 "echo",
             ],
-            Self::new,
+            Self::newcomers,
         )
     }
 
@@ -165,7 +165,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn new(&mut self) -> anyhow::Result<()> {
+    fn newcomers(&mut self) -> anyhow::Result<()> {
         for (count, number) in [COUNTS[0], COUNTS[2]] {
             let stream = Stream::known(Kind::Udp, false, count)?;
             self.harness.run(&self.gateway.program, &stream, count, 0)?;
