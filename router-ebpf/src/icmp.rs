@@ -175,7 +175,7 @@ pub fn to_client<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let (packet, quote, flow) = (&scratch.packet, &scratch.quote, &mut scratch.flow);
     // An error does not show that the backend answers: as dry as `explain`.
     flows::of_backend::<Dry<'_>>(&quote.flow(), TcpFlags(0), settings, 0, flow)
-        .ok_or(Verdict::NoSuchVip)?;
+        .ok_or(Verdict::NotAReply)?;
     if packet.hops <= 1 {
         return Err(Verdict::TtlExpired);
     }
