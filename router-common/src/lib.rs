@@ -21,15 +21,13 @@ pub use flow::{
     FLOW_WAYS, FlowBucket, FlowEntry, FlowKey, FlowSlot, FlowState, HASH_WORDS, MAX_TICKS,
     RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, mix64, ticks_since,
 };
-pub use local::{
-    LocalFlow, LocalPeer, LocalPeerKey, LocalSocket, Peer, Side, UNTRANSLATED_MARK, is_untranslated,
-};
+pub use local::{LocalFlow, LocalPeer, LocalPeerKey, LocalSocket, Peer, Side};
 pub use tables::{
     BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, LISTENER_V4,
-    LISTENER_V6, LISTENERS, MAX_BACKENDS, Mode, NO_BACKEND, PREFILTER_WORDS, PacketEvent, QuicKey,
-    RING_SIZE, RateCell, Ring, RingSlot, SOURCE_ALLOW, SOURCE_DENY, SOURCE_RATE_CELLS,
-    SWEEP_BUCKETS, Scheduler, Settings, SourceKey, SweepRequest, SweepResult, VIP_CHAIN, VipEntry,
-    prefilter_bit, ring_slot, vip_flags, vip_head,
+    LISTENER_V6, LISTENERS, MAX_BACKENDS, Mode, NO_BACKEND, PREFILTER_WORDS, PROBE_MARK,
+    PacketEvent, QuicKey, RING_SIZE, RateCell, Ring, RingSlot, SOURCE_ALLOW, SOURCE_DENY,
+    SOURCE_RATE_CELLS, SWEEP_BUCKETS, Scheduler, Settings, SourceKey, SweepRequest, SweepResult,
+    VIP_CHAIN, VipEntry, is_probe, prefilter_bit, ring_slot, vip_flags, vip_head,
 };
 pub use verdict::Verdict;
 

@@ -96,16 +96,6 @@ pub struct LocalPeer {
     pub seen: u32,
 }
 
-/// The mark (SO_MARK, socket(7)) of sockets that mean the VIP itself, such as a health check's through
-/// the tunnel: the high half; the low half is theirs.
-pub const UNTRANSLATED_MARK: u32 = 0x7664_0000;
-
-/// Whether a socket with this mark dials VIPs untranslated.
-#[inline(always)]
-pub const fn is_untranslated(mark: u32) -> bool {
-    mark >> 16 == UNTRANSLATED_MARK >> 16
-}
-
 const _: () = assert!(size_of::<Peer>() == 20);
 const _: () = assert!(size_of::<LocalSocket>() == 48);
 const _: () = assert!(size_of::<LocalPeerKey>() == 32);
@@ -124,11 +114,5 @@ mod tests {
         );
         // Generations in use are not 0, so no flow looks like none.
         assert_ne!(LocalFlow::new(0, 1), LocalFlow::default());
-    }
-
-    #[test]
-    fn the_low_half_of_a_mark_is_free() {
-        assert!(is_untranslated(UNTRANSLATED_MARK) && is_untranslated(UNTRANSLATED_MARK | 0xffff));
-        assert!(!is_untranslated(0) && !is_untranslated(0xffff));
     }
 }

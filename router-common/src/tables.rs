@@ -26,13 +26,23 @@ pub const LISTENER_V6: u32 = 1;
 pub const LISTENERS: u32 = 2;
 
 /// Changes whenever a map's layout or meaning does: pinned maps of another layout are not adopted.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// The backend id that means "none".
 pub const NO_BACKEND: u32 = 0;
 
 /// The highest backend id: 16 bits in a ring's slot, of which [`RingSlot::NOBODY`] is none.
 pub const MAX_BACKENDS: u32 = 0xfffe;
+
+/// The mark (SO_MARK, socket(7)) of a health check of the VIP itself: the low half is the id of the
+/// backend it is for, and 0 for whoever only dials VIPs untranslated.
+pub const PROBE_MARK: u32 = 0x5641_0000;
+
+/// Whether a socket or a packet with this mark is a health check's.
+#[inline(always)]
+pub const fn is_probe(mark: u32) -> bool {
+    mark >> 16 == PROBE_MARK >> 16
+}
 
 /// How a packet gets to a backend.
 #[repr(u8)]
@@ -70,6 +80,12 @@ impl Mode {
     #[inline(always)]
     pub const fn translates(self) -> bool {
         matches!(self, Mode::Nat | Mode::Dnat)
+    }
+
+    /// Whether backends serve under the VIP's address and answer clients themselves.
+    #[inline(always)]
+    pub const fn is_one_way(self) -> bool {
+        matches!(self, Mode::Dsr | Mode::Ipip | Mode::Gue)
     }
 }
 
@@ -491,6 +507,12 @@ mod tests {
             assert_eq!(ring_slot(0, len), 0);
             assert_eq!(ring_slot(u32::MAX, len), len as usize - 1);
         }
+    }
+
+    #[test]
+    fn the_low_half_of_a_mark_is_the_backend() {
+        assert!(is_probe(PROBE_MARK) && is_probe(PROBE_MARK | MAX_BACKENDS));
+        assert!(!is_probe(0) && !is_probe(MAX_BACKENDS));
     }
 
     #[test]

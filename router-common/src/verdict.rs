@@ -38,6 +38,8 @@ verdicts! {
     Replied => "replied",
     /// An ICMP error forwarded to the end whose packet it quotes.
     ErrorForwarded => "error_forwarded",
+    /// Forwarded: a health check of this host's, to the backend that it is for.
+    Probed => "probed",
     /// Answered: an ICMP echo request to a VIP.
     EchoAnswered => "echo_answered",
     /// Answered: no backend takes new flows; RST, or ICMP port unreachable.

@@ -32,7 +32,7 @@ const FRAGMENT_SALT: u64 = 0xc2b2_ae3d_27d4_eb4f;
 #[derive(Clone, Copy)]
 pub struct Steered {
     pub backend_id: u32,
-    /// `Forwarded`, `NewFlow` or `Untracked`.
+    /// `Forwarded`, `NewFlow`, `Untracked` or `Probed`.
     pub verdict: Verdict,
     /// The gateway's port towards the backend, in modes that translate.
     pub nat_port: u16,
@@ -67,8 +67,8 @@ pub fn by_ring_alone<F: Frame>(
     by_ring(vip, slot.current(), opens)
 }
 
-/// The backend of a client's packet, by the flow table; `NewFlow` where it is in none, and [`open`] must
-/// find or make one, at the place in the scratch if there is one.
+/// The backend of a client's packet, by the flow table; `NewFlow` where it is in none, and [`pick`] must
+/// find a backend, at the place in the scratch if there is one.
 #[inline(always)]
 pub fn of_client<F: Frame>(
     frame: &F,
@@ -89,7 +89,33 @@ pub fn of_client<F: Frame>(
     follow(frame, packet, vip, place, settings, now)?.ok_or(Verdict::NewFlow)
 }
 
-/// The backend of a packet that [`of_client`] found no flow for, which is made if the packet opens one.
+/// The backend of a packet that [`of_client`] found no flow for; whether [`open`] is to make one.
+#[inline(always)]
+pub fn pick<F: Frame>(scratch: &mut Scratch) -> Result<bool, Verdict> {
+    let settings = maps::settings()?;
+    let now = maps::now(settings);
+    let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
+    let packet = &scratch.packet;
+    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
+    let opens = packet.key.proto != IPPROTO_TCP || packet.tcp.opens();
+    let backend_id = if opens {
+        admit::<F>(packet, vip, settings, now)?;
+        schedule::choose::<F>(vip, slot, scratch.hash, now)?
+    } else if Mode::from_bits(vip.entry.mode).translates() {
+        return Err(Verdict::UnknownFlow);
+    } else {
+        older(vip, slot)?
+    };
+    scratch.steered = by_ring(vip, backend_id, opens)?;
+    if F::DRY {
+        scratch.steered.nat_port = settings.nat_port_first;
+        return Ok(false);
+    }
+    // A reset of something unknown is passed on, and ends it.
+    Ok(opens || !packet.tcp.rst())
+}
+
+/// Makes the flow of a packet that [`pick`] found a backend for.
 #[inline(always)]
 pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
     let settings = maps::settings()?;
@@ -97,23 +123,8 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
     let packet = &scratch.packet;
     let hash = scratch.hash;
-    let slot = schedule::slot_of::<F>(vip, &packet.key)?;
-    let tcp = packet.key.proto == IPPROTO_TCP;
-    let opens = !tcp || packet.tcp.opens();
     let mode = Mode::from_bits(vip.entry.mode);
-    let backend_id = if opens {
-        admit::<F>(packet, vip, settings, now)?;
-        schedule::choose::<F>(vip, slot, hash, now)?
-    } else if mode.translates() {
-        return Err(Verdict::UnknownFlow);
-    } else {
-        older(vip, slot)?
-    };
-    scratch.steered = by_ring(vip, backend_id, opens)?;
-    if F::DRY || (packet.tcp.rst() && !opens) {
-        scratch.steered.nat_port = settings.nat_port_first;
-        return Ok(());
-    }
+    let backend_id = scratch.steered.backend_id;
     if scratch.place.is_none() {
         scratch.place = match table::free_place(hash, settings, now) {
             Ok(place) => place,
@@ -124,9 +135,9 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
             }
         };
     }
-    scratch.state = if !tcp {
+    scratch.state = if packet.key.proto != IPPROTO_TCP {
         FlowState::Udp
-    } else if opens {
+    } else if scratch.steered.new {
         FlowState::Syn
     } else {
         FlowState::Established

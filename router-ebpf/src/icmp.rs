@@ -4,21 +4,19 @@
 //! A quote may be as short as an IP header and 8 octets (RFC 792), which has the ports.
 
 use router_common::checksum::Delta;
-use router_common::{
-    Addr, FlowEntry, FlowKey, IPPROTO_TCP, IPPROTO_UDP, Mode, Ports, Settings, TcpFlags, Verdict,
-};
+use router_common::{Addr, FlowKey, IPPROTO_TCP, IPPROTO_UDP, Mode, Ports, TcpFlags, Verdict};
 
-use crate::flows::{self, Steered, backend_port};
+use crate::flows::{self, backend_port};
 use crate::frame::{Dry, Frame, Room, at};
 use crate::packet::{IPV6_LEN, Ipv4Header, Ipv6Header, Packet, is_vip_address};
 use crate::rewrite::{self, Link, Translation};
 use crate::stage::Outcome;
-use crate::verifier::forget;
 use crate::{answer, maps, scratch, vip};
 
 const ICMP_LEN: u32 = 8;
 
-/// What becomes of an ICMP packet; the next stage for one that goes to a backend as it is.
+/// What becomes of an ICMP packet. The next stage is for one that goes to a backend as it is;
+/// `ErrorForwarded` asks for [`to_backend`], `NotAReply` for [`to_client`].
 #[inline(always)]
 pub fn steer<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
@@ -37,7 +35,11 @@ pub fn steer<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     if !is_error(packet, kind) {
         return Err(Verdict::NoSuchVip);
     }
-    let quote = Quote::read(frame, packet).ok_or(Verdict::NoSuchVip)?;
+    scratch
+        .quote
+        .read(frame, packet)
+        .ok_or(Verdict::NoSuchVip)?;
+    let quote = &scratch.quote;
     if packet.to_vip
         && let Some(vip) = vip::find(&quote.flow(), settings)
     {
@@ -50,15 +52,13 @@ pub fn steer<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         if !scratch.steered.mode.translates() {
             return Ok(Outcome::NEXT);
         }
-        let action = to_backend(frame, packet, &quote, &scratch.steered)?;
-        return Ok(Outcome::sent(Verdict::ErrorForwarded, action));
+        return Err(Verdict::ErrorForwarded);
     }
-    if packet.to_gateway
-        && let Some(action) = to_client(frame, packet, &quote, settings, &mut scratch.flow)?
-    {
-        return Ok(Outcome::sent(Verdict::ErrorForwarded, action));
-    }
-    Err(Verdict::NoSuchVip)
+    Err(if packet.to_gateway {
+        Verdict::NotAReply
+    } else {
+        Verdict::NoSuchVip
+    })
 }
 
 /// RFC 792: destination unreachable, time exceeded, parameter problem; RFC 4443 §3.
@@ -72,7 +72,8 @@ fn is_error(packet: &Packet, kind: u8) -> bool {
 }
 
 /// The packet that an error is about.
-struct Quote {
+#[derive(Clone, Copy)]
+pub struct Quote {
     source: Addr,
     destination: Addr,
     ports: Ports,
@@ -85,38 +86,33 @@ struct Quote {
 
 impl Quote {
     #[inline(always)]
-    fn read(frame: &impl Frame, packet: &Packet) -> Option<Quote> {
-        let l3 = forget(packet.l4 + ICMP_LEN, packet.ip_len.into());
-        let (source, destination, proto, l4) = if packet.v6 {
+    fn read(&mut self, frame: &impl Frame, packet: &Packet) -> Option<()> {
+        let l3 = packet.l4 + ICMP_LEN;
+        self.l3 = l3;
+        if packet.v6 {
             let ip = at::<Ipv6Header>(frame, l3)?;
             // SAFETY: as in `steer`.
             let ip = unsafe { &*ip };
-            let source = Addr::from_words(ip.source);
-            let destination = Addr::from_words(ip.destination);
-            (source, destination, ip.next_header, l3 + IPV6_LEN)
+            self.source = Addr::from_words(ip.source);
+            self.destination = Addr::from_words(ip.destination);
+            self.proto = ip.next_header;
+            self.l4 = l3 + IPV6_LEN;
         } else {
             let ip = at::<Ipv4Header>(frame, l3)?;
             // SAFETY: as in `steer`.
             let ip = unsafe { &*ip };
-            let len = (ip.version_ihl & 0x0f) as u32 * 4;
-            let source = Addr::from_v4_word(ip.source);
-            let destination = Addr::from_v4_word(ip.destination);
-            (source, destination, ip.proto, l3 + len)
-        };
-        if !matches!(proto, IPPROTO_TCP | IPPROTO_UDP) {
+            self.source = Addr::from_v4_word(ip.source);
+            self.destination = Addr::from_v4_word(ip.destination);
+            self.proto = ip.proto;
+            self.l4 = l3 + (ip.version_ihl & 0x0f) as u32 * 4;
+        }
+        if !matches!(self.proto, IPPROTO_TCP | IPPROTO_UDP) {
             return None;
         }
-        let l4 = forget(l4, l3.into());
-        let ports = at::<u32>(frame, l4)?;
-        Some(Quote {
-            source,
-            destination,
-            // SAFETY: as in `steer`.
-            ports: Ports::from_word(unsafe { *ports }),
-            proto,
-            l3,
-            l4,
-        })
+        let ports = at::<u32>(frame, self.l4)?;
+        // SAFETY: as in `steer`.
+        self.ports = Ports::from_word(unsafe { *ports });
+        Some(())
     }
 
     /// The flow of which the quoted packet is the other direction.
@@ -133,12 +129,9 @@ impl Quote {
 
 /// An error about an answer: the VIP's packet, which its backend sent.
 #[inline(always)]
-fn to_backend<F: Frame>(
-    frame: &F,
-    packet: &Packet,
-    quote: &Quote,
-    steered: &Steered,
-) -> Result<i32, Verdict> {
+pub fn to_backend<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let scratch = scratch::get()?;
+    let (packet, quote, steered) = (&scratch.packet, &scratch.quote, &scratch.steered);
     let key = quote.flow();
     let backend = maps::BACKENDS
         .get(steered.backend_id)
@@ -170,23 +163,19 @@ fn to_backend<F: Frame>(
         v6: packet.v6,
     };
     link.write(frame)?;
-    Ok(frame.send(backend.ifindex))
+    let action = frame.send(backend.ifindex);
+    Ok(Outcome::sent(Verdict::ErrorForwarded, action))
 }
 
-/// An error about a client's packet, on its way from the gateway to a backend. `None`: not of a flow.
+/// An error about a client's packet, on its way from the gateway to a backend.
 #[inline(always)]
-fn to_client<F: Frame>(
-    frame: &F,
-    packet: &Packet,
-    quote: &Quote,
-    settings: &Settings,
-    flow: &mut FlowEntry,
-) -> Result<Option<i32>, Verdict> {
+pub fn to_client<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    let settings = maps::settings()?;
+    let scratch = scratch::get()?;
+    let (packet, quote, flow) = (&scratch.packet, &scratch.quote, &mut scratch.flow);
     // An error does not show that the backend answers: as dry as `explain`.
-    let tcp = TcpFlags(0);
-    if flows::of_backend::<Dry<'_>>(&quote.flow(), tcp, settings, 0, flow).is_none() {
-        return Ok(None);
-    }
+    flows::of_backend::<Dry<'_>>(&quote.flow(), TcpFlags(0), settings, 0, flow)
+        .ok_or(Verdict::NoSuchVip)?;
     if packet.hops <= 1 {
         return Err(Verdict::TtlExpired);
     }
@@ -206,7 +195,8 @@ fn to_client<F: Frame>(
         packet.key.source
     };
     translate(frame, packet, quote, &inner, source, flow.client)?;
-    rewrite::back(frame, packet.l3, packet.v6, flow).map(Some)
+    let action = rewrite::back(frame, packet.l3, packet.v6, flow)?;
+    Ok(Outcome::sent(Verdict::ErrorForwarded, action))
 }
 
 /// Rewrites the quote as `inner`, and the addresses of the error itself.

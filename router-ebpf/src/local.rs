@@ -14,8 +14,8 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use core::ptr::{addr_of, addr_of_mut, from_ref, null_mut, read_volatile, write_volatile};
 use router_common::{
     Addr, FlowKey, FlowState, IPPROTO_TCP, IPPROTO_UDP, LocalFlow, LocalPeer, LocalPeerKey,
-    LocalSocket, Mode, Peer, Ports, RingSlot, Settings, Side, Verdict, is_untranslated,
-    prefilter_bit, ticks_since, vip_flags,
+    LocalSocket, Mode, Peer, Ports, RingSlot, Settings, Side, Verdict, is_probe, prefilter_bit,
+    ticks_since, vip_flags,
 };
 
 use crate::frame::Xdp;
@@ -177,7 +177,7 @@ fn vip_address<const V6: bool>(ctx: &SockAddrContext) -> Result<Peer, Verdict> {
     let dialed = peer::<V6>(ctx);
     let (word, bit) = prefilter_bit(dialed.addr);
     let bits = maps::PREFILTER.get(word).ok_or(Verdict::Internal)?;
-    if *bits >> (bit & 63) & 1 == 0 || is_untranslated(mark(ctx)) {
+    if *bits >> (bit & 63) & 1 == 0 || is_probe(mark(ctx)) {
         return Err(Verdict::NotForUs);
     }
     Ok(dialed)

@@ -4,9 +4,9 @@
 //! [`packet`] reads headers, [`vip`] finds what was dialed, [`flows`] and [`schedule`] the backend,
 //! [`rewrite`] sends the packet there, [`icmp`] and [`answer`] do the rest of IP, and this file turns
 //! the verdict into an action and a count. `explain` is the same, but changes no map. `sweep` and
-//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_sk_lookup` hands
-//! connections to VIPs of the proxy to it, and the programs of [`local`] translate at the sockets of
-//! this host.
+//! `clock` never see a packet: the agent runs them by BPF_PROG_TEST_RUN. `viaduct_probe` sends health
+//! checks of this host on their way, `viaduct_sk_lookup` hands connections to VIPs of the proxy to it,
+//! and the programs of [`local`] translate at the sockets of this host.
 //!
 //! On any target but bpf the crate is an empty program, so that the workspace builds everywhere.
 
@@ -29,6 +29,7 @@ mod icmp;
 mod local;
 mod maps;
 mod packet;
+mod probe;
 mod quic;
 mod rewrite;
 mod schedule;
@@ -65,6 +66,12 @@ fn viaduct_tcx(ctx: TcContext) -> i32 {
     run(&Tcx(&ctx))
 }
 
+/// What goes out, by the same devices: sends health checks to the backends that they are for.
+#[classifier]
+fn viaduct_probe(ctx: TcContext) -> i32 {
+    probe::run(&ctx)
+}
+
 /// What `viaduct` would do with a frame, left in `EXPLAINED`.
 #[xdp(frags)]
 fn explain(ctx: XdpContext) -> u32 {
@@ -80,7 +87,7 @@ fn run<F: Frame>(frame: &F) -> i32 {
 
 #[inline(always)]
 fn pipeline<F: Frame>(frame: &F) -> Outcome {
-    let parsed = frame.parse();
+    let parsed = Outcome::from(parse(frame));
     if !parsed.goes_on() {
         return parsed;
     }
@@ -92,7 +99,7 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return deliver_unanswered(frame, frame.later_fragment());
     }
     if packet.is_icmp() {
-        return deliver_unanswered(frame, frame.icmp());
+        return icmp_error(frame);
     }
     let to_gateway = packet.to_gateway;
     if packet.to_vip {
@@ -105,6 +112,18 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return frame.lead_back();
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+#[inline(always)]
+fn icmp_error<F: Frame>(frame: &F) -> Outcome {
+    let outcome = frame.icmp();
+    if outcome.is(Verdict::ErrorForwarded) {
+        return frame.icmp_to_backend();
+    }
+    if outcome.is(Verdict::NotAReply) {
+        return frame.icmp_to_client();
+    }
+    deliver_unanswered(frame, outcome)
 }
 
 /// Sends on what a stage found a backend for, but answers nothing: neither ICMP errors nor later
@@ -124,18 +143,21 @@ fn deliver_unanswered<F: Frame>(frame: &F, found: Outcome) -> Outcome {
 /// A client's packet, to its backend.
 #[inline(always)]
 fn to_vip<F: Frame>(frame: &F) -> Outcome {
-    let mut outcome = frame.choose();
+    let mut outcome = Outcome::from(choose(frame));
     if outcome.is(Verdict::Proven) {
         outcome = frame.prove();
     }
     if outcome.is(Verdict::UnknownFlow) {
-        outcome = frame.track();
+        outcome = Outcome::from(track(frame));
+    }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = frame.pick();
     }
     if outcome.is(Verdict::NewFlow) {
         outcome = frame.open();
     }
     if outcome.goes_on() {
-        outcome = frame.deliver();
+        outcome = Outcome::from(rewrite::deliver(frame));
     }
     if outcome.is(Verdict::TooBig) {
         return frame.too_big();
@@ -213,7 +235,7 @@ fn choose<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
-/// `NewFlow` asks for [`open`].
+/// `NewFlow` asks for [`pick`].
 #[inline(always)]
 fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let settings = maps::settings()?;
@@ -231,11 +253,21 @@ fn track<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`open`].
 #[inline(always)]
-fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+fn pick<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     let scratch = scratch::get()?;
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
-    flows::open(frame, scratch).map_err(|verdict| rejected(vip, verdict))?;
+    let opens = flows::pick::<F>(scratch).map_err(|verdict| rejected(vip, verdict))?;
+    if opens {
+        return Err(Verdict::NewFlow);
+    }
+    Ok(Outcome::NEXT)
+}
+
+#[inline(always)]
+fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
+    flows::open(frame, scratch::get()?)?;
     Ok(Outcome::NEXT)
 }
 

@@ -44,7 +44,8 @@ pub fn deliver<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
         });
     }
     let action = to_backend(frame, packet, steered, maps::settings()?)?;
-    if !F::DRY {
+    // A health check is no traffic of the backend's.
+    if !F::DRY && steered.verdict as u32 != Verdict::Probed as u32 {
         maps::count_packet(steered.backend_id, packet.len(), steered.new);
     }
     Ok(Outcome::sent(steered.verdict, action))

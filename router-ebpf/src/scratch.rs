@@ -10,6 +10,7 @@ use aya_ebpf::maps::PerCpuArray;
 use router_common::{FlowEntry, FlowState, Verdict};
 
 use crate::flows::Steered;
+use crate::icmp::Quote;
 use crate::packet::Packet;
 use crate::table::Place;
 
@@ -27,6 +28,8 @@ pub struct Scratch {
     pub place: Place,
     /// Of a flow to be made.
     pub state: FlowState,
+    /// What an ICMP error in `packet` is about.
+    pub quote: Quote,
     /// A copy of the flow that `packet` answers.
     pub flow: FlowEntry,
 }

@@ -82,19 +82,21 @@ fn used<T>(argument: *mut T) {
 pub trait Stages {
     /// Headers to `Scratch::packet`.
     fn parse(&self) -> Outcome;
-    /// The VIP, and the backend where the ring alone says it, to `Scratch::steered`.
-    fn choose(&self) -> Outcome;
     /// Takes the proof of a client that was asked for one.
     fn prove(&self) -> Outcome;
-    /// The backend by the flow table.
-    fn track(&self) -> Outcome;
-    /// The backend of a packet without a flow, and the flow.
+    /// The backend of a packet without a flow,
+    fn pick(&self) -> Outcome;
+    /// and the flow.
     fn open(&self) -> Outcome;
     /// Sends the packet to the backend.
     fn deliver(&self) -> Outcome;
     /// Sends a backend's answer to its client.
     fn lead_back(&self) -> Outcome;
     fn icmp(&self) -> Outcome;
+    /// Translates an ICMP error about an answer.
+    fn icmp_to_backend(&self) -> Outcome;
+    /// Translates an ICMP error about a client's packet.
+    fn icmp_to_client(&self) -> Outcome;
     fn later_fragment(&self) -> Outcome;
     /// Tells the client that nobody is there.
     fn reject(&self) -> Outcome;
@@ -134,13 +136,18 @@ stages!(
     XdpContext,
     xdp_md,
     (parse, xdp_parse, crate::parse),
-    (choose, xdp_choose, crate::choose),
     (prove, xdp_prove, crate::challenge::take),
-    (track, xdp_track, crate::track),
+    (pick, xdp_pick, crate::pick),
     (open, xdp_open, crate::open),
     (deliver, xdp_deliver, crate::rewrite::deliver),
     (lead_back, xdp_lead_back, crate::lead_back),
     (icmp, xdp_icmp, crate::icmp::steer),
+    (
+        icmp_to_backend,
+        xdp_icmp_to_backend,
+        crate::icmp::to_backend
+    ),
+    (icmp_to_client, xdp_icmp_to_client, crate::icmp::to_client),
     (later_fragment, xdp_later_fragment, crate::later_fragment),
     (reject, xdp_reject, crate::answer::reject),
     (too_big, xdp_too_big, crate::answer::too_big),
@@ -153,13 +160,18 @@ stages!(
     XdpContext,
     xdp_md,
     (parse, dry_parse, crate::parse),
-    (choose, dry_choose, crate::choose),
     (prove, dry_prove, crate::challenge::take),
-    (track, dry_track, crate::track),
+    (pick, dry_pick, crate::pick),
     (open, dry_open, crate::open),
     (deliver, dry_deliver, crate::rewrite::deliver),
     (lead_back, dry_lead_back, crate::lead_back),
     (icmp, dry_icmp, crate::icmp::steer),
+    (
+        icmp_to_backend,
+        dry_icmp_to_backend,
+        crate::icmp::to_backend
+    ),
+    (icmp_to_client, dry_icmp_to_client, crate::icmp::to_client),
     (later_fragment, dry_later_fragment, crate::later_fragment),
     (reject, dry_reject, crate::answer::reject),
     (too_big, dry_too_big, crate::answer::too_big),
@@ -172,13 +184,18 @@ stages!(
     TcContext,
     __sk_buff,
     (parse, tcx_parse, crate::parse),
-    (choose, tcx_choose, crate::choose),
     (prove, tcx_prove, crate::challenge::take),
-    (track, tcx_track, crate::track),
+    (pick, tcx_pick, crate::pick),
     (open, tcx_open, crate::open),
     (deliver, tcx_deliver, crate::rewrite::deliver),
     (lead_back, tcx_lead_back, crate::lead_back),
     (icmp, tcx_icmp, crate::icmp::steer),
+    (
+        icmp_to_backend,
+        tcx_icmp_to_backend,
+        crate::icmp::to_backend
+    ),
+    (icmp_to_client, tcx_icmp_to_client, crate::icmp::to_client),
     (later_fragment, tcx_later_fragment, crate::later_fragment),
     (reject, tcx_reject, crate::answer::reject),
     (too_big, tcx_too_big, crate::answer::too_big),

@@ -17,8 +17,10 @@ use tokio::sync::mpsc;
 
 use crate::config::{L4Config, LocalClients, PortRange};
 use crate::event::Event;
+use crate::health::Tunnels;
 use crate::l4::datapath::Datapath;
 use crate::l4::local_routes::LocalRoutes;
+use crate::l4::marks::CheckMarks;
 use crate::l4::next_hop::{NextHop, Watcher};
 use crate::l4::plan::{MapOp, Planner, Refusal, World};
 use crate::l4::policy::Policies;
@@ -35,6 +37,7 @@ pub mod flow_list;
 pub(crate) mod interface;
 mod local_routes;
 pub mod maglev;
+mod marks;
 mod netlink;
 pub mod next_hop;
 pub(crate) mod pins;
@@ -83,6 +86,7 @@ pub struct L4 {
     refused: HashMap<Vip, Vec<(SocketAddr, Refusal)>>,
     sweep: Sweep,
     unanswered: unanswered::Watch,
+    marks: CheckMarks,
     shared: Arc<Shared>,
 }
 
@@ -96,11 +100,16 @@ struct Sweep {
 
 impl L4 {
     /// Loads or adopts the pinned programs and maps, attaches to every interface and starts
-    /// watching next hops, which arrive as [`Event::NextHop`]. Must be called inside a tokio runtime.
+    /// watching next hops, which arrive as [`Event::NextHop`]. `tunnels` is where health checks find
+    /// the ways to VIPs. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// Names the interface, map or kernel feature that is missing.
-    pub fn start(config: &L4Config, inbox: mpsc::Sender<Event>) -> anyhow::Result<L4> {
+    pub fn start(
+        config: &L4Config,
+        inbox: mpsc::Sender<Event>,
+        tunnels: Tunnels,
+    ) -> anyhow::Result<L4> {
         check_port_ranges(config.nat_ports)?;
         let mut datapath = Datapath::open(&datapath::Options {
             limits: config.limits.clone(),
@@ -155,6 +164,7 @@ impl L4 {
             refused: HashMap::new(),
             sweep: Sweep::default(),
             unanswered: unanswered::Watch::default(),
+            marks: CheckMarks::new(tunnels),
             shared,
         };
         l4.adopt_next_hops();
@@ -167,7 +177,12 @@ impl L4 {
             l4.route_locally(vip);
         }
         l4.local_routes.remove_unused();
+        if !l4.marks.is_empty() {
+            // What an earlier agent attached for them stays.
+            l4.datapath.probe();
+        }
         l4.datapath.attach_all(&config.interfaces, config.attach)?;
+        l4.publish_marks();
         l4.attach_local(config)?;
         Ok(l4)
     }
@@ -217,6 +232,7 @@ impl L4 {
         for vip in changed {
             self.apply_vip(*vip, now);
         }
+        self.publish_marks();
     }
 
     /// Brings the kernel in line with other policies. Of `config`, the rest must be as it was.
@@ -230,6 +246,7 @@ impl L4 {
         for vip in vips {
             self.apply_vip(vip, now);
         }
+        self.publish_marks();
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.
@@ -247,12 +264,14 @@ impl L4 {
         for vip in self.users.get(&backend).cloned().unwrap_or_default() {
             self.apply_vip(vip, now);
         }
+        self.publish_marks();
     }
 
     /// Attaches to interfaces that came or were replaced.
     pub fn follow_interfaces(&mut self) {
         self.datapath
             .follow_interfaces(&self.config.interfaces, self.config.attach);
+        self.publish_marks();
     }
 
     /// Ends drains that are over and sweeps expired flows. Called about once a second.
@@ -281,6 +300,7 @@ impl L4 {
                 self.apply_vip(vip, now);
             }
         }
+        self.publish_marks();
     }
 
     pub fn reader(&self) -> L4Reader {
@@ -410,6 +430,8 @@ impl L4 {
     }
 
     fn publish(&mut self, vip: Vip, members: Vec<MemberView>) {
+        let mode = self.policies.policy_of(&vip).mode;
+        self.marks.set(vip, mode, self.planner.vips().get(&vip));
         let vips = self.shared.vips.load();
         let next = if members.is_empty() && !self.planner.vips().contains_key(&vip) {
             vips.without(&vip)
@@ -423,6 +445,14 @@ impl L4 {
             vips.update(vip, Arc::new(view))
         };
         self.shared.vips.store(Arc::new(next));
+    }
+
+    /// Tells the checker of the ways to VIPs, once the kernel knows them.
+    fn publish_marks(&mut self) {
+        if self.backlog.is_empty() {
+            let acted_on = self.marks.is_empty() || self.datapath.probe();
+            self.marks.publish(acted_on);
+        }
     }
 
     /// Watches the addresses that `vip` uses and no others on its account.

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
-use router_common::UNTRANSLATED_MARK;
+use router_common::PROBE_MARK;
 use router_tests::app::{ECHO_PORT, HOST, Presence, VIP, VIP_ECHO_PORT, VIP_HTTP_PORT};
 use router_tests::cgroup::Cgroup;
 use router_tests::client::{self, TIMEOUT};
@@ -263,10 +263,7 @@ fn sockets_with_our_mark_mean_the_vip_itself() {
             socket.set_mark(mark).unwrap();
             socket.connect(&ECHO_VIP.into()).map_err(|e| e.kind())
         };
-        assert_eq!(
-            dial(UNTRANSLATED_MARK | 7),
-            Err(ErrorKind::NetworkUnreachable)
-        );
+        assert_eq!(dial(PROBE_MARK | 7), Err(ErrorKind::NetworkUnreachable));
         assert_eq!(dial(7), Ok(()));
     });
 }

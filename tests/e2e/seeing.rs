@@ -207,7 +207,10 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
     for backend in [&http, &echo] {
         good(&run(&site, &["drain", backend, "--undo"]));
     }
-    assert_eq!(good(&run(&site, &["drain"])), "");
+    wait_for("nothing to be drained", || {
+        good(&run(&site, &["drain"])).is_empty().then_some(())
+    })
+    .unwrap();
     let gets = |exchange: site::Exchange| {
         wait_for("b1 to get something new", || {
             (site.lab.client.run(exchange).ok()? == "b1").then_some(())
@@ -216,6 +219,27 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
     };
     gets(site::echo_tcp);
     gets(site::hello);
+}
+
+#[test]
+fn a_backend_that_leaves_syns_unanswered_is_held_to_be_down() {
+    let site = Site::running(2).unwrap();
+    let silent = site.lab.backend_address(0).to_string();
+    // It still resolves, and gets every SYN, but has no way back.
+    let blackhole = format!("route add blackhole {}/32", router_tests::lab::BACK);
+    site.lab.backends[0].ip(&[&blackhole]).unwrap();
+    wait_for("the silent backend to be down", || {
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| site.lab.client.run(site::echo_tcp));
+            }
+        });
+        let backends = good(&run(&site, &["backends"]));
+        let mut lines = backends.lines();
+        let is_down = |line: &str| line.starts_with(&silent) && line.contains(" down ");
+        lines.any(is_down).then_some(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -261,9 +261,7 @@ fn too_big(packet: &Packet, mtu: u32) -> Vec<u8> {
 }
 
 #[test]
-fn the_sources_of_errors_are_checked_before_they_are_answered() {
-    // RFC 1122 §3.2.2: no ICMP error about a fragment other than the first, to a multicast or broadcast
-    // destination, or from an address that is no single host.
+fn a_datagram_is_refused_by_its_first_fragment() {
     let mut gateway = Gateway::new();
     let address = Family::V4.vip(10, 80);
     let vip = vip("udp", address);

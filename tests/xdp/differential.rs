@@ -3,12 +3,14 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
 use router_common::{Mode, Verdict};
-use viaduct::config::{Forwarding, Reject, Scheduler};
+use viaduct::config::{FlowTimeouts, Forwarding, Reject, Scheduler};
+use viaduct::l4::datapath::Options;
 use viaduct::route::{Proto, Vip};
 
 use crate::fixture::*;
@@ -50,7 +52,17 @@ struct Both {
 
 impl Both {
     fn new() -> Both {
-        let mut gateway = Gateway::new();
+        // The model knows no time.
+        let long = Duration::from_secs(3600);
+        let mut gateway = Gateway::with(&Options {
+            timeouts: FlowTimeouts {
+                tcp_syn: long,
+                tcp_established: long,
+                tcp_closing: long,
+                udp: long,
+            },
+            ..options()
+        });
         let mut served = Vec::new();
         for (host, ports, forwarding, scheduler, silent) in SERVED {
             for family in FAMILIES {
@@ -93,8 +105,9 @@ impl Both {
         };
         for number in 0..both.served.len() {
             both.write_pool(number, 0b1111);
+            let vip = model_of(&both.gateway, &both.served[number]);
+            both.model.vips.push(vip);
         }
-        both.renew_model();
         both
     }
 
@@ -109,10 +122,9 @@ impl Both {
         self.gateway.set_pool(vip, &pool);
     }
 
-    fn renew_model(&mut self) {
-        let vips = self.served.iter();
-        let vips = vips.map(|served| model_of(&self.gateway, served));
-        self.model.vips = vips.collect();
+    fn set_pool(&mut self, number: usize, bits: u8) {
+        self.write_pool(number, bits);
+        self.model.vips[number] = model_of(&self.gateway, &self.served[number]);
     }
 
     fn send(&mut self, hook: Hook, frame: &[u8]) -> Result<(), TestCaseError> {
@@ -126,6 +138,8 @@ impl Both {
             // Not every refusal can be told to the client.
             verdict: match (expected.verdict, out.verdict) {
                 (Verdict::Rejected, Verdict::NoBackend) => Verdict::Rejected,
+                // The prefilter may take one address for another, but the packet passes all the same.
+                (Verdict::NotForUs, Verdict::NoSuchVip | Verdict::NotAReply) => Verdict::NotForUs,
                 (_, verdict) => verdict,
             },
             backend: out.moved.keys().next().copied(),
@@ -191,8 +205,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         }
         Step::Send(hook, frame)
     });
-    let set_pool = (any::<Index>(), any::<u8>()).prop_map(|(vip, bits)| Step::SetPool(vip, bits));
-    prop::collection::vec(prop_oneof![60 => send, 1 => set_pool], 100)
+    let set_pool = (any::<Index>(), prop_oneof![Just(0u8), any::<u8>()])
+        .prop_map(|(vip, bits)| Step::SetPool(vip, bits));
+    prop::collection::vec(prop_oneof![50 => send, 1 => set_pool], 100)
 }
 
 /// Packets of few clients to few VIPs, so that many belong together.
@@ -247,8 +262,7 @@ fn both_programs_do_what_the_model_says() {
             match step {
                 Step::SetPool(vip, bits) => {
                     let number = vip.index(both.served.len());
-                    both.write_pool(number, bits);
-                    both.renew_model();
+                    both.set_pool(number, bits);
                 }
                 Step::Send(hook, frame) if frame.len() < hook.shortest(&frame) => {}
                 Step::Send(hook, frame) => both.send(hook, &frame)?,

@@ -276,7 +276,7 @@ fn errors_that_quote_no_flow_go_nowhere() {
                 icmp(router(family), to, kind, code, rest, &quoted(packet, 8))
             };
             // A flow that never was; to a VIP that must know, and to no VIP at all.
-            let forged = tcp(address, client, Segment::Ack, b"").from_backend();
+            let forged = tcp(address, client, Segment::Ack, b"").at_backends();
             let frame = error(&forged, address.ip());
             gateway.expect_untouched("no such flow", &frame, Verdict::UnknownError);
             let other = SocketAddr::new(address.ip(), 81);
@@ -287,7 +287,7 @@ fn errors_that_quote_no_flow_go_nowhere() {
             let own = SocketAddr::new(family.gateway(), 45_000);
             let forged = tcp(own, family.backend(10, 80), Segment::Ack, b"");
             let frame = error(&forged, family.gateway());
-            gateway.expect_untouched("the gateway's own", &frame, Verdict::NoSuchVip);
+            gateway.expect_untouched("the gateway's own", &frame, Verdict::NotAReply);
             // An error must quote what it is about: the destination of the error is the VIP quoted.
             let forged = tcp(family.vip(11, 80), client, Segment::Ack, b"");
             let frame = error(&forged, address.ip());

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use router_common::{BackendCounters, RingSlot, SweepResult, Verdict};
 use viaduct::config::{FlowTimeouts, Forwarding, L4Config, L4Limits, PortRange, VipConfig};
-use viaduct::l4::datapath::{Datapath, Options};
+use viaduct::l4::datapath::{Datapath, Options, Run};
 use viaduct::l4::next_hop::NextHop;
 use viaduct::l4::plan::{MapOp, Planner, World};
 use viaduct::l4::policy::Policies;
@@ -202,6 +202,9 @@ impl Gateway {
     pub fn with(options: &Options) -> Gateway {
         let datapath =
             Datapath::open(options).expect("load the programs: needs root and a BPF toolchain");
+        for loaded in datapath.loaded() {
+            assert!(loaded.outcome.is_ok(), "{} is not loaded", loaded.name);
+        }
         let planner = Planner::new(
             options.limits.vips,
             options.limits.backends,
@@ -256,22 +259,24 @@ impl Gateway {
     }
 
     pub fn set_weights(&mut self, vip: Vip, backends: &[(SocketAddr, u16)]) {
-        let backend = |&(address, weight)| {
-            Arc::new(Backend {
-                weight,
-                ..Backend::new(address, Origin::Nats)
-            })
+        let backend = |&(address, weight)| Backend {
+            weight,
+            ..Backend::new(address, Origin::Nats)
         };
+        self.set_backends(vip, backends.iter().map(backend).collect());
+    }
+
+    pub fn set_backends(&mut self, vip: Vip, backends: Vec<Backend>) {
+        for backend in &backends {
+            self.next_hops
+                .entry(backend.address.ip())
+                .or_insert_with(|| next_hop(Family::of(backend.address)));
+        }
         let pool = Pool {
-            backends: backends.iter().map(backend).collect(),
+            backends: backends.into_iter().map(Arc::new).collect(),
             balance: None,
             route_service_url: None,
         };
-        for (address, _) in backends {
-            self.next_hops
-                .entry(address.ip())
-                .or_insert_with(|| next_hop(Family::of(*address)));
-        }
         let world = World {
             now: self.now,
             policies: &self.policies,
@@ -284,7 +289,7 @@ impl Gateway {
         };
         let plan = self
             .planner
-            .plan(vip, (!backends.is_empty()).then_some(&pool), &world);
+            .plan(vip, (!pool.backends.is_empty()).then_some(&pool), &world);
         assert_eq!(plan.refused, []);
         for op in plan.ops {
             self.datapath.apply(&op).expect("write to the kernel");
@@ -303,28 +308,36 @@ impl Gateway {
 
     /// Runs the program on one frame; exactly one verdict must be counted.
     pub fn send(&mut self, frame: &[u8]) -> Outcome {
-        let before = self.counters();
-        let run = match self.hook {
-            Hook::Xdp => self.datapath.run(frame),
-            Hook::Tcx => self.datapath.run_tcx(frame),
-        }
-        .expect("run");
-        let after = self.counters();
-        let counted: Vec<Verdict> = before
-            .verdicts
-            .iter()
-            .zip(&after.verdicts)
-            .flat_map(|(before, after)| vec![after.0; (after.1 - before.1) as usize])
-            .collect();
+        let hook = self.hook;
+        let (run, counted, moved) = self.counting(|datapath| match hook {
+            Hook::Xdp => datapath.run(frame),
+            Hook::Tcx => datapath.run_tcx(frame),
+        });
         let [verdict] = counted[..] else {
             panic!("verdicts counted for one packet: {counted:?}")
         };
         Outcome {
-            action: self.hook.action(run.action),
+            action: hook.action(run.action),
             verdict,
             frame: run.frame,
-            moved: after.since(&before),
+            moved,
         }
+    }
+
+    /// Runs a program; the verdicts it counted, and what it added to the counters of backends.
+    pub fn counting(
+        &mut self,
+        run: impl FnOnce(&mut Datapath) -> anyhow::Result<Run>,
+    ) -> (Run, Vec<Verdict>, BTreeMap<u32, BackendCounters>) {
+        let before = self.counters();
+        let run = run(&mut self.datapath).expect("run");
+        let after = self.counters();
+        let verdicts = before.verdicts.iter().zip(&after.verdicts);
+        let counted = verdicts
+            .flat_map(|(before, after)| vec![after.0; (after.1 - before.1) as usize])
+            .collect();
+        let moved = after.since(&before);
+        (run, counted, moved)
     }
 
     /// Sends a frame that must meet this verdict.

@@ -215,7 +215,7 @@ fn every_flow_gets_its_own_answers() {
     }
     // The gateway's own connection to a backend.
     let own = SocketAddr::new(GATEWAY, 45_000);
-    let answer = tcp(site.backend(1), own, Segment::Ack, b"").from_backend();
+    let answer = tcp(site.backend(1), own, Segment::Ack, b"").at_backends();
     gateway.expect_untouched("its own", &answer.frame(), Verdict::NotAReply);
 }
 

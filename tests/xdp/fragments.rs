@@ -205,7 +205,7 @@ fn fragments_for_nobody_pass_untouched() {
             }
             // The gateway's own, from a backend.
             let own = SocketAddr::new(family.gateway(), 45_000);
-            let answer = udp(family.backend(1, 80), own, &[7; 100]).from_backend();
+            let answer = udp(family.backend(1, 80), own, &[7; 100]).at_backends();
             let [first, later] = fragments(&answer, 2);
             gateway.expect_untouched("its own", &first, Verdict::NotAReply);
             gateway.expect_untouched("its own, later", &later, Verdict::NoSuchVip);

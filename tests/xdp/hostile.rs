@@ -42,6 +42,10 @@ fn a_frame_cut_short_anywhere_is_passed_or_dropped_untouched() {
         for family in FAMILIES {
             for host in 10..15 {
                 for vlan in [0, 100] {
+                    // A classifier finds no tag in the frame.
+                    if vlan != 0 && hook == Hook::Tcx {
+                        continue;
+                    }
                     let client = gateway.client(family);
                     let to = family.vip(host, 80);
                     for packet in [tcp(client, to, Segment::Syn, b""), udp(client, to, b"")] {
@@ -214,7 +218,7 @@ fn base() -> impl Strategy<Value = Vec<u8>> {
         let packet = match kind {
             0 | 4 => tcp(from, to, Segment::Syn, &payload),
             1 => tcp(from, to, Segment::Ack, &payload),
-            2 => tcp(family.backend(1, 80), gateway, Segment::Ack, &payload).from_backend(),
+            2 => tcp(family.backend(1, 80), gateway, Segment::Ack, &payload).at_backends(),
             _ => udp(from, to, &payload),
         };
         let packet = Packet { vlan, ..packet };

@@ -15,6 +15,8 @@ mod fragments;
 mod hostile;
 mod model;
 mod packets;
+mod probe;
+mod quic;
 mod ring;
 mod scheduling;
 mod translation;

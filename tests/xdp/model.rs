@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use router_common::{Mode, RingSlot, Verdict};
 
@@ -37,6 +38,11 @@ const fn only(verdict: Verdict) -> Fate {
     }
 }
 
+/// What this model has nothing to say about.
+const fn unsaid() -> Fate {
+    only(Verdict::UnknownError)
+}
+
 /// A packet's 5-tuple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tuple {
@@ -55,7 +61,8 @@ pub struct Model {
     pub vips: Vec<ModelVip>,
     /// Backends of flows, and whether a FIN or RST ended them as far as the gateway can tell.
     flows: HashMap<Tuple, Known>,
-    fragments: HashMap<Datagram, u32>,
+    /// Where those of a datagram go, and since when.
+    fragments: HashMap<Datagram, (u32, Instant)>,
 }
 
 #[derive(Clone, Copy)]
@@ -79,15 +86,15 @@ struct Headers {
 
 impl Model {
     /// What becomes of a frame, which changes what becomes of later ones. `None`: not for this model to
-    /// say, since it knows neither sizes nor ICMP errors.
+    /// say, since it knows neither sizes nor time nor ICMP errors.
     pub fn receive(&mut self, frame: &[u8], takes_tags: bool) -> Option<Fate> {
         // A classifier gets the tag beside the frame: one inside is a second.
         if !takes_tags && u16_at(frame, 12) == Some(0x8100) {
             return Some(only(Verdict::NotForUs));
         }
         let fate = self.fate(frame);
-        let unsaid = fate.backend.is_some() && claimed_len(frame) > 1400;
-        (!unsaid && fate.verdict != Verdict::UnknownError).then_some(fate)
+        let may_not_fit = fate.backend.is_some() && claimed_len(frame) > 1400;
+        (!may_not_fit && fate != unsaid()).then_some(fate)
     }
 
     fn fate(&mut self, frame: &[u8]) -> Fate {
@@ -115,7 +122,9 @@ impl Model {
             let tuple = &headers.tuple;
             let datagram = (tuple.source, tuple.destination, tuple.proto, id);
             return match self.fragments.get(&datagram) {
-                Some(&backend) => Fate {
+                // They are forgotten some time after this.
+                Some((_, since)) if since.elapsed() > Duration::from_secs(20) => unsaid(),
+                Some(&(backend, _)) => Fate {
                     verdict: Verdict::Forwarded,
                     backend: Some(backend),
                 },
@@ -128,20 +137,20 @@ impl Model {
         if let Some(kind) = headers.icmp {
             return only(match (kind, icmp) {
                 (8, 1) | (128, 58) => Verdict::EchoAnswered,
-                (3 | 11 | 12, 1) | (1..=4, 58) => Verdict::UnknownError,
+                (3 | 11 | 12, 1) | (1..=4, 58) => return unsaid(),
                 _ => Verdict::NoSuchVip,
             });
         }
-        let fate = self.to_vip(&headers);
+        let fate = self.serve(&headers);
         if let (Some((id, false)), Some(backend)) = (headers.fragment, fate.backend) {
             let tuple = &headers.tuple;
             let datagram = (tuple.source, tuple.destination, tuple.proto, id);
-            self.fragments.insert(datagram, backend);
+            self.fragments.insert(datagram, (backend, Instant::now()));
         }
         fate
     }
 
-    fn to_vip(&mut self, headers: &Headers) -> Fate {
+    fn serve(&mut self, headers: &Headers) -> Fate {
         let tuple = headers.tuple;
         let covers = |vip: &&ModelVip| {
             vip.address == tuple.destination

@@ -67,7 +67,7 @@ pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Packet {
 
 impl Packet {
     /// The same from the backends' side.
-    pub fn from_backend(self) -> Packet {
+    pub fn at_backends(self) -> Packet {
         Packet {
             source_mac: BACKEND_MAC,
             destination_mac: GATEWAY_INNER_MAC,
@@ -88,7 +88,7 @@ impl Packet {
             hops: 64,
             ..self.clone()
         }
-        .from_backend()
+        .at_backends()
     }
 
     pub fn frame(&self) -> Vec<u8> {

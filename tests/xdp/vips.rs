@@ -309,3 +309,63 @@ fn beyond_the_rate(
         gateway.expect(row, &opening("tcp", other, address), Verdict::NewFlow);
     }
 }
+
+#[test]
+fn clients_prove_that_they_exist_while_new_flows_are_too_many() {
+    let mut gateway = Gateway::new();
+    for mode in [Forwarding::Nat, Forwarding::Dsr] {
+        for family in FAMILIES {
+            for hook in HOOKS {
+                gateway.hook = hook;
+                let address = gateway.address(family, 80);
+                let vip = vip("tcp", address);
+                gateway.configure(vip, |config| {
+                    config.vip_rate = 1;
+                    config.challenge = true;
+                });
+                gateway.serve(vip, mode, &[family.backend(1, 80)]);
+                let row = format!("{mode:?} {family:?} {hook:?}");
+                prove(&mut gateway, &row, address);
+            }
+        }
+    }
+}
+
+fn prove(gateway: &mut Gateway, row: &str, address: SocketAddr) {
+    let family = Family::of(address);
+    // Another tick may begin at any time, which admits one more.
+    let (client, challenge) = loop {
+        let client = gateway.client(family);
+        let out = gateway.send(&opening("tcp", client, address));
+        if out.verdict == Verdict::Challenged {
+            break (client, out);
+        }
+        assert_eq!(out.verdict, Verdict::NewFlow, "{row}");
+    };
+    assert_eq!(challenge.action, gateway.hook.back(), "{row}");
+    let asked = read(&challenge.frame);
+    assert_eq!((asked.from, asked.to), (address, client), "{row}");
+    assert_eq!(asked.transport, Transport::Tcp(Segment::Ack), "{row}");
+    // RFC 9293 §3.10.7.3: whoever sent the SYN resets an acknowledgment of something else.
+    let number = etherparse::SlicedPacket::from_ethernet(&challenge.frame).expect("a sound frame");
+    let Some(etherparse::TransportSlice::Tcp(segment)) = number.transport else {
+        panic!("{row}: no TCP")
+    };
+    let number = segment.acknowledgment_number();
+    let rst = |sequence: u32| {
+        let packet = tcp(client, address, Segment::Rst, b"");
+        let mut frame = packet.frame();
+        let at = packet.l4() + 4;
+        frame[at..at + 4].copy_from_slice(&sequence.to_be_bytes());
+        frame
+    };
+    let forged = gateway.send(&rst(number.wrapping_add(1)));
+    assert_ne!(forged.verdict, Verdict::Proven, "{row}");
+    let out = gateway.expect(row, &rst(number), Verdict::Proven);
+    assert_eq!(out.action, Action::Drop, "{row}");
+    for _ in 0..3 {
+        let out = gateway.send(&opening("tcp", client, address));
+        let served = [Verdict::NewFlow, Verdict::Forwarded];
+        assert!(served.contains(&out.verdict), "{row}: {out:02x?}");
+    }
+}

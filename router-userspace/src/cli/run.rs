@@ -126,12 +126,14 @@ impl Gateway {
             config: configured.clone(),
         };
         let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);
+        let tunnels = health::Tunnels::default();
         let listeners = proxy.as_mut().map(Proxy::take_listeners);
         let parts = ControlParts {
             context,
             published: Arc::clone(&published),
             listeners: listeners.unwrap_or_default(),
             reports,
+            tunnels: Arc::clone(&tunnels),
         };
         let (control, l4) = start_control(parts, events, stopped)?;
         let checks = health::run(
@@ -140,7 +142,7 @@ impl Gateway {
             Arc::clone(&metrics),
             configured.clone(),
             reported,
-            health::Tunnels::default(),
+            tunnels,
         );
         let scrape = Scrape {
             metrics,
@@ -243,6 +245,8 @@ struct ControlParts {
     /// Of the proxy, for layer 4 to hand connections to.
     listeners: Vec<TcpListener>,
     reports: mpsc::Sender<health::Unanswered>,
+    /// From layer 4 to the checker.
+    tunnels: health::Tunnels,
 }
 
 /// Starts sources, agent and layer 4 on their thread; returns when they run or cannot.
@@ -258,12 +262,16 @@ fn start_control(
             published,
             listeners,
             reports,
+            tunnels,
         } = parts;
         let config = Arc::clone(&context.config.borrow());
         let start = async {
             let l4 = match config.l4.interfaces.is_empty() {
                 true => None,
-                false => Some(start_l4(&config.l4, context.inbox.clone(), &listeners)?),
+                false => {
+                    let inbox = context.inbox.clone();
+                    Some(start_l4(&config.l4, inbox, tunnels, &listeners)?)
+                }
             };
             // Held on to, they would outlive the workers' own and leave clients waiting.
             drop(listeners);
@@ -302,9 +310,10 @@ fn start_control(
 fn start_l4(
     config: &L4Config,
     inbox: mpsc::Sender<Event>,
+    tunnels: health::Tunnels,
     listeners: &[TcpListener],
 ) -> anyhow::Result<L4> {
-    let mut l4 = L4::start(config, inbox).context("layer 4")?;
+    let mut l4 = L4::start(config, inbox, tunnels).context("layer 4")?;
     if !listeners.is_empty()
         && let Err(error) = l4.hand_up_to(listeners)
     {

@@ -51,7 +51,7 @@ pub async fn probe(
     let probe = async {
         let stream = match connect(address, via).await {
             Ok(stream) => stream,
-            Err(error) if is_ours(&error) => return Outcome::Unmade(error),
+            Err(error) if is_ours(&error, via) => return Outcome::Unmade(error),
             Err(_) => return Outcome::Bad,
         };
         let good = match check {
@@ -82,7 +82,12 @@ async fn connect(address: SocketAddr, via: ProbeVia) -> io::Result<TcpStream> {
 }
 
 /// connect(2), socket(2): what fails for want of something of this host's, or by a rule of its firewall.
-fn is_ours(error: &io::Error) -> bool {
+/// A way to the VIP is for this host to have.
+fn is_ours(error: &io::Error, via: ProbeVia) -> bool {
+    let unroutable = error.raw_os_error() == Some(Errno::ENETUNREACH as i32);
+    if unroutable && via != ProbeVia::Direct {
+        return true;
+    }
     matches!(
         error.raw_os_error().map(Errno::from_raw),
         Some(
@@ -129,10 +134,14 @@ mod tests {
     #[test]
     fn what_this_host_lacks_is_held_against_no_backend() {
         for errno in [Errno::EMFILE, Errno::EADDRNOTAVAIL, Errno::EPERM] {
-            assert!(is_ours(&errno.into()), "{errno}");
+            assert!(is_ours(&errno.into(), ProbeVia::Direct), "{errno}");
         }
         for errno in [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::ENETUNREACH] {
-            assert!(!is_ours(&errno.into()), "{errno}");
+            assert!(!is_ours(&errno.into(), ProbeVia::Direct), "{errno}");
         }
+        let vip = SocketAddr::from(([192, 0, 2, 10], 80));
+        let tunnel = ProbeVia::Tunnel { vip, mark: 1 };
+        assert!(is_ours(&Errno::ENETUNREACH.into(), tunnel));
+        assert!(!is_ours(&Errno::ECONNREFUSED.into(), tunnel));
     }
 }

@@ -131,6 +131,8 @@ impl fmt::Display for Hook {
             Hook::Generic => "generic",
             Hook::Tcx => "tcx",
             Hook::Clsact => "clsact",
+            Hook::TcxEgress => "tcx-egress",
+            Hook::ClsactEgress => "clsact-egress",
         })
     }
 }
@@ -139,10 +141,17 @@ impl FromStr for Hook {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Hook, ()> {
-        [Hook::Native, Hook::Generic, Hook::Tcx, Hook::Clsact]
-            .into_iter()
-            .find(|hook| hook.to_string() == text)
-            .ok_or(())
+        [
+            Hook::Native,
+            Hook::Generic,
+            Hook::Tcx,
+            Hook::Clsact,
+            Hook::TcxEgress,
+            Hook::ClsactEgress,
+        ]
+        .into_iter()
+        .find(|hook| hook.to_string() == text)
+        .ok_or(())
     }
 }
 
@@ -152,8 +161,12 @@ mod tests {
 
     #[test]
     fn the_name_of_a_pin_says_what_is_pinned() {
-        for (interface, name) in [("eth0", "eth0:7:tcx"), ("eth0.100", "eth0:100:7:tcx")] {
-            let pin = LinkPin::new(Path::new("/pins"), interface, 7, Hook::Tcx);
+        for (interface, hook, name) in [
+            ("eth0", Hook::Tcx, "eth0:7:tcx"),
+            ("eth0", Hook::TcxEgress, "eth0:7:tcx-egress"),
+            ("eth0.100", Hook::Tcx, "eth0:100:7:tcx"),
+        ] {
+            let pin = LinkPin::new(Path::new("/pins"), interface, 7, hook);
             assert_eq!(pin.path, Path::new("/pins/links").join(name));
             assert_eq!(LinkPin::read(pin.path.clone()), Some(pin));
         }

@@ -29,11 +29,18 @@ pub enum Hook {
     Tcx,
     /// A filter of the clsact queueing discipline, where the kernel has no tcx.
     Clsact,
+    /// The same two where packets go out, for health checks.
+    TcxEgress,
+    ClsactEgress,
 }
 
 impl Hook {
     fn is_xdp(self) -> bool {
         matches!(self, Hook::Native | Hook::Generic)
+    }
+
+    pub(super) fn is_egress(self) -> bool {
+        matches!(self, Hook::TcxEgress | Hook::ClsactEgress)
     }
 }
 
@@ -94,6 +101,10 @@ pub(super) struct Attachments {
     attached: BTreeMap<String, Attached>,
     /// Interfaces that are there, but that the kernel refused.
     refused: BTreeSet<String>,
+    /// Whether health checks go out to the VIPs themselves,
+    probing: bool,
+    /// and the devices, by index, where the program for that sits.
+    probed: BTreeSet<u32>,
 }
 
 impl Datapath {
@@ -126,6 +137,9 @@ impl Datapath {
         self.attachments
             .attached
             .insert(interface.to_owned(), attached);
+        if self.attachments.probing {
+            self.attach_probe(device.index);
+        }
         Ok(attached)
     }
 
@@ -165,6 +179,21 @@ impl Datapath {
         }
     }
 
+    /// Has health checks sent to the backends that they are for where interfaces are attached to, and
+    /// where they will be. True if that is so at all of them.
+    pub fn probe(&mut self) -> bool {
+        let attachments = &mut self.attachments;
+        let begins = !std::mem::replace(&mut attachments.probing, true);
+        let attached = attachments.attached.values();
+        let devices: BTreeSet<u32> = attached.map(|attached| attached.ifindex).collect();
+        if begins {
+            for index in &devices {
+                self.attach_probe(*index);
+            }
+        }
+        devices.is_subset(&self.attachments.probed)
+    }
+
     /// Whether there is an interface to attach to that the kernel refused so far.
     pub fn is_refused(&self) -> bool {
         !self.attachments.refused.is_empty()
@@ -177,7 +206,8 @@ impl Datapath {
         };
         for pin in pins::links(path)? {
             let mut attached = self.attachments.attached.values();
-            if !attached.any(|attached| attached.ifindex == pin.ifindex) {
+            let wanted = self.attachments.probing || !pin.hook.is_egress();
+            if !wanted || !attached.any(|attached| attached.ifindex == pin.ifindex) {
                 release(&pin)?;
                 tracing::info!(link = %pin.path.display(), "detached");
             }
@@ -185,8 +215,23 @@ impl Datapath {
         Ok(())
     }
 
+    /// Without it, checks go to backends' own addresses.
+    fn attach_probe(&mut self, index: u32) {
+        let attached = Interface::indexed(index)
+            .and_then(|device| self.attach_device(&device, &[Hook::TcxEgress, Hook::ClsactEgress]));
+        match attached {
+            Ok(_) => {
+                self.attachments.probed.insert(index);
+            }
+            Err(error) => {
+                self.attachments.probed.remove(&index);
+                tracing::warn!("health checks do not go to VIPs themselves: {error:#}");
+            }
+        }
+    }
+
     fn attach_device(&mut self, device: &Interface, hooks: &[Hook]) -> anyhow::Result<Attached> {
-        let pinned = self.pins_of(device)?;
+        let pinned = self.pins_of(device, hooks)?;
         let released = self.make_way(device, hooks, &pinned)?;
         // The kernel may take a moment to let go.
         let patience = if released {
@@ -212,8 +257,10 @@ impl Datapath {
                 );
             }
             // Two hooks of one device do no harm: whom the first forwards, the second never sees.
-            for other in self.pins_of(device)?.iter().filter(|pin| pin.hook != hook) {
-                release(other)?;
+            for other in self.pins_of(device, hooks)? {
+                if other.hook != hook {
+                    release(&other)?;
+                }
             }
             return Ok(Attached {
                 hook,
@@ -252,12 +299,14 @@ impl Datapath {
         Ok(true)
     }
 
-    fn pins_of(&self, device: &Interface) -> anyhow::Result<Vec<LinkPin>> {
+    /// Of a device, on the side that these hooks are on.
+    fn pins_of(&self, device: &Interface, hooks: &[Hook]) -> anyhow::Result<Vec<LinkPin>> {
         let Some(path) = &self.pin_path else {
             return Ok(Vec::new());
         };
+        let egress = hooks[0].is_egress();
         let mut pins = pins::links(path)?;
-        pins.retain(|pin| pin.ifindex == device.index);
+        pins.retain(|pin| pin.ifindex == device.index && pin.hook.is_egress() == egress);
         Ok(pins)
     }
 }

@@ -39,8 +39,8 @@ impl Datapath {
     pub(super) fn adopted(&mut self, device: &Interface, pin: &LinkPin) -> bool {
         let done = match pin.hook {
             Hook::Native | Hook::Generic => self.adopt_xdp(pin),
-            Hook::Tcx => self.adopt_tcx(pin),
-            Hook::Clsact => self.adopt_filter(device, pin),
+            Hook::Tcx | Hook::TcxEgress => self.adopt_tcx(pin),
+            Hook::Clsact | Hook::ClsactEgress => self.adopt_filter(device, pin),
         };
         // Its device is gone and another has its index, or somebody removed the filter.
         let Err(error) = done else { return true };
@@ -66,7 +66,7 @@ impl Datapath {
     fn adopt_tcx(&mut self, pin: &LinkPin) -> anyhow::Result<()> {
         let link: FdLink = PinnedLink::from_pin(&pin.path).context("open")?.into();
         let link = SchedClassifierLink::try_from(link).context("not a tcx link")?;
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        let program = programs::classifier(&mut self.ebpf, classifier_of(pin.hook))?;
         let id = program
             .attach_to_link(link)
             .context("replace its program")?;
@@ -75,8 +75,8 @@ impl Datapath {
     }
 
     fn adopt_filter(&mut self, device: &Interface, pin: &LinkPin) -> anyhow::Result<()> {
-        let link = filter_on(&device.name)?;
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+        let link = filter_on(&device.name, pin.hook)?;
+        let program = programs::classifier(&mut self.ebpf, classifier_of(pin.hook))?;
         let id = program
             .attach_to_link(link)
             .context("replace its program")?;
@@ -99,8 +99,8 @@ impl Datapath {
         match hook {
             Hook::Native => self.attach_xdp(device, XdpMode::Driver, patience, pin),
             Hook::Generic => self.attach_xdp(device, XdpMode::Skb, patience, pin),
-            Hook::Tcx => self.attach_tcx(device, pin),
-            Hook::Clsact => self.attach_filter(device, pin),
+            Hook::Tcx | Hook::TcxEgress => self.attach_tcx(device, hook, pin),
+            Hook::Clsact | Hook::ClsactEgress => self.attach_filter(device, hook, pin),
         }
     }
 
@@ -130,11 +130,16 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_tcx(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+    fn attach_tcx(
+        &mut self,
+        device: &Interface,
+        hook: Hook,
+        pin: Option<LinkPin>,
+    ) -> anyhow::Result<()> {
+        let program = programs::classifier(&mut self.ebpf, classifier_of(hook))?;
         let id = program.attach_with_options(
             &device.name,
-            TcAttachType::Ingress,
+            side_of(hook),
             TcAttachOptions::TcxOrder(LinkOrder::default()),
         )?;
         let link = program.take_link(id)?;
@@ -146,8 +151,13 @@ impl Datapath {
     }
 
     /// The filter outlives the process by itself; pinning the program notes that it is ours.
-    fn attach_filter(&mut self, device: &Interface, pin: Option<LinkPin>) -> anyhow::Result<()> {
-        let program = programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?;
+    fn attach_filter(
+        &mut self,
+        device: &Interface,
+        hook: Hook,
+        pin: Option<LinkPin>,
+    ) -> anyhow::Result<()> {
+        let program = programs::classifier(&mut self.ebpf, classifier_of(hook))?;
         // There may be one already; the filter tells whether there is.
         let qdisc = tc::qdisc_add_clsact(&device.name);
         let filter = NlOptions {
@@ -157,7 +167,7 @@ impl Datapath {
         };
         let attached = program.attach_with_options(
             &device.name,
-            TcAttachType::Ingress,
+            side_of(hook),
             TcAttachOptions::Netlink(filter),
         );
         let id = match (attached, qdisc) {
@@ -179,11 +189,11 @@ impl Datapath {
 
 /// Takes a program off its device: removes the filter if it is one, and the pin.
 pub(in crate::l4) fn release(pin: &LinkPin) -> anyhow::Result<()> {
-    if pin.hook == Hook::Clsact
+    if matches!(pin.hook, Hook::Clsact | Hook::ClsactEgress)
         && let Ok(device) = Interface::indexed(pin.ifindex)
     {
         // Dropped, it removes the filter, if nobody has yet.
-        drop(filter_on(&device.name)?);
+        drop(filter_on(&device.name, pin.hook)?);
         if let Err(error) = clsact::remove_if_empty(device.index) {
             tracing::debug!(device = device.name, "clsact stays: {error:#}");
         }
@@ -201,10 +211,27 @@ fn keep(link: FdLink, pin: &LinkPin) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn filter_on(interface: &str) -> anyhow::Result<SchedClassifierLink> {
+/// What sits at a hook that is a classifier's.
+fn classifier_of(hook: Hook) -> &'static str {
+    if hook.is_egress() {
+        programs::PROBE
+    } else {
+        programs::PACKETS_TCX
+    }
+}
+
+fn side_of(hook: Hook) -> TcAttachType {
+    if hook.is_egress() {
+        TcAttachType::Egress
+    } else {
+        TcAttachType::Ingress
+    }
+}
+
+fn filter_on(interface: &str, hook: Hook) -> anyhow::Result<SchedClassifierLink> {
     SchedClassifierLink::attached(
         interface,
-        TcAttachType::Ingress,
+        side_of(hook),
         FILTER_PRIORITY,
         FILTER_HANDLE,
         None,

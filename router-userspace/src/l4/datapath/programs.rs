@@ -8,6 +8,8 @@ use aya::programs::{Program, SchedClassifier, Xdp};
 pub(super) const PACKETS: &str = "viaduct";
 /// The same decisions where frames come as socket buffers.
 pub(super) const PACKETS_TCX: &str = "viaduct_tcx";
+/// Sends health checks that go out to the backends they are for.
+pub(super) const PROBE: &str = "viaduct_probe";
 pub(super) const EXPLAIN: &str = "explain";
 pub(super) const SWEEP: &str = "sweep";
 pub(super) const CLOCK: &str = "clock";
@@ -15,11 +17,12 @@ pub(super) const CLOCK: &str = "clock";
 pub(super) const SK_LOOKUP: &str = "viaduct_sk_lookup";
 
 /// Names in the object, and whether layer 4 starts without.
-const PROGRAMS: [(&str, bool); 6] = [
+const PROGRAMS: [(&str, bool); 7] = [
     (PACKETS, false),
     (SWEEP, false),
     (CLOCK, false),
     (PACKETS_TCX, true),
+    (PROBE, true),
     (EXPLAIN, true),
     (SK_LOOKUP, true),
 ];

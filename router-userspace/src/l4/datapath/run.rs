@@ -24,7 +24,11 @@ pub struct Run {
 impl Datapath {
     /// Runs the packet program on a frame as if it had just come in, without sending anything.
     pub fn run(&mut self, frame: &[u8]) -> anyhow::Result<Run> {
-        run(programs::xdp(&mut self.ebpf, programs::PACKETS)?, frame)
+        run(
+            programs::xdp(&mut self.ebpf, programs::PACKETS)?,
+            frame,
+            None,
+        )
     }
 
     /// The same for the classifier, which gets the frame as a socket buffer.
@@ -32,14 +36,28 @@ impl Datapath {
         run(
             programs::classifier(&mut self.ebpf, programs::PACKETS_TCX)?,
             frame,
+            None,
         )
+    }
+
+    /// Runs the program of health checks on a frame of this host that is about to leave with `mark`.
+    pub fn run_probe(&mut self, frame: &[u8], mark: u32) -> anyhow::Result<Run> {
+        // Kernel: include/uapi/linux/bpf.h, `struct __sk_buff`, up to `mark`, the third word.
+        let mut context = [0; 12];
+        context[8..].copy_from_slice(&mark.to_ne_bytes());
+        let program = programs::classifier(&mut self.ebpf, programs::PROBE)?;
+        run(program, frame, Some(&context))
     }
 
     /// What the packet program would do to a frame, and what it looked at. Changes no table.
     pub fn explain(&mut self, frame: &[u8]) -> anyhow::Result<(Run, PacketEvent)> {
         // The program adds to what is there.
         self.maps.clear_explained()?;
-        let run = run(programs::xdp(&mut self.ebpf, programs::EXPLAIN)?, frame)?;
+        let run = run(
+            programs::xdp(&mut self.ebpf, programs::EXPLAIN)?,
+            frame,
+            None,
+        )?;
         Ok((run, self.maps.explained()?))
     }
 
@@ -63,16 +81,17 @@ impl Datapath {
         };
         self.maps.set_sweep(request)?;
         let program = programs::xdp(&mut self.ebpf, programs::SWEEP)?;
-        test_run(program, &EMPTY_FRAME, None)?;
+        test_run(program, &EMPTY_FRAME, None, None)?;
         Ok(self.maps.sweep()?.result)
     }
 }
 
-/// Runs a program once.
+/// Runs a program once, in the kernel's own context or the one given.
 pub(super) fn test_run<P>(
     program: &P,
     frame: &[u8],
     out: Option<&mut [u8]>,
+    context: Option<&[u8]>,
 ) -> anyhow::Result<TestRunResult>
 where
     P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
@@ -80,17 +99,18 @@ where
     let options = TestRunOptions {
         data_in: Some(frame),
         data_out: out,
+        ctx_in: context,
         ..TestRunOptions::default()
     };
     program.test_run(options).context("run a program")
 }
 
-fn run<P>(program: &P, frame: &[u8]) -> anyhow::Result<Run>
+fn run<P>(program: &P, frame: &[u8], context: Option<&[u8]>) -> anyhow::Result<Run>
 where
     P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
 {
     let mut out = vec![0; frame.len() + ROOM];
-    let result = test_run(program, frame, Some(&mut out))?;
+    let result = test_run(program, frame, Some(&mut out), context)?;
     out.truncate(result.data_size_out as usize);
     Ok(Run {
         action: result.return_value,

@@ -149,6 +149,7 @@ fn jiffies_per_second(ebpf: &mut Ebpf) -> anyhow::Result<(u32, ClockSample, Inst
             programs::xdp(ebpf, programs::CLOCK)?,
             &run::EMPTY_FRAME,
             None,
+            None,
         )?;
         clock.get(&0, 0).context("read CLOCK")
     };

@@ -268,6 +268,8 @@ struct Bench {
     config: L4Config,
     next_hops: HashMap<IpAddr, NextHop>,
     unhealthy: imbl::HashSet<SocketAddr>,
+    panic_threshold: u8,
+    draining: imbl::HashSet<SocketAddr>,
     now: Instant,
 }
 
@@ -283,6 +285,8 @@ impl Bench {
             },
             next_hops: (1..=32).map(|host| (address(host).ip(), hop(1))).collect(),
             unhealthy: Default::default(),
+            panic_threshold: 0,
+            draining: Default::default(),
             now: Instant::now(),
         }
     }
@@ -302,8 +306,8 @@ impl Bench {
             ticks_per_second: 2.0,
             next_hops: &self.next_hops,
             unhealthy: &self.unhealthy,
-            panic_threshold: 0,
-            draining: &imbl::HashSet::new(),
+            panic_threshold: self.panic_threshold,
+            draining: &self.draining,
         };
         run(&mut self.planner, &world)
     }
@@ -446,6 +450,37 @@ fn an_unhealthy_backend_gets_no_new_flows_unless_all_are() {
     bench.plan(vip(1), &[1, 2]);
     assert_eq!(bench.kernel.serving(vip(1)), addresses(&[2]));
     bench.unhealthy.insert(address(2));
+    bench.plan(vip(1), &[1, 2]);
+    assert_eq!(bench.kernel.serving(vip(1)), addresses(&[1, 2]));
+}
+
+#[test]
+fn all_backends_are_used_while_too_few_are_healthy() {
+    let mut bench = Bench::new(4, 16);
+    bench.panic_threshold = 50;
+    bench.unhealthy.insert(address(1));
+    bench.plan(vip(1), &[1, 2]);
+    assert_eq!(bench.kernel.serving(vip(1)), addresses(&[2]));
+    bench.unhealthy.insert(address(2));
+    bench.plan(vip(1), &[1, 2, 3]);
+    assert_eq!(bench.kernel.serving(vip(1)), addresses(&[1, 2, 3]));
+    bench.draining.insert(address(1));
+    bench.plan(vip(1), &[1, 2, 3]);
+    assert_eq!(
+        bench.kernel.serving(vip(1)),
+        addresses(&[3]),
+        "one of two is exactly the threshold"
+    );
+}
+
+#[test]
+fn a_backend_that_an_operator_drains_gets_no_new_flows_until_that_is_undone() {
+    let mut bench = Bench::new(4, 16);
+    bench.draining.insert(address(1));
+    bench.plan(vip(1), &[1, 2]);
+    assert_eq!(bench.kernel.serving(vip(1)), addresses(&[2]));
+    assert_eq!(bench.kernel.backends.len(), 2, "its flows go on");
+    bench.draining.remove(&address(1));
     bench.plan(vip(1), &[1, 2]);
     assert_eq!(bench.kernel.serving(vip(1)), addresses(&[1, 2]));
 }

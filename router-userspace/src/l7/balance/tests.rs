@@ -83,6 +83,28 @@ fn a_backend_of_weight_0_gets_nothing() {
 }
 
 #[test]
+fn a_backend_that_an_operator_drains_gets_nothing() {
+    let (pool, mut rng) = pool(&[100, 100]);
+    let unhealthy = imbl::HashSet::new();
+    let draining = imbl::HashSet::unit(pool.targets[0].backend.address());
+    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+        let mut at = Circumstances {
+            balance,
+            now: Instant::now(),
+            unhealthy: &unhealthy,
+            panic: true,
+            draining: &draining,
+            tried: &[],
+        };
+        for _ in 0..20 {
+            assert_eq!(pool.pick(&at, &mut rng), Some(1));
+        }
+        at.tried = &[1];
+        assert_eq!(pool.pick(&at, &mut rng), None);
+    }
+}
+
+#[test]
 fn equal_weights_take_turns() {
     let (pool, mut rng) = pool(&[100, 100, 100]);
     let mut next = || pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap();

@@ -332,6 +332,25 @@ fn instances_that_come_and_go_leave_no_deadlines_behind() {
 }
 
 #[test]
+fn a_drain_names_the_vips_it_touches_and_is_bounded() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:80", 1, Origin::Nats);
+    let routes = [http("a.x", ""), vip("tcp/192.0.2.1:80")];
+    table.apply(register(&routes, &one), now);
+    let change = table.set_draining(one.address, true);
+    assert_eq!((change.changed, change.vips.len()), (true, 1));
+    assert_eq!(table.set_draining(one.address, true), Change::default());
+    assert!(table.snapshot().draining.contains(&one.address));
+    for port in 1..=MAX_DRAINING as u16 {
+        table.set_draining(SocketAddr::from(([10, 0, 0, 2], port)), true);
+    }
+    assert_eq!(table.snapshot().draining.len(), MAX_DRAINING);
+    assert!(table.set_draining(one.address, false).changed);
+    assert!(table.snapshot().draining.len() < MAX_DRAINING);
+}
+
+#[test]
 fn a_health_flip_names_the_vips_it_touches() {
     let now = Instant::now();
     let mut table = RouteTable::new(THRESHOLD, now);

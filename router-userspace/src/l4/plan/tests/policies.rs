@@ -112,7 +112,11 @@ fn a_vip_of_many_ports_takes_backends_of_any_port() {
         SocketAddr::new(address(1).ip(), 9),
         Origin::Nats,
     )]);
-    assert_eq!(bench.plan_pool(range, &pool).refused, []);
+    let plan = bench.plan_pool(range, &pool);
+    assert_eq!(plan.refused, []);
+    let to_dialed =
+        |op: &MapOp| matches!(op, MapOp::SetBackend { entry, .. } if entry.port_for(8080) == 8080);
+    assert!(plan.ops.iter().any(to_dialed), "{plan:?}");
 }
 
 #[test]
