@@ -21,7 +21,7 @@ use crate::stream::{self, Headers, Kind, PORT, Stream};
 
 const ROUNDS: usize = 7;
 /// Packets of one sample.
-const RUNS: u32 = 200_000;
+const RUNS: u32 = 100_000;
 /// More SYNs than the flow table has places.
 pub(super) const FLOOD: u32 = 1_200_000;
 /// Share of a row's packets that must meet the verdict it is about: some of half a million flows find

@@ -30,7 +30,7 @@ use crate::stream::{Kind, Stream};
 
 const ROUNDS: usize = 7;
 /// Frames of one sample.
-const FRAMES: u32 = 1 << 18;
+const FRAMES: u32 = 1 << 17;
 /// The ends of the gateway's pair, and of that of the floors.
 const NEAR: &str = "near";
 const FAR: &str = "far";
