@@ -6,6 +6,7 @@ use router_common::{
 };
 
 use crate::frame::Frame;
+use crate::table::Place;
 use crate::verifier::{load, next};
 use crate::vip::Vip;
 use crate::{explain, maps, scratch, table};
@@ -102,11 +103,11 @@ pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dr
     };
     let client_hash = client.hash(&settings.hash_keys) ^ AFFINITY_SALT;
     let is_it = |slot: FlowSlot, _| slot.state() as u8 == FlowState::Affinity as u8;
-    let known = match table::find(client_hash, settings, is_it) {
-        Ok(known) => known,
+    let mut place = match table::find(client_hash, settings, is_it) {
+        Ok(known) => known.unwrap_or(Place::NONE),
         Err(_) => return 0,
     };
-    if let Some(place) = known {
+    if !place.is_none() {
         let active = member(vip, place.slot.backend())
             .is_some_and(|backend| backend.state == BackendState::Active as u8);
         if active && place.slot.age(now) <= vip.entry.affinity {
@@ -124,14 +125,13 @@ pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dr
     if dry != 0 {
         return id.into();
     }
-    let place = match known {
-        Some(place) => place,
-        None => match table::free_place(client_hash, settings, now) {
+    if place.is_none() {
+        place = match table::free_place(client_hash, settings, now) {
             Ok(place) => place,
             // Without a place the client has no affinity; it is served all the same.
             Err(_) => return id.into(),
-        },
-    };
+        };
+    }
     let slot = FlowSlot::new(FlowSlot::tag_of(client_hash), id, now, FlowState::Affinity);
     let _ = crate::flows::remember(place, slot, &client, vip);
     id.into()
@@ -139,11 +139,25 @@ pub fn balanced(key: &FlowKey, vip: Vip, slot: RingSlot, hash: u64, now: u32, dr
 
 #[inline(always)]
 fn scheduled(vip: Vip, slot: RingSlot, hash: u64, dry: u32) -> u32 {
-    match Scheduler::from_bits(vip.entry.scheduler) {
+    if Scheduler::from_bits(vip.entry.scheduler).is_hash() {
+        return slot.current();
+    }
+    by_count(vip.index, slot.0, hash, dry) as u32
+}
+
+/// The schedulers that keep count. Verified by itself, as [`crate::stage`] explains.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn by_count(vip: u32, slot: u32, hash: u64, dry: u32) -> u64 {
+    let slot = RingSlot(slot);
+    let Some(vip) = Vip::at(vip) else {
+        return slot.current().into();
+    };
+    let id = match Scheduler::from_bits(vip.entry.scheduler) {
         Scheduler::Maglev | Scheduler::SourceHash => slot.current(),
         Scheduler::RoundRobin => {
             let Some(cursor) = maps::CURSORS.get(vip.index) else {
-                return slot.current();
+                return slot.current().into();
             };
             let turn = if dry != 0 { load(cursor) } else { next(cursor) };
             let len = vip.entry.ring_len as u64;
@@ -162,7 +176,8 @@ fn scheduled(vip: Vip, slot: RingSlot, hash: u64, dry: u32) -> u32 {
                 one
             }
         }
-    }
+    };
+    id.into()
 }
 
 /// Flows of a backend, packets' and local clients', for its weight, as a fraction with 1000 * 2^16 below.
