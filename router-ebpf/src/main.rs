@@ -109,9 +109,23 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         }
     }
     if to_gateway {
-        return frame.lead_back();
+        return answer(frame);
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+/// A packet to the gateway.
+#[inline(always)]
+fn answer<F: Frame>(frame: &F) -> Outcome {
+    let outcome = frame.lead_back();
+    if !F::DRY
+        && outcome.is(Verdict::Replied)
+        && let Ok(scratch) = scratch::get()
+        && scratch.packet.fragment == Fragment::FIRST
+    {
+        flows::remember_answer_fragments(scratch);
+    }
+    outcome
 }
 
 #[inline(always)]
@@ -289,9 +303,6 @@ fn lead_back<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let packet = &scratch.packet;
     flows::of_backend::<F>(&packet.key, packet.tcp, settings, now, &mut scratch.flow)
         .ok_or(Verdict::NotAReply)?;
-    if packet.fragment == Fragment::FIRST && !F::DRY {
-        flows::remember_answer_fragments(scratch);
-    }
     rewrite::to_client(frame, &scratch.packet, &scratch.flow)
 }
 
