@@ -14,6 +14,7 @@ use router_common::{
 use crate::frame::{Frame, at};
 use crate::packet::{EthHeader, Fragment, Packet};
 use crate::scratch::Scratch;
+use crate::stage::Outcome;
 use crate::table::{self, Place};
 use crate::verifier::{add, forget, load, swap};
 use crate::vip::{Rate, Vip};
@@ -115,9 +116,10 @@ pub fn pick<F: Frame>(scratch: &mut Scratch) -> Result<bool, Verdict> {
     Ok(opens || !packet.tcp.rst())
 }
 
-/// Makes the flow of a packet that [`pick`] found a backend for.
+/// Makes the flow of a packet that [`pick`] found a backend for; whether it is one whose answers are to be
+/// led back, and [`make_translated`] must do the rest.
 #[inline(always)]
-pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
+pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<bool, Verdict> {
     let settings = maps::settings()?;
     let now = maps::now(settings);
     let vip = Vip::at(scratch.vip).ok_or(Verdict::Internal)?;
@@ -131,7 +133,7 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
             Err(verdict) if mode.translates() => return Err(verdict),
             Err(_) => {
                 scratch.steered.verdict = Verdict::Untracked;
-                return Ok(());
+                return Ok(false);
             }
         };
     }
@@ -150,7 +152,7 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
         } else {
             scratch.steered.verdict = Verdict::Untracked;
         }
-        return Ok(());
+        return Ok(false);
     }
     let eth = at::<EthHeader>(frame, 0).ok_or(Verdict::Internal)?;
     scratch.flow.client_ifindex = frame.ifindex();
@@ -159,11 +161,18 @@ pub fn open<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<(), Verdict> {
         scratch.flow.client_mac = (*eth).source;
         scratch.flow.local_mac = (*eth).destination;
     }
+    Ok(true)
+}
+
+/// Makes the flow that [`open`] found a place for, so that its answers are led back. A step of its own,
+/// since chains of calls share 512 octets of stack.
+#[inline(always)]
+pub fn make_translated() -> Outcome {
     match create() {
-        0 => Ok(()),
-        1 => Err(Verdict::Contended),
-        2 => Err(Verdict::PortsExhausted),
-        _ => Err(Verdict::Internal),
+        0 => Outcome::NEXT,
+        1 => Outcome::refused(Verdict::Contended),
+        2 => Outcome::refused(Verdict::PortsExhausted),
+        _ => Outcome::refused(Verdict::Internal),
     }
 }
 

@@ -170,6 +170,9 @@ fn to_vip<F: Frame>(frame: &F) -> Outcome {
     if outcome.is(Verdict::NewFlow) {
         outcome = frame.open();
     }
+    if outcome.is(Verdict::NewFlow) {
+        outcome = flows::make_translated();
+    }
     if outcome.goes_on() {
         outcome = Outcome::from(rewrite::deliver(frame));
     }
@@ -279,9 +282,12 @@ fn pick<F: Frame>(_frame: &F) -> Result<Outcome, Verdict> {
     Ok(Outcome::NEXT)
 }
 
+/// `NewFlow` asks for [`flows::make_translated`].
 #[inline(always)]
 fn open<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
-    flows::open(frame, scratch::get()?)?;
+    if flows::open(frame, scratch::get()?)? {
+        return Err(Verdict::NewFlow);
+    }
     Ok(Outcome::NEXT)
 }
 
