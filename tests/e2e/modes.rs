@@ -30,6 +30,36 @@ fn dsr_carries_transfers_unchanged_and_shows_the_client() {
     carries_transfers(Forwarding::Dsr);
 }
 
+#[test]
+fn a_datagram_of_9000_octets_goes_in_one_frame() {
+    let mut site = Site::new(1).unwrap();
+    site.lab.set_mtu(9000).unwrap();
+    site.start_nats().unwrap();
+    site.start_gateway(|_| ()).unwrap();
+    let vip: IpAddr = VIPS[0].parse().unwrap();
+    let to = SocketAddr::new(vip, serve(&site, Forwarding::Nat, vip).port());
+    // Cut into fragments it would count as several.
+    let before = (verdicts(&site, "new_flow"), verdicts(&site, "forwarded"));
+    site.lab.client.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(to).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        // With the headers of IP and UDP, 9000.
+        socket.send(&[7; 8972]).unwrap();
+        socket.recv(&mut [0; 64]).unwrap();
+    });
+    let after = (verdicts(&site, "new_flow"), verdicts(&site, "forwarded"));
+    assert_eq!(after, (before.0 + 1, before.1));
+}
+
+fn verdicts(site: &Site, name: &str) -> u64 {
+    let stats = site.admin("/v1/stats").unwrap().body;
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    let mut verdicts = stats["l4"]["verdicts"].as_array().unwrap().iter();
+    let found = verdicts.find(|verdict| verdict[0] == name);
+    found.unwrap()[1].as_u64().unwrap()
+}
+
 fn carries_transfers(forwarding: Forwarding) {
     let sent = bytes();
     for attach in [Attach::Native, Attach::Tcx] {

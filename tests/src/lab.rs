@@ -110,6 +110,20 @@ impl Lab {
         backend_address(index)
     }
 
+    /// Changes the MTU of every device between the client and the backends.
+    pub fn set_mtu(&self, mtu: u32) -> anyhow::Result<()> {
+        let set = |device: &str| format!("link set {device} mtu {mtu}");
+        // A bridge takes the least of its ports, so they go first.
+        for index in 0..self.backends.len() {
+            self.switch.ip(&[&set(&format!("b{}", index + 1))])?;
+            self.backends[index].ip(&[&set("eth0")])?;
+        }
+        self.switch.ip(&[&set("uplink"), &set("bridge")])?;
+        self.gateway
+            .ip(&INTERFACES.map(set).each_ref().map(String::as_str))?;
+        self.client.ip(&[&set("eth0")])
+    }
+
     fn connect_client(&self) -> anyhow::Result<()> {
         let gateway = self.gateway.name();
         self.client.ip(&[
