@@ -9,7 +9,12 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const PROGRAMS: [&str; 3] = ["viaduct-xdp", "viaduct-pass", "viaduct-bench"];
+const PROGRAMS: [&str; 4] = [
+    "viaduct-xdp",
+    "viaduct-pass",
+    "viaduct-decap",
+    "viaduct-bench",
+];
 const TARGET: &str = "bpfel-unknown-none";
 /// Crates that use unstable features on a stable compiler: inline assembly for BPF.
 const BOOTSTRAP: &str = "aya_ebpf,viaduct_xdp";

@@ -50,7 +50,7 @@ mod unanswered;
 pub mod watch;
 pub(crate) mod xdp_features;
 
-pub use datapath::{BENCH_PROGRAM, PASS_PROGRAM};
+pub use datapath::{BENCH_PROGRAM, DECAP_PROGRAM, PASS_PROGRAM};
 pub use detach::detach;
 pub use stats::{
     BackendStats, L4Reader, L4Stats, MemberState, Moved, Views, VipStats, VipView, mode_name,

@@ -1,16 +1,20 @@
-//! Every forwarding mode that needs nothing but a segment and routes, at both hooks, over both families:
-//! megabytes of TCP and datagrams, there and back unchanged.
+//! Every forwarding mode but l7, at both hooks, over both families: megabytes of TCP and datagrams, there
+//! and back unchanged.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
+use aya::Ebpf;
+use aya::programs::{SchedClassifier, TcAttachType, tc};
 use router_tests::client::TIMEOUT;
 use router_tests::nats::Publisher;
+use router_tests::netns::Netns;
 use router_tests::process::wait_for;
 use router_tests::site::Site;
 use serde_json::json;
 use viaduct::config::{Attach, Forwarding};
+use viaduct::l4::DECAP_PROGRAM;
 
 const VIPS: [&str; 2] = ["192.0.2.10", "2001:db8::10"];
 const MEGABYTES: usize = 4 << 20;
@@ -28,6 +32,16 @@ fn dnat_carries_transfers_unchanged_and_shows_the_client() {
 #[test]
 fn dsr_carries_transfers_unchanged_and_shows_the_client() {
     carries_transfers(Forwarding::Dsr);
+}
+
+#[test]
+fn ipip_carries_transfers_unchanged_and_shows_the_client() {
+    carries_transfers(Forwarding::Ipip);
+}
+
+#[test]
+fn gue_carries_transfers_unchanged_and_shows_the_client() {
+    carries_transfers(Forwarding::Gue);
 }
 
 #[test]
@@ -70,6 +84,8 @@ fn carries_transfers(forwarding: Forwarding) {
             config.l4.attach = attach;
         })
         .unwrap();
+        let _decapsulates = matches!(forwarding, Forwarding::Ipip | Forwarding::Gue)
+            .then(|| decapsulate(&site.lab.backends[0]));
         for vip in VIPS {
             let vip: IpAddr = vip.parse().unwrap();
             let row = format!("{forwarding:?} by {attach:?} to {vip}");
@@ -90,7 +106,7 @@ fn serve(site: &Site, forwarding: Forwarding, vip: IpAddr) -> SocketAddr {
         IpAddr::V4(_) => IpAddr::V4(site.lab.backend_address(0)),
         IpAddr::V6(_) => "fd00::11".parse().unwrap(),
     };
-    let address = if forwarding == Forwarding::Dsr {
+    let address = if !matches!(forwarding, Forwarding::Nat | Forwarding::Dnat) {
         backend.ip(&[&format!("address add {vip} dev lo")]).unwrap();
         vip
     } else {
@@ -119,6 +135,20 @@ fn serve(site: &Site, forwarding: Forwarding, vip: IpAddr) -> SocketAddr {
     })
     .unwrap();
     at
+}
+
+/// Takes outer headers off whatever comes to the backend, until it is dropped.
+fn decapsulate(backend: &Netns) -> Ebpf {
+    backend.run(|| {
+        let mut object = Ebpf::load(DECAP_PROGRAM).unwrap();
+        // Needed where the kernel has no tcx; it may be there already.
+        let _ = tc::qdisc_add_clsact("eth0");
+        let program: &mut SchedClassifier =
+            object.program_mut("decap").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        program.attach("eth0", TcAttachType::Ingress).unwrap();
+        object
+    })
 }
 
 fn echo(listener: &TcpListener) {

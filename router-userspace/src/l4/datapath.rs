@@ -47,6 +47,9 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/v
 /// A program that passes every packet, for the other end of a veth.
 pub static PASS_PROGRAM: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-pass"));
+/// Takes outer headers off, for backends of `ipip` and `gue` in a lab.
+pub static DECAP_PROGRAM: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-decap"));
 /// The harness of the packet benchmark: see router-ebpf/src/bench.rs.
 pub static BENCH_PROGRAM: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-bench"));
