@@ -44,7 +44,10 @@ pub(super) fn load(ebpf: &mut Ebpf) -> anyhow::Result<Vec<Loaded>> {
     let mut loaded = Vec::with_capacity(PROGRAMS.len());
     for (name, optional) in PROGRAMS {
         let outcome = match load_one(ebpf, name) {
-            Ok(instructions) => Ok(instructions),
+            Ok(verified_insns) => {
+                tracing::info!(program = name, verified_insns, "loaded");
+                Ok(verified_insns)
+            }
             Err(error) if optional => {
                 tracing::warn!(program = name, "goes without this program: {error:#}");
                 Err(format!("{error:#}"))
