@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use ::http::uri::{Authority, PathAndQuery};
 use anyhow::{Context, ensure};
-use http::uri::{Authority, PathAndQuery};
-use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+mod http;
 mod l4;
 
+pub use http::{BackendTlsConfig, HttpBalance, HttpConfig, HttpLimits, HttpTimeouts};
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
     MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,
@@ -95,80 +96,6 @@ pub struct FileConfig {
     /// How often they are looked at for a change.
     #[serde(with = "humantime_serde")]
     pub poll_interval: Duration,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct HttpConfig {
-    /// Empty switches layer 7 off.
-    pub listen: Vec<SocketAddr>,
-    /// Runtimes, each on a thread of its own; 0 is one per core.
-    pub workers: usize,
-    pub balance: HttpBalance,
-    /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
-    pub trusted_proxies: Vec<IpNet>,
-    pub timeouts: HttpTimeouts,
-    pub limits: HttpLimits,
-    pub backend_tls: BackendTlsConfig,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum HttpBalance {
-    #[default]
-    RoundRobin,
-    LeastConnections,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct HttpTimeouts {
-    /// To a backend, for each attempt.
-    #[serde(with = "humantime_serde")]
-    pub connect: Duration,
-    /// From the first byte of a request's head to its last; also how long a client's kept-alive
-    /// connection may stay idle.
-    #[serde(with = "humantime_serde")]
-    pub request_headers: Duration,
-    /// From the request's last byte sent to the backend until the head of its response.
-    #[serde(with = "humantime_serde")]
-    pub response_headers: Duration,
-    /// Without a byte in a body, in either direction; upgraded connections are exempt.
-    #[serde(with = "humantime_serde")]
-    pub body_idle: Duration,
-    /// A kept-alive backend connection without a request. Shorter than what backends use, so that
-    /// the gateway closes first.
-    #[serde(with = "humantime_serde")]
-    pub backend_idle: Duration,
-    /// How long a backend that refused or timed out a connection is avoided.
-    #[serde(with = "humantime_serde")]
-    pub ejection: Duration,
-    /// How long open requests may take to end after SIGTERM.
-    #[serde(with = "humantime_serde")]
-    pub drain: Duration,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct HttpLimits {
-    /// Client connections of one worker; further ones wait in the listen queue.
-    pub connections: usize,
-    /// Bytes of a request's head; more is answered 431.
-    pub request_header_bytes: usize,
-    pub request_headers: usize,
-    /// Bytes of a request target; more is answered 414.
-    pub uri_bytes: usize,
-    /// Kept-alive connections to one backend, of one worker.
-    pub idle_per_backend: usize,
-    /// Attempts of one request, the first included.
-    pub attempts: usize,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct BackendTlsConfig {
-    /// PEM certificates that backends registered with `tls_port` are verified against.
-    pub ca_file: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -263,47 +190,6 @@ impl Default for FileConfig {
     }
 }
 
-impl Default for HttpConfig {
-    fn default() -> HttpConfig {
-        HttpConfig {
-            listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
-            workers: 0,
-            balance: HttpBalance::RoundRobin,
-            trusted_proxies: Vec::new(),
-            timeouts: HttpTimeouts::default(),
-            limits: HttpLimits::default(),
-            backend_tls: BackendTlsConfig::default(),
-        }
-    }
-}
-
-impl Default for HttpTimeouts {
-    fn default() -> HttpTimeouts {
-        HttpTimeouts {
-            connect: Duration::from_secs(5),
-            request_headers: Duration::from_secs(60),
-            response_headers: Duration::from_secs(900),
-            body_idle: Duration::from_secs(900),
-            backend_idle: Duration::from_secs(50),
-            ejection: Duration::from_secs(30),
-            drain: Duration::from_secs(20),
-        }
-    }
-}
-
-impl Default for HttpLimits {
-    fn default() -> HttpLimits {
-        HttpLimits {
-            connections: 16_384,
-            request_header_bytes: 32 * 1024,
-            request_headers: 100,
-            uri_bytes: 16 * 1024,
-            idle_per_backend: 128,
-            attempts: 2,
-        }
-    }
-}
-
 impl Default for HealthConfig {
     fn default() -> HealthConfig {
         HealthConfig {
@@ -362,48 +248,34 @@ impl Config {
                 nats.minimum_register_interval,
             ),
             ("file.poll_interval", self.file.poll_interval),
-            ("http.timeouts.connect", self.http.timeouts.connect),
-            (
-                "http.timeouts.request_headers",
-                self.http.timeouts.request_headers,
-            ),
-            (
-                "http.timeouts.response_headers",
-                self.http.timeouts.response_headers,
-            ),
-            ("http.timeouts.body_idle", self.http.timeouts.body_idle),
-            (
-                "http.timeouts.backend_idle",
-                self.http.timeouts.backend_idle,
-            ),
             ("health.interval", self.health.interval),
             ("health.timeout", self.health.timeout),
         ];
-        for (key, value) in positive {
-            ensure!(!value.is_zero(), "{key} must be longer than 0s");
-        }
+        ensure_positive(&positive)?;
         let at_least_one = [
-            ("http.limits.connections", self.http.limits.connections),
-            (
-                "http.limits.request_headers",
-                self.http.limits.request_headers,
-            ),
-            ("http.limits.attempts", self.http.limits.attempts),
             ("health.rise", self.health.rise as usize),
             ("health.fall", self.health.fall as usize),
             ("health.concurrency", self.health.concurrency),
         ];
-        for (key, value) in at_least_one {
-            ensure!(value >= 1, "{key} must be at least 1");
-        }
-        // hyper refuses a read buffer below its minimum of 8 KiB.
-        ensure!(
-            self.http.limits.request_header_bytes >= 8192,
-            "http.limits.request_header_bytes must be at least 8192"
-        );
+        ensure_at_least_one(&at_least_one)?;
+        self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()
     }
+}
+
+fn ensure_positive(values: &[(&str, Duration)]) -> anyhow::Result<()> {
+    for (key, value) in values {
+        ensure!(!value.is_zero(), "{key} must be longer than 0s");
+    }
+    Ok(())
+}
+
+fn ensure_at_least_one(values: &[(&str, usize)]) -> anyhow::Result<()> {
+    for (key, value) in values {
+        ensure!(*value >= 1, "{key} must be at least 1");
+    }
+    Ok(())
 }
 
 impl HealthConfig {

@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{L4Config, PortRange};
+use crate::route::policy::{HashKey, HttpPolicy};
 
 pub mod expiry;
+pub mod policy;
 pub mod table;
 pub mod wire;
 
@@ -121,20 +123,25 @@ pub enum HttpProtocol {
 }
 
 /// How a pool chooses among its backends at layer 7 (`options.loadbalancing`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Balance {
     RoundRobin,
     LeastConnections,
+    /// The same backend for the same key while the pool stays.
+    Hash(Arc<HashKey>),
 }
 
-/// The backends of one route, sorted by address. Never empty in a snapshot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The backends of one route, sorted by address. Never empty in a snapshot, unless its policy answers
+/// without them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
     pub backends: Vec<Arc<Backend>>,
     /// `None`: the gateway's default.
     pub balance: Option<Balance>,
     /// Starts with `https`; requests go there first.
     pub route_service_url: Option<Arc<str>>,
+    /// `None`: all as the gateway's defaults.
+    pub policy: Option<Arc<HttpPolicy>>,
 }
 
 /// One instance's announcement: the same backend for every route it names.
@@ -169,6 +176,17 @@ impl RouteKey {
         match self {
             RouteKey::Http(_) => true,
             RouteKey::Vip(vip) => config.allows_vip(vip.address),
+        }
+    }
+}
+
+impl Balance {
+    /// As `options.loadbalancing` names it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Balance::RoundRobin => "round-robin",
+            Balance::LeastConnections => "least-connections",
+            Balance::Hash(_) => "hash",
         }
     }
 }

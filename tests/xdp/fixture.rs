@@ -276,6 +276,7 @@ impl Gateway {
             backends: backends.into_iter().map(Arc::new).collect(),
             balance: None,
             route_service_url: None,
+            policy: None,
         };
         let world = World {
             now: self.now,

@@ -19,7 +19,7 @@ use crate::event::Event;
 use crate::l4::explain::Question;
 use crate::l4::probe::Probe;
 use crate::l7::router::{self, NoMatch};
-use crate::route::{Balance, Pool, Vip};
+use crate::route::{Pool, Vip};
 use crate::snapshot::Snapshot;
 
 #[derive(Debug, Deserialize)]
@@ -148,11 +148,10 @@ fn explain_request(
     };
     let pool = found.pool;
     let panic = snapshot.in_panic(pool);
-    let balance = match (pool.balance, balance) {
-        (Some(Balance::RoundRobin), _) | (None, HttpBalance::RoundRobin) => "round-robin",
-        (Some(Balance::LeastConnections), _) | (None, HttpBalance::LeastConnections) => {
-            "least-connections"
-        }
+    let balance = match (&pool.balance, balance) {
+        (Some(balance), _) => balance.as_str(),
+        (None, HttpBalance::RoundRobin) => "round-robin",
+        (None, HttpBalance::LeastConnections) => "least-connections",
     };
     let route = format!("{}{}", found.host, found.path);
     let backends = candidates(snapshot, pool, panic);

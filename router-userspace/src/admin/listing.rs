@@ -111,10 +111,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
         |(host, path)| format!("{host}{path}"),
         |(host, path), pool| RouteRow {
             route: format!("{host}{path}"),
-            balance: pool.balance.map(|balance| match balance {
-                Balance::RoundRobin => "round-robin",
-                Balance::LeastConnections => "least-connections",
-            }),
+            balance: pool.balance.as_ref().map(Balance::as_str),
             route_service_url: text(&pool.route_service_url),
             panic: snapshot.in_panic(pool),
             backends: members(snapshot, pool),

@@ -230,6 +230,7 @@ fn loopback_pool(count: u32, port: u16) -> Arc<Snapshot> {
         backends: backends.collect(),
         balance: None,
         route_service_url: None,
+        policy: None,
     };
     let vip = Vip::new(Proto::Tcp, SocketAddr::from(([192, 0, 2, 1], 80)));
     Arc::new(Snapshot {

@@ -154,6 +154,7 @@ mod tests {
                     .collect(),
                 balance: None,
                 route_service_url: None,
+                policy: None,
             };
             let pool = (!backends.is_empty()).then_some(&pool);
             self.planner.plan(vip, pool, &world);

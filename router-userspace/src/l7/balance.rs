@@ -58,7 +58,7 @@ pub(super) struct WantedInstance<'a> {
 
 /// What a choice depends on beside the pool.
 pub(super) struct Circumstances<'a> {
-    pub balance: Balance,
+    pub balance: &'a Balance,
     pub now: Instant,
     /// Backends to avoid.
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
@@ -100,7 +100,7 @@ impl PoolState {
         };
         PoolState {
             pool: Arc::downgrade(pool),
-            balance: pool.balance,
+            balance: pool.balance.clone(),
             has_route_service: pool.route_service_url.is_some(),
             targets,
             cumulative_weights,
@@ -142,7 +142,7 @@ impl PoolState {
                     || !at.unhealthy.contains(&backend.address()))
         };
         match at.balance {
-            Balance::RoundRobin => {
+            Balance::RoundRobin | Balance::Hash(_) => {
                 let start = self.next_in_turn()?;
                 if healthy(start) {
                     return Some(start);

@@ -43,6 +43,7 @@ fn pool(backends: impl IntoIterator<Item = Backend>) -> Pool {
         backends,
         balance: None,
         route_service_url: None,
+        policy: None,
     }
 }
 

@@ -282,16 +282,17 @@ impl Worker {
 
     /// The index of the target for the next attempt.
     pub(super) fn pick(&self, pool: &PoolState, tried: &[usize]) -> Option<usize> {
-        let balance = pool
-            .balance
-            .unwrap_or_else(|| self.settings(|settings| settings.balance));
+        let balance = match &pool.balance {
+            Some(balance) => balance.clone(),
+            None => self.settings(|settings| settings.balance.clone()),
+        };
         self.snapshot(|snapshot| {
             let panic = pool.in_panic(snapshot);
             if panic {
                 self.metrics.panic_picks.add(1);
             }
             let at = Circumstances {
-                balance,
+                balance: &balance,
                 now: self.now(),
                 unhealthy: &snapshot.unhealthy,
                 panic,

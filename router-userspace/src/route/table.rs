@@ -654,7 +654,7 @@ fn boxed(policy: &Policy) -> Option<Box<Policy>> {
     let says_something = balance.is_some() || route_service_url.is_some();
     says_something.then(|| {
         Box::new(Policy {
-            balance: *balance,
+            balance: balance.clone(),
             route_service_url: route_service_url.clone(),
         })
     })
@@ -674,7 +674,9 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
             pool.backends.insert(at, Arc::clone(backend));
         }
     }
-    pool.balance = policy.balance.or(pool.balance);
+    if policy.balance.is_some() {
+        pool.balance.clone_from(&policy.balance);
+    }
     pool.route_service_url.clone_from(&policy.route_service_url);
 }
 
@@ -700,11 +702,7 @@ fn find_path(routes: &HostRoutes, path: &str) -> Result<usize, usize> {
 }
 
 fn empty_pool() -> Pool {
-    Pool {
-        backends: Vec::new(),
-        balance: None,
-        route_service_url: None,
-    }
+    Pool::default()
 }
 
 fn entry_hash(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, id: u32) -> u64 {

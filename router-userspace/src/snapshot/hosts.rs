@@ -341,6 +341,7 @@ mod tests {
             backends: Vec::new(),
             balance: None,
             route_service_url: None,
+            policy: None,
         })
     }
 

@@ -255,6 +255,7 @@ fn pool_of(backends: impl IntoIterator<Item = Backend>) -> Pool {
         backends: backends.into_iter().map(Arc::new).collect(),
         balance: None,
         route_service_url: None,
+        policy: None,
     }
 }
 

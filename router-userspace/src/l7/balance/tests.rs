@@ -25,6 +25,7 @@ fn pool(weights: &[u16]) -> (Rc<PoolState>, SmallRng) {
         backends,
         balance: None,
         route_service_url: None,
+        policy: None,
     });
     (Backends::default().pool(&pool, &mut rng), rng)
 }
@@ -36,6 +37,7 @@ fn a_pool_that_is_not_published_is_forgotten_by_every_worker() {
         backends: vec![Arc::new(backend(address(0)))],
         balance: None,
         route_service_url: None,
+        policy: None,
     });
     let mut workers = [Backends::default(), Backends::default()];
     for worker in &mut workers {
@@ -53,7 +55,7 @@ fn address(i: usize) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, 1], u16::try_from(i).unwrap() + 1))
 }
 
-fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize]) -> Option<usize> {
+fn pick(pool: &PoolState, rng: &mut SmallRng, balance: &Balance, tried: &[usize]) -> Option<usize> {
     let unhealthy = imbl::HashSet::new();
     pool.pick(
         &Circumstances {
@@ -70,7 +72,7 @@ fn pick(pool: &PoolState, rng: &mut SmallRng, balance: Balance, tried: &[usize])
 
 #[test]
 fn a_backend_of_weight_0_gets_nothing() {
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let (pool, mut rng) = pool(&[0, 100, 0]);
         for _ in 0..20 {
             assert_eq!(pick(&pool, &mut rng, balance, &[]), Some(1));
@@ -78,8 +80,8 @@ fn a_backend_of_weight_0_gets_nothing() {
         assert_eq!(pick(&pool, &mut rng, balance, &[1]), None);
     }
     let (pool, mut rng) = self::pool(&[0, 0]);
-    assert_eq!(pick(&pool, &mut rng, Balance::RoundRobin, &[]), None);
-    assert_eq!(pick(&pool, &mut rng, Balance::LeastConnections, &[]), None);
+    assert_eq!(pick(&pool, &mut rng, &Balance::RoundRobin, &[]), None);
+    assert_eq!(pick(&pool, &mut rng, &Balance::LeastConnections, &[]), None);
 }
 
 #[test]
@@ -87,7 +89,7 @@ fn a_backend_that_an_operator_drains_gets_nothing() {
     let (pool, mut rng) = pool(&[100, 100]);
     let unhealthy = imbl::HashSet::new();
     let draining = imbl::HashSet::unit(pool.targets[0].backend.address());
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let mut at = Circumstances {
             balance,
             now: Instant::now(),
@@ -107,7 +109,7 @@ fn a_backend_that_an_operator_drains_gets_nothing() {
 #[test]
 fn equal_weights_take_turns() {
     let (pool, mut rng) = pool(&[100, 100, 100]);
-    let mut next = || pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap();
+    let mut next = || pick(&pool, &mut rng, &Balance::RoundRobin, &[]).unwrap();
     let first: Vec<_> = (0..3).map(|_| next()).collect();
     let second: Vec<_> = (0..3).map(|_| next()).collect();
     assert_eq!(first, second);
@@ -119,7 +121,7 @@ fn equal_weights_take_turns() {
 #[test]
 fn an_empty_pool_has_no_backend() {
     let (pool, mut rng) = pool(&[]);
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         assert_eq!(pick(&pool, &mut rng, balance, &[]), None);
     }
 }
@@ -127,7 +129,7 @@ fn an_empty_pool_has_no_backend() {
 #[test]
 fn tried_backends_are_not_picked_again() {
     let (pool, mut rng) = pool(&[100, 100]);
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         for _ in 0..8 {
             assert_eq!(pick(&pool, &mut rng, balance, &[0]), Some(1));
         }
@@ -141,7 +143,7 @@ fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
     let now = Instant::now();
     let unhealthy = imbl::HashSet::unit(address(0));
     pool.targets[1].backend.eject(now + Duration::from_secs(30));
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let mut at = Circumstances {
             balance,
             now,
@@ -173,7 +175,7 @@ fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
     assert!(!pool.in_panic(&snapshot), "kept for the revision of health");
     snapshot.health_revision = 1;
     assert!(pool.in_panic(&snapshot));
-    for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let at = Circumstances {
             balance,
             now,
@@ -217,7 +219,7 @@ proptest! {
         let (pool, mut rng) = pool(&weights);
         let mut turns = vec![0_u32; weights.len()];
         for _ in 0..TURNS {
-            turns[pick(&pool, &mut rng, Balance::RoundRobin, &[]).unwrap()] += 1;
+            turns[pick(&pool, &mut rng, &Balance::RoundRobin, &[]).unwrap()] += 1;
         }
         let total: u32 = weights.iter().map(|&weight| u32::from(weight)).sum();
         for (turns, weight) in turns.iter().zip(&weights) {

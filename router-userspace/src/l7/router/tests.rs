@@ -13,6 +13,7 @@ fn snapshot(routes: &[&str]) -> Snapshot {
             backends: Vec::new(),
             balance: None,
             route_service_url: None,
+            policy: None,
         });
         snapshot.hosts.add(host.into());
         let host_routes = snapshot.hosts.get_mut(host).unwrap();

@@ -165,7 +165,7 @@ fn the_policy_of_a_pool_is_that_of_the_latest_registration() {
     let policy = |table: &RouteTable| {
         let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().1.paths[0].1);
         (
-            pool.balance,
+            pool.balance.clone(),
             pool.route_service_url.as_deref().map(str::to_owned),
         )
     };

@@ -133,6 +133,7 @@ pub(super) fn pool(hosts: &[IpAddr]) -> Pool {
         backends: hosts.iter().map(backend).collect(),
         balance: None,
         route_service_url: None,
+        policy: None,
     }
 }
 

@@ -1,0 +1,160 @@
+//! `[http]`: layer 7's listeners, timeouts, limits and defaults.
+//!
+//! What one route may have otherwise is in [`crate::route::policy`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::ensure;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ensure_at_least_one, ensure_positive};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Empty switches layer 7 off.
+    pub listen: Vec<SocketAddr>,
+    /// Runtimes, each on a thread of its own; 0 is one per core.
+    pub workers: usize,
+    pub balance: HttpBalance,
+    /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
+    pub trusted_proxies: Vec<IpNet>,
+    pub timeouts: HttpTimeouts,
+    pub limits: HttpLimits,
+    pub backend_tls: BackendTlsConfig,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HttpBalance {
+    #[default]
+    RoundRobin,
+    LeastConnections,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpTimeouts {
+    /// To a backend, for each attempt.
+    #[serde(with = "humantime_serde")]
+    pub connect: Duration,
+    /// From the first byte of a request's head to its last; also how long a client's kept-alive
+    /// connection may stay idle.
+    #[serde(with = "humantime_serde")]
+    pub request_headers: Duration,
+    /// From the request's last byte sent to the backend until the head of its response.
+    #[serde(with = "humantime_serde")]
+    pub response_headers: Duration,
+    /// Without a byte in a body, in either direction; upgraded connections are exempt.
+    #[serde(with = "humantime_serde")]
+    pub body_idle: Duration,
+    /// A kept-alive backend connection without a request. Shorter than what backends use, so that
+    /// the gateway closes first.
+    #[serde(with = "humantime_serde")]
+    pub backend_idle: Duration,
+    /// How long a backend that refused or timed out a connection is avoided.
+    #[serde(with = "humantime_serde")]
+    pub ejection: Duration,
+    /// How long open requests may take to end after SIGTERM.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpLimits {
+    /// Client connections of one worker; further ones wait in the listen queue.
+    pub connections: usize,
+    /// Bytes of a request's head; more is answered 431.
+    pub request_header_bytes: usize,
+    pub request_headers: usize,
+    /// Bytes of a request target; more is answered 414.
+    pub uri_bytes: usize,
+    /// Kept-alive connections to one backend, of one worker.
+    pub idle_per_backend: usize,
+    /// Attempts of one request, the first included.
+    pub attempts: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackendTlsConfig {
+    /// PEM certificates that backends registered with `tls_port` are verified against.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl Default for HttpConfig {
+    fn default() -> HttpConfig {
+        HttpConfig {
+            listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
+            workers: 0,
+            balance: HttpBalance::RoundRobin,
+            trusted_proxies: Vec::new(),
+            timeouts: HttpTimeouts::default(),
+            limits: HttpLimits::default(),
+            backend_tls: BackendTlsConfig::default(),
+        }
+    }
+}
+
+impl Default for HttpTimeouts {
+    fn default() -> HttpTimeouts {
+        HttpTimeouts {
+            connect: Duration::from_secs(5),
+            request_headers: Duration::from_secs(60),
+            response_headers: Duration::from_secs(900),
+            body_idle: Duration::from_secs(900),
+            backend_idle: Duration::from_secs(50),
+            ejection: Duration::from_secs(30),
+            drain: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for HttpLimits {
+    fn default() -> HttpLimits {
+        HttpLimits {
+            connections: 16_384,
+            request_header_bytes: 32 * 1024,
+            request_headers: 100,
+            uri_bytes: 16 * 1024,
+            idle_per_backend: 128,
+            attempts: 2,
+        }
+    }
+}
+
+impl HttpConfig {
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        let HttpTimeouts {
+            connect,
+            request_headers,
+            response_headers,
+            body_idle,
+            backend_idle,
+            ejection: _,
+            drain: _,
+        } = self.timeouts;
+        ensure_positive(&[
+            ("http.timeouts.connect", connect),
+            ("http.timeouts.request_headers", request_headers),
+            ("http.timeouts.response_headers", response_headers),
+            ("http.timeouts.body_idle", body_idle),
+            ("http.timeouts.backend_idle", backend_idle),
+        ])?;
+        ensure_at_least_one(&[
+            ("http.limits.connections", self.limits.connections),
+            ("http.limits.request_headers", self.limits.request_headers),
+            ("http.limits.attempts", self.limits.attempts),
+        ])?;
+        // hyper refuses a read buffer below its minimum of 8 KiB.
+        ensure!(
+            self.limits.request_header_bytes >= 8192,
+            "http.limits.request_header_bytes must be at least 8192"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+//! What a declared route may ask for beyond its host, path and pool.
+//!
+//! A routes file declares it, a registration over NATS carries none but its balance; layer 7 acts on
+//! it. Everything is valid by construction, as in [`crate::route`]: names are header names, statuses are
+//! redirects, bounds are within what `http.limits` says.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+
+/// What a request must be, beside host and path, to be on a route. All of them must hold; a route
+/// with more of them is tried before one with fewer on the same host and path.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Conditions {
+    /// One of these; empty is any.
+    pub methods: Vec<Arc<str>>,
+    pub headers: Vec<Condition>,
+    /// Of the query's `name=value` pairs, as they stand there, percent-encoding and all.
+    pub query: Vec<Condition>,
+}
+
+/// A header or query parameter that must be there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Condition {
+    /// Of a header: lower case.
+    pub name: Arc<str>,
+    pub value: ValueMatch,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ValueMatch {
+    Present,
+    Exact(Arc<str>),
+    Prefix(Arc<str>),
+}
+
+/// How requests of one route are served where it differs from the gateway's defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HttpPolicy {
+    /// The gateway answers itself; the pool may then be empty.
+    pub redirect: Option<Redirect>,
+    pub rewrite: Rewrite,
+    pub request_headers: HeaderEdits,
+    pub response_headers: HeaderEdits,
+    pub timeouts: RouteTimeouts,
+    pub retries: RouteRetries,
+    pub limits: RouteLimits,
+    /// Responses may be compressed with what the client accepts.
+    pub compression: bool,
+}
+
+/// An answer that leads elsewhere. What is not given stays as the client asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Redirect {
+    /// 301, 302, 303, 307 or 308.
+    pub status: StatusCode,
+    /// `http` or `https`.
+    pub scheme: Option<Arc<str>>,
+    /// `HOST` or `HOST:PORT`.
+    pub authority: Option<Arc<str>>,
+    pub path: Option<PathRewrite>,
+}
+
+/// What the backend sees in place of what the client asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rewrite {
+    /// The `Host`.
+    pub host: Option<HeaderValue>,
+    pub path: Option<PathRewrite>,
+}
+
+/// The query stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PathRewrite {
+    /// The whole path.
+    Full(Arc<str>),
+    /// The prefix that the route matched; what follows it stays.
+    Prefix(Arc<str>),
+}
+
+/// Removed first, then set (replacing all of the name), then added.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeaderEdits {
+    pub remove: Vec<HeaderName>,
+    pub set: Vec<(HeaderName, HeaderValue)>,
+    pub add: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// `None` is the gateway's own, of `http.timeouts`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteTimeouts {
+    pub response_headers: Option<Duration>,
+    pub body_idle: Option<Duration>,
+    /// From the request's first byte to the response's last. `None`: without end.
+    pub total: Option<Duration>,
+}
+
+/// `None` is the gateway's own, of `http.retries`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteRetries {
+    /// The first included.
+    pub attempts: Option<usize>,
+    /// Methods that may be sent again though a backend may have acted on them.
+    pub methods: Vec<Method>,
+}
+
+/// `None` is no limit but those of `http.limits`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteLimits {
+    /// More is answered 413.
+    pub request_body_bytes: Option<u64>,
+    /// Requests in flight to one backend, over all workers. More wait, then are answered 503.
+    pub requests_per_backend: Option<u32>,
+    /// Requests in flight on the route, over all workers.
+    pub requests: Option<u32>,
+    /// New requests of the whole route, and of one client address.
+    pub rate: Option<Rate>,
+    pub client_rate: Option<Rate>,
+}
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    pub per_second: u32,
+    pub burst: u32,
+}
+
+/// What a request is hashed by, for [`Balance::Hash`](crate::route::Balance::Hash).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HashKey {
+    pub of: HashOf,
+    /// How much more than the average a backend may carry, in percent above 100; the next in the
+    /// ring takes the rest. `None`: no bound. (Mirrokni et al., "Consistent hashing with bounded
+    /// loads", 2016.)
+    pub balance_percent: Option<u32>,
+}
+
+/// A request without it is balanced by the gateway's default.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HashOf {
+    /// Lower case.
+    Header(Arc<str>),
+    Cookie(Arc<str>),
+    /// The client's address.
+    Source,
+}
