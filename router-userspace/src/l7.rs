@@ -22,13 +22,18 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::config::{HttpBalance, HttpConfig, HttpLimits, HttpTimeouts};
+use crate::config::{
+    HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts,
+    HttpZoneBalance,
+};
 use crate::l7::metrics::L7Metrics;
+use crate::l7::shared::Shared;
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::WorkerParts;
 use crate::route::Balance;
 use crate::snapshot::Published;
 
+mod admission;
 mod backend;
 mod balance;
 mod body;
@@ -39,7 +44,12 @@ mod headers;
 mod listen;
 mod liveness;
 pub mod metrics;
+mod outlier;
+mod replay;
+mod retry_budget;
 pub mod router;
+mod shared;
+mod sticky;
 mod tls;
 mod tunnel;
 mod validate;
@@ -74,6 +84,7 @@ pub fn start(
     }
 
     let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)));
+    let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
     let mut proxy = Proxy {
@@ -87,15 +98,17 @@ pub fn start(
     };
     for (index, listeners) in listeners.into_iter().enumerate() {
         let parts = WorkerParts {
+            index,
             listeners,
             published: Arc::clone(&published),
             settings: Arc::clone(&proxy.settings),
+            shared: Arc::clone(&shared),
             metrics: metrics.add_worker(),
             tls: tls.clone(),
             stop: stopped.clone(),
             alive: alive.clone(),
         };
-        proxy.workers.push(worker::spawn(index, parts)?);
+        proxy.workers.push(worker::spawn(parts)?);
     }
     tracing::info!(listen = ?proxy.local_addresses, workers = worker_count, "layer 7 serves");
     Ok(proxy)
@@ -186,8 +199,14 @@ impl Fixed {
 struct Settings {
     timeouts: HttpTimeouts,
     limits: HttpLimits,
+    retries: HttpRetries,
+    ejection: HttpEjection,
+    sticky: HttpSticky,
     trusted_proxies: Vec<IpNet>,
     balance: Balance,
+    zone: Option<String>,
+    prefer_zone: bool,
+    slow_start: Duration,
 }
 
 impl Settings {
@@ -195,11 +214,17 @@ impl Settings {
         Settings {
             timeouts: config.timeouts.clone(),
             limits: config.limits.clone(),
+            retries: config.retries.clone(),
+            ejection: config.ejection.clone(),
+            sticky: config.sticky.clone(),
             trusted_proxies: config.trusted_proxies.clone(),
             balance: match config.balance {
                 HttpBalance::RoundRobin => Balance::RoundRobin,
                 HttpBalance::LeastConnections => Balance::LeastConnections,
             },
+            zone: config.zone.clone(),
+            prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
+            slow_start: config.slow_start,
         }
     }
 

@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ensure_at_least_one, ensure_positive};
 
+pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+
+mod balance;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
@@ -20,10 +24,19 @@ pub struct HttpConfig {
     /// Runtimes, each on a thread of its own; 0 is one per core.
     pub workers: usize,
     pub balance: HttpBalance,
+    /// This gateway's availability zone, as registrations name theirs.
+    pub zone: Option<String>,
+    pub balance_zone: HttpZoneBalance,
+    /// How long a backend that joins others takes to get its whole share; 0 is off.
+    #[serde(with = "humantime_serde")]
+    pub slow_start: Duration,
     /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
     pub trusted_proxies: Vec<IpNet>,
     pub timeouts: HttpTimeouts,
     pub limits: HttpLimits,
+    pub retries: HttpRetries,
+    pub ejection: HttpEjection,
+    pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
 }
 
@@ -55,9 +68,9 @@ pub struct HttpTimeouts {
     /// the gateway closes first.
     #[serde(with = "humantime_serde")]
     pub backend_idle: Duration,
-    /// How long a backend that refused or timed out a connection is avoided.
+    /// A request waiting for a backend that may take one more.
     #[serde(with = "humantime_serde")]
-    pub ejection: Duration,
+    pub queue: Duration,
     /// How long open requests may take to end after SIGTERM.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
@@ -77,6 +90,10 @@ pub struct HttpLimits {
     pub idle_per_backend: usize,
     /// Attempts of one request, the first included.
     pub attempts: usize,
+    /// Requests in flight to one backend, over all workers, upgraded connections among them; 0: no limit.
+    pub requests_per_backend: u32,
+    /// Requests of one route that wait for a backend below its limit, of one worker; more are answered 503.
+    pub queue: usize,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -92,9 +109,15 @@ impl Default for HttpConfig {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
             workers: 0,
             balance: HttpBalance::RoundRobin,
+            zone: None,
+            balance_zone: HttpZoneBalance::None,
+            slow_start: Duration::ZERO,
             trusted_proxies: Vec::new(),
             timeouts: HttpTimeouts::default(),
             limits: HttpLimits::default(),
+            retries: HttpRetries::default(),
+            ejection: HttpEjection::default(),
+            sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
         }
     }
@@ -108,7 +131,7 @@ impl Default for HttpTimeouts {
             response_headers: Duration::from_secs(900),
             body_idle: Duration::from_secs(900),
             backend_idle: Duration::from_secs(50),
-            ejection: Duration::from_secs(30),
+            queue: Duration::from_secs(5),
             drain: Duration::from_secs(20),
         }
     }
@@ -123,6 +146,8 @@ impl Default for HttpLimits {
             uri_bytes: 16 * 1024,
             idle_per_backend: 128,
             attempts: 2,
+            requests_per_backend: 0,
+            queue: 128,
         }
     }
 }
@@ -135,7 +160,7 @@ impl HttpConfig {
             response_headers,
             body_idle,
             backend_idle,
-            ejection: _,
+            queue: _,
             drain: _,
         } = self.timeouts;
         ensure_positive(&[
@@ -155,6 +180,12 @@ impl HttpConfig {
             self.limits.request_header_bytes >= 8192,
             "http.limits.request_header_bytes must be at least 8192"
         );
-        Ok(())
+        ensure!(
+            self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
+            "http.balance_zone needs http.zone"
+        );
+        self.retries.validate()?;
+        self.ejection.validate()?;
+        self.sticky.validate()
     }
 }

@@ -27,11 +27,14 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
 
+use crate::l7::admission::InFlight;
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
 use crate::l7::liveness;
 use crate::l7::metrics::BackendCounters;
+use crate::l7::outlier::Outlier;
+use crate::l7::shared::{BackendKey, Shared, SharedBackend};
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
 use crate::route::{Backend, BackendTls, Pool};
@@ -43,49 +46,78 @@ const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
 const BUFFER_BYTES: usize = 128 * 1024;
 
 /// All backends that this worker has met and that a published pool still names.
-#[derive(Default)]
 pub(super) struct Backends {
+    /// Which of the workers this is.
+    worker: usize,
+    shared: Arc<Shared>,
+    /// The gateway's, of the states of pools that are here.
+    zone: Option<String>,
     /// By the address of the pool, which is not given to another while a `Weak` of it is here.
     pools: HashMap<*const Pool, Rc<PoolState>>,
     states: HashMap<BackendKey, Rc<BackendState>>,
     changed: bool,
 }
 
-/// Connections are shared between pools that reach the same socket with the same proof of identity.
-type BackendKey = (SocketAddr, Option<Option<Arc<str>>>);
-
 impl Backends {
-    pub(super) fn pool(&mut self, pool: &Arc<Pool>, rng: &mut impl Rng) -> Rc<PoolState> {
+    pub(super) fn new(worker: usize, shared: Arc<Shared>) -> Backends {
+        Backends {
+            worker,
+            shared,
+            zone: None,
+            pools: HashMap::new(),
+            states: HashMap::new(),
+            changed: false,
+        }
+    }
+
+    pub(super) fn pool(
+        &mut self,
+        pool: &Arc<Pool>,
+        now: Instant,
+        rng: &mut impl Rng,
+    ) -> Rc<PoolState> {
         if let Some(state) = self.pools.get(&Arc::as_ptr(pool)) {
             return Rc::clone(state);
         }
         let state_of = |backend: &Backend| {
             let server_name = backend.tls.as_ref().map(|tls| tls.server_name.clone());
-            let new = || {
-                self.changed = true;
-                Rc::new(BackendState::new(backend))
-            };
-            Rc::clone(
-                self.states
-                    .entry((backend.address, server_name))
-                    .or_insert_with(new),
-            )
+            let key = (backend.address, server_name);
+            if let Some(known) = self.states.get(&key) {
+                return Rc::clone(known);
+            }
+            let shared = self.shared.backend(&key, now);
+            let state = Rc::new(BackendState::new(backend, self.worker, shared));
+            self.states.insert(key, Rc::clone(&state));
+            self.changed = true;
+            state
         };
-        let state = Rc::new(PoolState::new(pool, state_of, rng));
+        let route = pool.policy.as_ref().map(|policy| self.shared.route(policy));
+        let zone = self.zone.as_deref();
+        let state = Rc::new(PoolState::new(pool, zone, route, state_of, now, rng));
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
     }
 
+    /// The gateway's zone is another: who is local is found out again.
+    pub(super) fn set_zone(&mut self, zone: Option<&str>) {
+        if self.zone.as_deref() != zone {
+            self.zone = zone.map(str::to_owned);
+            self.pools.clear();
+        }
+    }
+
     /// Forgets pools that are no longer published and the backends only they named, closes idle
-    /// connections and ends ejections. Called about once a second.
+    /// connections, and has those look again who wait for room. Called about once a second.
     pub(super) fn sweep(&mut self, now: Instant, backend_idle: Duration) {
-        self.pools.retain(|_, state| state.pool.strong_count() > 0);
+        self.pools.retain(|_, state| {
+            state.queue.wake_all();
+            state.pool.strong_count() > 0
+        });
         let before = self.states.len();
         self.states.retain(|_, state| Rc::strong_count(state) > 1);
         self.changed |= self.states.len() != before;
         for state in self.states.values() {
             state.close_idle(now, backend_idle);
-            state.is_ejected(now);
         }
     }
 
@@ -103,9 +135,8 @@ impl Backends {
 pub(super) struct BackendState {
     address: SocketAddr,
     tls: Option<BackendTls>,
+    worker: usize,
     idle: RefCell<Vec<IdleConnection>>,
-    in_flight: Cell<u32>,
-    ejected_until: Cell<Option<Instant>>,
     counters: Arc<BackendCounters>,
 }
 
@@ -131,14 +162,13 @@ pub(super) struct RawBackend {
 }
 
 impl BackendState {
-    fn new(backend: &Backend) -> BackendState {
+    fn new(backend: &Backend, worker: usize, shared: Arc<SharedBackend>) -> BackendState {
         BackendState {
             address: backend.address,
             tls: backend.tls.clone(),
+            worker,
             idle: RefCell::default(),
-            in_flight: Cell::new(0),
-            ejected_until: Cell::new(None),
-            counters: Arc::default(),
+            counters: Arc::new(BackendCounters::new(worker, shared)),
         }
     }
 
@@ -146,26 +176,30 @@ impl BackendState {
         self.address
     }
 
-    /// Requests and upgraded connections of this worker that have not ended.
-    pub(super) fn in_flight(&self) -> u32 {
-        self.in_flight.get()
+    /// Requests and upgraded connections that have not ended, of all workers.
+    pub(super) fn in_flight(&self) -> &InFlight {
+        &self.counters.shared.in_flight
+    }
+
+    pub(super) fn has_room(&self, limit: u32) -> bool {
+        self.in_flight().has_room(limit)
+    }
+
+    pub(super) fn outlier(&self) -> &Outlier {
+        &self.counters.shared.outlier
     }
 
     pub(super) fn is_ejected(&self, now: Instant) -> bool {
-        match self.ejected_until.get() {
-            None => false,
-            Some(until) if now < until => true,
-            Some(_) => {
-                self.ejected_until.set(None);
-                self.counters.ejected.set(0);
-                false
-            }
-        }
+        self.outlier().is_ejected(now)
     }
 
-    pub(super) fn eject(&self, until: Instant) {
-        self.ejected_until.set(Some(until));
-        self.counters.ejected.set(1);
+    /// When the first worker met it.
+    pub(super) fn since(&self) -> Instant {
+        self.counters.shared.since
+    }
+
+    pub(super) fn workers(&self) -> usize {
+        self.in_flight().workers()
     }
 
     pub(super) fn record_failure(&self) {
@@ -223,8 +257,7 @@ impl Lease {
             connection: None,
         };
         let backend = lease.backend();
-        backend.in_flight.set(backend.in_flight.get() + 1);
-        backend.counters.in_flight.add(1);
+        backend.in_flight().try_enter(worker.index, 0);
         backend.counters.requests.add(1);
         lease
     }
@@ -273,7 +306,7 @@ impl Lease {
     async fn open(&self) -> Result<Connection, Failure> {
         let (connect, ejection) = self
             .worker
-            .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
+            .settings(|settings| (settings.timeouts.connect, settings.ejection.clone()));
         let opening = open(self.backend(), self.worker.tls.as_ref());
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
@@ -284,7 +317,7 @@ impl Lease {
             Err(Failure::Gateway(_)) => {}
             Err(failure) => {
                 self.worker.metrics.ejections.add(1);
-                self.backend().eject(Instant::now() + ejection);
+                self.backend().outlier().eject(Instant::now(), &ejection);
                 tracing::info!(
                     backend = %self.backend().address,
                     %failure,
@@ -315,9 +348,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let backend = self.backend();
-        backend.in_flight.set(backend.in_flight.get() - 1);
-        backend.counters.in_flight.subtract(1);
+        self.backend().in_flight().leave(self.worker.index);
     }
 }
 
@@ -481,7 +512,9 @@ mod tests {
     #[tokio::test]
     async fn a_backend_that_vanishes_is_noticed() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let state = BackendState::new(&backend(listener.local_addr().unwrap()));
+        let backend = backend(listener.local_addr().unwrap());
+        let shared = Shared::new(1).backend(&(backend.address, None), Instant::now());
+        let state = BackendState::new(&backend, 0, shared);
         let stream = connect(&state).await.unwrap();
         assert!(SockRef::from(&stream).keepalive().unwrap());
     }

@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::l7::backend::{Connection, Lease, RawBackend};
-use crate::l7::balance::{PoolState, WantedInstance};
+use crate::l7::balance::{Choice, PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
@@ -225,10 +225,11 @@ type Exchanged = (
 impl Exchange<'_> {
     async fn run(&mut self, mut request: Request<RequestBody>) -> Result<Exchanged, Failure> {
         loop {
-            let index = self
-                .only
-                .or_else(|| self.worker.pick(self.pool, &self.tried));
-            let Some(index) = index else {
+            let choice = match self.only {
+                Some(index) => Choice::Target(index),
+                None => self.worker.pick(self.pool, &Wanted::default(), &self.tried),
+            };
+            let Choice::Target(index) = choice else {
                 return Err(Failure::NoEndpoints {
                     host: self.findings.host_str().to_owned(),
                 });

@@ -8,8 +8,10 @@ use crate::snapshot::Published;
 fn client() -> ClientState {
     let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&HttpConfig::default()));
     let worker = Worker::new(
+        0,
         Published::default(),
         Arc::new(settings),
+        crate::l7::backend::Backends::new(0, Arc::new(crate::l7::shared::Shared::new(1))),
         Arc::default(),
         None,
     );
