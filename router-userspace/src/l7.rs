@@ -32,13 +32,18 @@ use crate::snapshot::Published;
 mod backend;
 mod balance;
 mod body;
+mod client;
+mod client_io;
 mod connection;
 pub mod error;
+mod exchange;
 mod forward;
 mod headers;
+mod lease;
 mod listen;
 mod liveness;
 pub mod metrics;
+mod record;
 pub mod router;
 mod tls;
 mod tunnel;
@@ -207,7 +212,8 @@ impl Settings {
     fn shortest_timeout(&self) -> Duration {
         let timeouts = &self.timeouts;
         timeouts
-            .request_headers
+            .idle
+            .min(timeouts.request_headers)
             .min(timeouts.response_headers)
             .min(timeouts.body_idle)
     }

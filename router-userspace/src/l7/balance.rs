@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use crate::health::state::in_panic;
 use crate::l7::backend::BackendState;
+use crate::route::policy::HttpPolicy;
 use crate::route::{Backend, Balance, Pool};
 use crate::snapshot::Snapshot;
 
@@ -23,6 +24,7 @@ pub(super) struct PoolState {
     pub pool: Weak<Pool>,
     pub balance: Option<Balance>,
     pub has_route_service: bool,
+    pub policy: Option<Arc<HttpPolicy>>,
     /// In the order of the pool's backends.
     pub targets: Box<[Target]>,
     /// Running sums of the weights; empty if all weights are equal.
@@ -102,6 +104,7 @@ impl PoolState {
             pool: Arc::downgrade(pool),
             balance: pool.balance.clone(),
             has_route_service: pool.route_service_url.is_some(),
+            policy: pool.policy.clone(),
             targets,
             cumulative_weights,
             cursor: Cell::new(rng.random()),
