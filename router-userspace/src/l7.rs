@@ -160,6 +160,8 @@ impl Proxy {
     /// Stops accepting, lets open requests end with `Connection: close`, and cuts what is left,
     /// upgraded connections among it, after `timeout`.
     pub async fn drain(mut self, timeout: Duration) {
+        // A listener that nobody took would go on taking connections in.
+        self.hand_up.clear();
         self.stop.send_replace(Some(Instant::now() + timeout));
         while self.ended.recv().await.is_some() {}
         for worker in self.workers.drain(..) {
