@@ -37,14 +37,19 @@ mod admission;
 mod backend;
 mod balance;
 mod body;
+mod client;
+mod client_io;
 mod connection;
 pub mod error;
+mod exchange;
 mod forward;
 mod headers;
+mod lease;
 mod listen;
 mod liveness;
 pub mod metrics;
 mod outlier;
+mod record;
 mod replay;
 mod retry_budget;
 pub mod router;
@@ -168,6 +173,8 @@ impl Proxy {
     /// Stops accepting, lets open requests end with `Connection: close`, and cuts what is left,
     /// upgraded connections among it, after `timeout`.
     pub async fn drain(mut self, timeout: Duration) {
+        // A listener that nobody took would go on taking connections in.
+        self.hand_up.clear();
         self.stop.send_replace(Some(Instant::now() + timeout));
         while self.ended.recv().await.is_some() {}
         for worker in self.workers.drain(..) {
@@ -232,7 +239,8 @@ impl Settings {
     fn shortest_timeout(&self) -> Duration {
         let timeouts = &self.timeouts;
         timeouts
-            .request_headers
+            .idle
+            .min(timeouts.request_headers)
             .min(timeouts.response_headers)
             .min(timeouts.body_idle)
     }

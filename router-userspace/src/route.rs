@@ -115,7 +115,7 @@ pub struct BackendTls {
     pub server_name: Option<Arc<str>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum HttpProtocol {
     #[default]
     Http1,

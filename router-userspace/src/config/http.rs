@@ -54,8 +54,10 @@ pub struct HttpTimeouts {
     /// To a backend, for each attempt.
     #[serde(with = "humantime_serde")]
     pub connect: Duration,
-    /// From the first byte of a request's head to its last; also how long a client's kept-alive
-    /// connection may stay idle.
+    /// A client's connection without a request.
+    #[serde(with = "humantime_serde")]
+    pub idle: Duration,
+    /// From the first byte of a request's head to its last.
     #[serde(with = "humantime_serde")]
     pub request_headers: Duration,
     /// From the request's last byte sent to the backend until the head of its response.
@@ -84,6 +86,8 @@ pub struct HttpLimits {
     /// Bytes of a request's head; more is answered 431.
     pub request_header_bytes: usize,
     pub request_headers: usize,
+    /// Requests at once on one connection of HTTP/2.
+    pub concurrent_streams: u32,
     /// Bytes of a request target; more is answered 414.
     pub uri_bytes: usize,
     /// Kept-alive connections to one backend, of one worker.
@@ -127,6 +131,7 @@ impl Default for HttpTimeouts {
     fn default() -> HttpTimeouts {
         HttpTimeouts {
             connect: Duration::from_secs(5),
+            idle: Duration::from_secs(60),
             request_headers: Duration::from_secs(60),
             response_headers: Duration::from_secs(900),
             body_idle: Duration::from_secs(900),
@@ -143,6 +148,7 @@ impl Default for HttpLimits {
             connections: 16_384,
             request_header_bytes: 32 * 1024,
             request_headers: 100,
+            concurrent_streams: 100,
             uri_bytes: 16 * 1024,
             idle_per_backend: 128,
             attempts: 2,
@@ -156,6 +162,7 @@ impl HttpConfig {
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         let HttpTimeouts {
             connect,
+            idle,
             request_headers,
             response_headers,
             body_idle,
@@ -165,6 +172,7 @@ impl HttpConfig {
         } = self.timeouts;
         ensure_positive(&[
             ("http.timeouts.connect", connect),
+            ("http.timeouts.idle", idle),
             ("http.timeouts.request_headers", request_headers),
             ("http.timeouts.response_headers", response_headers),
             ("http.timeouts.body_idle", body_idle),
@@ -174,6 +182,10 @@ impl HttpConfig {
             ("http.limits.connections", self.limits.connections),
             ("http.limits.request_headers", self.limits.request_headers),
             ("http.limits.attempts", self.limits.attempts),
+            (
+                "http.limits.concurrent_streams",
+                self.limits.concurrent_streams as usize,
+            ),
         ])?;
         // hyper refuses a read buffer below its minimum of 8 KiB.
         ensure!(

@@ -1,55 +1,46 @@
 //! One worker's backends: their kept-alive connections, what is in flight, and who is ejected.
 //!
-//! Connections are HTTP/1.1, plain or TLS, last in first out, so that a burst's surplus ages at
-//! the bottom and is closed after `http.timeouts.backend_idle`. Each is driven by a task of its own
-//! that ends with it. The number of connections is bounded by the requests in flight and
-//! `http.limits.idle_per_backend`.
+//! Connections of HTTP/1.1 are kept last in first out, so that a burst's surplus ages at the bottom and
+//! is closed after `http.timeouts.backend_idle`; their number is bounded by the requests in flight and
+//! `http.limits.idle_per_backend`. Connections of HTTP/2 are shared, and opened one after the other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::io;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
-use hyper::client::conn::http1::SendRequest;
-use hyper_util::rt::TokioIo;
-use nix::errno::Errno;
+use hyper::client::conn::http2;
 use rand::Rng;
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio::sync::oneshot;
+use tokio::sync::Notify;
 use tokio::time::Instant;
-use tokio_rustls::client::TlsStream;
 
+pub(super) use crate::l7::backend::connection::{Connection, Http1, RawBackend};
+
+use crate::l7::backend::connection::{Http2, Opened};
 use crate::l7::admission::InFlight;
-use crate::l7::balance::{PoolState, Target};
+use crate::l7::balance::PoolState;
 use crate::l7::body::RequestBody;
-use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
-use crate::l7::liveness;
+use crate::l7::error::Failure;
 use crate::l7::metrics::BackendCounters;
 use crate::l7::outlier::Outlier;
 use crate::l7::shared::{BackendKey, Shared, SharedBackend};
 use crate::l7::tls::BackendTlsClient;
-use crate::l7::worker::Worker;
-use crate::route::{Backend, BackendTls, Pool};
+use crate::route::{Backend, BackendTls, HttpProtocol, Pool};
 
-const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
+mod connection;
+mod io;
 
-/// Most bytes read from a backend at once, and buffered towards it. A connection gets there only
-/// when its reads fill what it has; a body of 64 KiB then comes in one read with its head.
-const BUFFER_BYTES: usize = 128 * 1024;
+/// Requests at once on one connection of HTTP/2; beyond, another is opened.
+const STREAMS_PER_CONNECTION: usize = 100;
 
 /// All backends that this worker has met and that a published pool still names.
 pub(super) struct Backends {
     /// Which of the workers this is.
     worker: usize,
-    shared: Arc<Shared>,
+    /// What it knows together with the others.
+    common: Arc<Shared>,
     /// The gateway's, of the states of pools that are here.
     zone: Option<String>,
     /// By the address of the pool, which is not given to another while a `Weak` of it is here.
@@ -59,10 +50,10 @@ pub(super) struct Backends {
 }
 
 impl Backends {
-    pub(super) fn new(worker: usize, shared: Arc<Shared>) -> Backends {
+    pub(super) fn new(worker: usize, common: Arc<Shared>) -> Backends {
         Backends {
             worker,
-            shared,
+            common,
             zone: None,
             pools: HashMap::new(),
             states: HashMap::new(),
@@ -81,17 +72,17 @@ impl Backends {
         }
         let state_of = |backend: &Backend| {
             let server_name = backend.tls.as_ref().map(|tls| tls.server_name.clone());
-            let key = (backend.address, server_name);
+            let key = (backend.address, server_name, backend.protocol);
             if let Some(known) = self.states.get(&key) {
                 return Rc::clone(known);
             }
-            let shared = self.shared.backend(&key, now);
-            let state = Rc::new(BackendState::new(backend, self.worker, shared));
+            let common = self.common.backend(&key, now);
+            let state = Rc::new(BackendState::new(backend, self.worker, common));
             self.states.insert(key, Rc::clone(&state));
             self.changed = true;
             state
         };
-        let route = pool.policy.as_ref().map(|policy| self.shared.route(policy));
+        let route = pool.policy.as_ref().map(|policy| self.common.route(policy));
         let zone = self.zone.as_deref();
         let state = Rc::new(PoolState::new(pool, zone, route, state_of, now, rng));
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
@@ -135,45 +126,67 @@ impl Backends {
 pub(super) struct BackendState {
     address: SocketAddr,
     tls: Option<BackendTls>,
-    worker: usize,
+    protocol: HttpProtocol,
     idle: RefCell<Vec<IdleConnection>>,
+    shared: RefCell<Vec<SharedConnection>>,
+    /// A connection to share is being opened; `opened` tells when it was, or could not be.
+    opening: Cell<bool>,
+    opened: Notify,
+    worker: usize,
     counters: Arc<BackendCounters>,
 }
 
 struct IdleConnection {
-    connection: Connection,
+    connection: Http1,
     since: Instant,
 }
 
-/// A connection that can take a request.
-pub(super) struct Connection {
-    pub sender: SendRequest<RequestBody>,
-    /// Where its task delivers the raw connection when it has switched protocols.
-    pub upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
-    /// It has carried a request before, so the backend may be closing it at this moment.
-    pub reused: bool,
-}
-
-/// A backend connection after its 101: no longer HTTP.
-pub(super) struct RawBackend {
-    pub io: BackendIo,
-    /// What the backend sent behind the 101.
-    pub read_ahead: Bytes,
+/// A connection of HTTP/2.
+struct SharedConnection {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Rc<Cell<usize>>,
+    /// When it last began to carry a request.
+    used: Cell<Instant>,
 }
 
 impl BackendState {
-    fn new(backend: &Backend, worker: usize, shared: Arc<SharedBackend>) -> BackendState {
+    fn new(backend: &Backend, worker: usize, common: Arc<SharedBackend>) -> BackendState {
         BackendState {
             address: backend.address,
             tls: backend.tls.clone(),
-            worker,
+            protocol: backend.protocol,
             idle: RefCell::default(),
-            counters: Arc::new(BackendCounters::new(worker, shared)),
+            shared: RefCell::default(),
+            opening: Cell::new(false),
+            opened: Notify::new(),
+            worker,
+            counters: Arc::new(BackendCounters::new(worker, common)),
         }
     }
 
     pub(super) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    pub(super) fn protocol(&self) -> HttpProtocol {
+        self.protocol
+    }
+
+    fn tls(&self) -> Option<&BackendTls> {
+        self.tls.as_ref()
+    }
+
+    /// Counts a request unless there are `limit` in flight (0: no limit).
+    pub(super) fn begin_request(&self, limit: u32) -> bool {
+        let begins = self.in_flight().try_enter(self.worker, limit);
+        if begins {
+            self.counters.requests.add(1);
+        }
+        begins
+    }
+
+    pub(super) fn end_request(&self) {
+        self.in_flight().leave(self.worker);
     }
 
     /// Requests and upgraded connections that have not ended, of all workers.
@@ -198,15 +211,79 @@ impl BackendState {
         self.counters.shared.since
     }
 
-    pub(super) fn workers(&self) -> usize {
-        self.in_flight().workers()
-    }
-
     pub(super) fn record_failure(&self) {
         self.counters.failures.add(1);
     }
 
-    fn take_idle(&self, now: Instant, backend_idle: Duration) -> Option<Connection> {
+    /// A connection that is open. Waits for one to share that is being opened; `None` if one has to be
+    /// opened by whoever asks.
+    pub(super) async fn take(
+        &self,
+        now: Instant,
+        backend_idle: Duration,
+        upgrades: bool,
+    ) -> Option<Connection> {
+        if self.protocol == HttpProtocol::Http1 || upgrades {
+            return self.take_idle(now, backend_idle).map(Connection::Http1);
+        }
+        loop {
+            if let Some(stream) = self.share(now) {
+                return Some(Connection::Http2(stream));
+            }
+            // A backend that TLS found to speak HTTP/1.1 only.
+            if let Some(connection) = self.take_idle(now, backend_idle) {
+                return Some(Connection::Http1(connection));
+            }
+            if !self.opening.get() {
+                return None;
+            }
+            self.opened.notified().await;
+        }
+    }
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// Whose failure it is, and of what kind.
+    pub(super) async fn open(
+        &self,
+        upgrades: bool,
+        tls: Option<&BackendTlsClient>,
+    ) -> Result<Connection, Failure> {
+        let _opening =
+            (self.protocol == HttpProtocol::Http2 && !upgrades).then(|| Opening::begin(self));
+        match connection::open(self, upgrades, tls).await? {
+            Opened::Http1(connection) => Ok(Connection::Http1(connection)),
+            Opened::Http2(sender) => {
+                let streams = Rc::default();
+                let stream = Http2::new(sender.clone(), &streams, false);
+                self.shared.borrow_mut().push(SharedConnection {
+                    sender,
+                    streams,
+                    used: Cell::new(Instant::now()),
+                });
+                Ok(Connection::Http2(stream))
+            }
+        }
+    }
+
+    /// A stream on the least used of the shared connections.
+    fn share(&self, now: Instant) -> Option<Http2> {
+        let mut shared = self.shared.borrow_mut();
+        shared.retain(|connection| !connection.sender.is_closed());
+        let connection = shared
+            .iter()
+            .filter(|connection| connection.streams.get() < STREAMS_PER_CONNECTION)
+            .min_by_key(|connection| connection.streams.get())?;
+        connection.used.set(now);
+        Some(Http2::new(
+            connection.sender.clone(),
+            &connection.streams,
+            true,
+        ))
+    }
+
+    fn take_idle(&self, now: Instant, backend_idle: Duration) -> Option<Http1> {
         let mut idle = self.idle.borrow_mut();
         let mut found = None;
         while let Some(IdleConnection { connection, since }) = idle.pop() {
@@ -219,9 +296,16 @@ impl BackendState {
         found
     }
 
-    fn keep(&self, connection: Connection, now: Instant, limit: usize) {
+    /// Keeps a connection whose response has ended cleanly.
+    pub(super) fn keep(&self, connection: Connection, now: Instant, limit: usize) {
+        let Connection::Http1(mut connection) = connection else {
+            return;
+        };
         let mut idle = self.idle.borrow_mut();
-        if idle.len() < limit {
+        // Not ready means that the request's body has not all been sent, or the backend closed.
+        if connection.sender.is_ready() && idle.len() < limit {
+            connection.reused = true;
+            connection.upgrade.take();
             idle.push(IdleConnection {
                 connection,
                 since: now,
@@ -236,302 +320,28 @@ impl BackendState {
             !idle.connection.sender.is_closed() && now.duration_since(idle.since) < backend_idle
         });
         self.counters.idle_connections.set(idle.len() as u64);
+        // The connection ends when nobody can begin a stream on it.
+        self.shared.borrow_mut().retain(|connection| {
+            let idle = connection.streams.get() == 0
+                && now.duration_since(connection.used.get()) >= backend_idle;
+            !idle && !connection.sender.is_closed()
+        });
     }
 }
 
-/// A backend in use by one request: counted from the choice of the backend until the end of the
-/// response's body or of the upgraded connection.
-pub(super) struct Lease {
-    worker: Rc<Worker>,
-    pool: Rc<PoolState>,
-    index: usize,
-    connection: Option<Connection>,
-}
+/// That a connection to share is being opened, until it is or cannot be.
+struct Opening<'a>(&'a BackendState);
 
-impl Lease {
-    pub(super) fn new(worker: &Rc<Worker>, pool: &Rc<PoolState>, index: usize) -> Lease {
-        let lease = Lease {
-            worker: Rc::clone(worker),
-            pool: Rc::clone(pool),
-            index,
-            connection: None,
-        };
-        let backend = lease.backend();
-        backend.in_flight().try_enter(worker.index, 0);
-        backend.counters.requests.add(1);
-        lease
-    }
-
-    pub(super) fn target(&self) -> &Target {
-        &self.pool.targets[self.index]
-    }
-
-    pub(super) fn backend(&self) -> &BackendState {
-        &self.target().backend
-    }
-
-    /// A kept-alive connection unless `fresh`, else a new one.
-    ///
-    /// # Errors
-    /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
-    pub(super) async fn connect(&mut self, fresh: bool) -> Result<(), Failure> {
-        let kept = if fresh {
-            None
-        } else {
-            let backend_idle = self
-                .worker
-                .settings(|settings| settings.timeouts.backend_idle);
-            self.backend().take_idle(self.worker.now(), backend_idle)
-        };
-        let connection = match kept {
-            Some(connection) => {
-                self.worker.metrics.backend_connections_reused.add(1);
-                connection
-            }
-            None => self.open().await?,
-        };
-        self.connection = Some(connection);
-        Ok(())
-    }
-
-    /// The backend and the connection to it.
-    ///
-    /// # Panics
-    /// [`Lease::connect`] has not succeeded.
-    pub(super) fn connected(&mut self) -> (&Target, &mut Connection) {
-        let connection = self.connection.as_mut().expect("the lease is connected");
-        (&self.pool.targets[self.index], connection)
-    }
-
-    async fn open(&self) -> Result<Connection, Failure> {
-        let (connect, ejection) = self
-            .worker
-            .settings(|settings| (settings.timeouts.connect, settings.ejection.clone()));
-        let opening = open(self.backend(), self.worker.tls.as_ref());
-        let opened = match tokio::time::timeout(connect, opening).await {
-            Ok(opened) => opened,
-            Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
-        };
-        match &opened {
-            Ok(_) => self.worker.metrics.backend_connections_opened.add(1),
-            Err(Failure::Gateway(_)) => {}
-            Err(failure) => {
-                self.worker.metrics.ejections.add(1);
-                self.backend().outlier().eject(Instant::now(), &ejection);
-                tracing::info!(
-                    backend = %self.backend().address,
-                    %failure,
-                    reason = ?failure,
-                    "backend ejected"
-                );
-            }
-        }
-        opened
-    }
-
-    /// The response has ended cleanly: the connection may carry another request.
-    pub(super) fn finish(mut self) {
-        let Some(mut connection) = self.connection.take() else {
-            return;
-        };
-        // Not ready means that the request's body has not all been sent, or the backend closed.
-        if connection.sender.is_ready() {
-            connection.reused = true;
-            connection.upgrade.take();
-            let limit = self
-                .worker
-                .settings(|settings| settings.limits.idle_per_backend);
-            self.backend().keep(connection, self.worker.now(), limit);
-        }
+impl<'a> Opening<'a> {
+    fn begin(backend: &'a BackendState) -> Opening<'a> {
+        backend.opening.set(true);
+        Opening(backend)
     }
 }
 
-impl Drop for Lease {
+impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        self.backend().in_flight().leave(self.worker.index);
-    }
-}
-
-async fn open(
-    backend: &BackendState,
-    tls: Option<&BackendTlsClient>,
-) -> Result<Connection, Failure> {
-    let stream = connect(backend).await?;
-    let io = match &backend.tls {
-        None => BackendIo::Tcp(stream),
-        Some(wanted) => {
-            let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
-            let name = wanted.server_name.as_deref();
-            let handshake = tls.handshake(stream, name, backend.address.ip());
-            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
-        }
-    };
-    let (sender, connection) = hyper::client::conn::http1::Builder::new()
-        .max_buf_size(BUFFER_BYTES)
-        .max_header_size(RESPONSE_HEADER_BYTES)
-        .handshake::<_, RequestBody>(TokioIo::new(io))
-        .await
-        .map_err(|_| Failure::Backend(BackendFailure::Closed))?;
-    let upgrade = Rc::new(Cell::new(None));
-    tokio::task::spawn_local(drive(connection, Rc::clone(&upgrade)));
-    Ok(Connection {
-        sender,
-        upgrade,
-        reused: false,
-    })
-}
-
-async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
-    let stream = TcpStream::connect(backend.address)
-        .await
-        .map_err(|error| class_of(&error))?;
-    // A connection without these options still serves.
-    let _ = stream.set_nodelay(true);
-    let _ = liveness::keep_alive(SockRef::from(&stream));
-    Ok(stream)
-}
-
-/// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
-async fn drive(
-    connection: hyper::client::conn::http1::Connection<TokioIo<BackendIo>, RequestBody>,
-    upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
-) {
-    let mut connection = connection;
-    // The error, if any, also reached the request that was waiting.
-    let ended = pin!(&mut connection).await;
-    if ended.is_ok()
-        && let Some(deliver) = upgrade.take()
-    {
-        let parts = connection.into_parts();
-        let raw = RawBackend {
-            io: parts.io.into_inner(),
-            read_ahead: parts.read_buf,
-        };
-        // A request that is gone needs no tunnel.
-        let _ = deliver.send(raw);
-    }
-}
-
-/// What a failed connect(2), or the socket(2) before it, says and of whom.
-fn class_of(error: &io::Error) -> Failure {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    match errno {
-        Some(
-            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EADDRNOTAVAIL,
-        ) => Failure::Gateway(GatewayFailure::Resources),
-        Some(Errno::ECONNREFUSED | Errno::ECONNRESET) => Failure::Backend(BackendFailure::Refused),
-        _ => Failure::Backend(BackendFailure::Unreachable),
-    }
-}
-
-/// The byte stream to a backend.
-pub(super) enum BackendIo {
-    Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl BackendIo {
-    pub(super) fn socket(&self) -> SockRef<'_> {
-        match self {
-            BackendIo::Tcp(stream) => SockRef::from(stream),
-            BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
-        }
-    }
-}
-
-impl AsyncRead for BackendIo {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
-    }
-}
-
-impl AsyncWrite for BackendIo {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        // A request without a body is one slice, and send(2) is cheaper than writev(2).
-        if let [slice] = slices {
-            return self.poll_write(cx, slice);
-        }
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            BackendIo::Tcp(stream) => stream.is_write_vectored(),
-            BackendIo::Tls(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            BackendIo::Tls(stream) => {
-                ready!(Pin::new(stream).poll_shutdown(cx))?;
-                Poll::Ready(Ok(()))
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::l7::tests::backend;
-
-    #[tokio::test]
-    async fn a_backend_that_vanishes_is_noticed() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let backend = backend(listener.local_addr().unwrap());
-        let shared = Shared::new(1).backend(&(backend.address, None), Instant::now());
-        let state = BackendState::new(&backend, 0, shared);
-        let stream = connect(&state).await.unwrap();
-        assert!(SockRef::from(&stream).keepalive().unwrap());
-    }
-
-    #[test]
-    fn want_of_descriptors_and_ports_is_the_gateways_failure() {
-        let class = |errno: Errno| class_of(&io::Error::from(errno));
-        for errno in [Errno::EMFILE, Errno::ENOBUFS, Errno::EADDRNOTAVAIL] {
-            let gateway = Failure::Gateway(GatewayFailure::Resources);
-            assert_eq!(class(errno), gateway, "{errno}");
-        }
-        for (errno, failure) in [
-            (Errno::ECONNREFUSED, BackendFailure::Refused),
-            (Errno::EHOSTUNREACH, BackendFailure::Unreachable),
-            (Errno::ENETUNREACH, BackendFailure::Unreachable),
-        ] {
-            assert_eq!(class(errno), Failure::Backend(failure), "{errno}");
-        }
+        self.0.opening.set(false);
+        self.0.opened.notify_waiters();
     }
 }

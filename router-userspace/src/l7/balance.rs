@@ -433,7 +433,7 @@ impl PoolState {
 
     /// Requests in flight at all of the backends.
     fn load(&self, now: Instant) -> u64 {
-        let reads = self.targets.len() * self.targets.first().map_or(0, |it| it.backend.workers());
+        let reads = self.targets.len() * self.targets.first().map_or(0, |it| it.backend.in_flight().workers());
         if reads > LOAD_READS
             && let Some((at, load)) = self.load.get()
             && now.duration_since(at) < LOAD_AGE

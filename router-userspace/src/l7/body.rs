@@ -13,16 +13,17 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::l7::backend::Lease;
-use crate::l7::connection::ClientState;
-use crate::l7::forward::RequestRecord;
+use crate::l7::client::Progress;
+use crate::l7::headers;
+use crate::l7::lease::Lease;
+use crate::l7::record::RequestRecord;
 
 /// A client's request body on its way to a backend.
-pub(super) struct RequestBody(Option<(Incoming, Rc<ClientState>)>);
+pub(super) struct RequestBody(Option<(Incoming, Rc<Progress>)>);
 
 impl RequestBody {
-    pub(super) fn new(incoming: Incoming, client: &Rc<ClientState>) -> RequestBody {
-        RequestBody((!incoming.is_end_stream()).then(|| (incoming, Rc::clone(client))))
+    pub(super) fn new(incoming: Incoming, progress: &Rc<Progress>) -> RequestBody {
+        RequestBody((!incoming.is_end_stream()).then(|| (incoming, Rc::clone(progress))))
     }
 
     pub(super) fn empty() -> RequestBody {
@@ -38,16 +39,17 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some((incoming, client)) = &mut self.0 else {
+        let Some((incoming, progress)) = &mut self.0 else {
             return Poll::Ready(None);
         };
         let polled = Pin::new(&mut *incoming).poll_frame(cx);
-        client.set_waits_for_client(polled.is_pending());
+        progress.set_waits_for_client(polled.is_pending());
         let frame = ready!(polled);
+        progress.on_frame();
         if frame.is_none() || incoming.is_end_stream() {
-            client.request_body_ended();
+            progress.request_body_ended();
         }
-        Poll::Ready(frame)
+        Poll::Ready(frame.map(|frame| frame.map(passed_on)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -132,16 +134,20 @@ impl Body for ResponseBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let (frame, ended) = match &mut self.source {
+        let this = &mut *self;
+        let (frame, ended) = match &mut this.source {
             Source::Text(text) => (text.take().map(|text| Ok(Frame::data(text))), true),
             Source::Backend { incoming, lease } => {
                 let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
                 let failed = matches!(frame, Some(Err(_)));
                 let ended = !failed && (frame.is_none() || incoming.is_end_stream());
+                if let Some(record) = &this.record {
+                    record.progress.on_frame();
+                }
                 if ended && let Some(lease) = lease.take() {
                     lease.finish();
                 }
-                (frame, ended)
+                (frame.map(|frame| frame.map(passed_on)), ended)
             }
         };
         if ended {
@@ -163,6 +169,14 @@ impl Body for ResponseBody {
             Source::Backend { incoming, .. } => incoming.size_hint(),
         }
     }
+}
+
+/// A frame without trailer fields that mean something to who forwards a message.
+fn passed_on(mut frame: Frame<Bytes>) -> Frame<Bytes> {
+    if let Some(trailers) = frame.trailers_mut() {
+        headers::clean_trailers(trailers);
+    }
+    frame
 }
 
 /// The service never fails: every failure is a response.

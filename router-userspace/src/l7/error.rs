@@ -30,6 +30,8 @@ pub enum Failure {
     /// An `Expect` other than `100-continue`.
     Expectation,
     UriTooLong,
+    /// More than `http.limits.request_headers`.
+    TooManyHeaders,
     /// The client stopped sending its body.
     ClientTimeout,
     UnknownRoute {
@@ -98,12 +100,14 @@ pub enum GatewayFailure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendTimeout {
     Connect,
+    /// The timeout of the route, for the whole request.
+    Total,
     RequestBody,
     ResponseHeaders,
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 21] = [
+pub const REASONS: [&str; 22] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -124,6 +128,7 @@ pub const REASONS: [&str; 21] = [
     "gateway_tls_roots",
     "unknown_instance",
     "no_routes",
+    "too_many_headers",
     "unparsable",
 ];
 
@@ -143,6 +148,7 @@ impl Failure {
             Failure::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Failure::Expectation => StatusCode::EXPECTATION_FAILED,
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
+            Failure::TooManyHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Failure::NoRoutes | Failure::NoEndpoints { .. } | Failure::Gateway(_) => {
@@ -179,6 +185,7 @@ impl Failure {
             Failure::Gateway(GatewayFailure::TlsRoots) => GATEWAY_FAILURES[1],
             Failure::UnknownInstance { .. } => 18,
             Failure::NoRoutes => 19,
+            Failure::TooManyHeaders => 20,
         }
     }
 
@@ -197,6 +204,7 @@ impl Failure {
             Failure::TransferCoding => "unsupported_transfer_coding",
             Failure::Expectation => "unsupported_expectation",
             Failure::UriTooLong => "uri_too_long",
+            Failure::TooManyHeaders => "max-request-size-exceeded",
             Failure::ClientTimeout => "client_timeout",
             Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
             Failure::NoRoutes => "no_routes",
@@ -213,6 +221,7 @@ impl Failure {
             },
             Failure::BackendTimeout(timeout) => match timeout {
                 BackendTimeout::Connect => "endpoint_timeout (connect)",
+                BackendTimeout::Total => "endpoint_timeout (total)",
                 BackendTimeout::RequestBody => "endpoint_timeout (request body)",
                 BackendTimeout::ResponseHeaders => "endpoint_timeout (response headers)",
             },
@@ -245,6 +254,7 @@ impl Failure {
                 | Failure::TransferCoding
                 | Failure::Expectation
                 | Failure::UriTooLong
+                | Failure::TooManyHeaders
                 | Failure::ClientTimeout
         )
     }
@@ -303,6 +313,7 @@ impl fmt::Display for Failure {
             Failure::TransferCoding => "Transfer coding is not supported.",
             Failure::Expectation => "Expectation is not supported.",
             Failure::UriTooLong => "Request target is too long.",
+            Failure::TooManyHeaders => "Request has too many header fields.",
             Failure::ClientTimeout => "Request body did not arrive in time.",
             Failure::UnknownRoute { host } => {
                 return write!(f, "Requested route ('{host}') does not exist.");

@@ -4,9 +4,12 @@
 //! [`rewrite_request`] runs once a request, [`set_instance`] once an attempt. Names and constant
 //! values are static; a request costs one allocation here, for its id.
 
+use base64::Engine;
+use bytes::Bytes;
 use http::header::{
-    CONNECTION, EXPECT, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, COOKIE, EXPECT, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRAILER, TRANSFER_ENCODING,
+    UPGRADE,
 };
 
 use crate::l7::balance::InstanceHeaders;
@@ -40,6 +43,8 @@ const MAX_REQUEST_ID_LEN: usize = 128;
 pub(super) struct Origin<'a> {
     /// The peer's address as a header value.
     pub address: &'a HeaderValue,
+    /// The request came over TLS.
+    pub secure: bool,
     /// It is in `http.trusted_proxies`.
     pub trusted: bool,
     /// Milliseconds since the Unix epoch.
@@ -62,6 +67,9 @@ pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, orig
     }
     if findings.app_instance.is_some() {
         headers.remove(APP_INSTANCE);
+    }
+    if findings.cookie_crumbs {
+        join_cookies(headers);
     }
     if findings.underscores {
         remove_where(headers, |name| name.as_str().contains('_'));
@@ -95,8 +103,13 @@ pub(super) fn set_instance(headers: &mut HeaderMap, instance: &InstanceHeaders) 
     set(INSTANCE_INDEX, &instance.index);
 }
 
-/// `upgraded`: the response is a 101, whose `Upgrade` stays.
-pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue, upgraded: bool) {
+/// `upgraded`: the response is a 101, whose `Upgrade` stays. `trailers`: the client takes them.
+pub(super) fn rewrite_response(
+    headers: &mut HeaderMap,
+    request_id: HeaderValue,
+    upgraded: bool,
+    trailers: bool,
+) {
     let mut connection = false;
     let mut connection_tokens = false;
     let mut hop_by_hop = false;
@@ -106,8 +119,10 @@ pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue,
                 connection = true;
                 connection_tokens |= !is_plain_connection(value);
             }
-            "transfer-encoding" | "keep-alive" | "proxy-connection" | "te" | "trailer"
-            | "upgrade" => hop_by_hop = true,
+            "transfer-encoding" | "keep-alive" | "proxy-connection" | "te" | "upgrade" => {
+                hop_by_hop = true;
+            }
+            "trailer" => hop_by_hop |= !trailers,
             _ => {}
         }
     }
@@ -122,15 +137,11 @@ pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue,
         headers.remove(CONNECTION);
     }
     if hop_by_hop {
-        for name in [
-            TRANSFER_ENCODING,
-            KEEP_ALIVE,
-            PROXY_CONNECTION,
-            TE,
-            TRAILER,
-            UPGRADE,
-        ] {
+        for name in [TRANSFER_ENCODING, KEEP_ALIVE, PROXY_CONNECTION, TE, UPGRADE] {
             headers.remove(name);
+        }
+        if !trailers {
+            headers.remove(TRAILER);
         }
     }
     if let Some(upgrade) = upgrade {
@@ -138,6 +149,77 @@ pub(super) fn rewrite_response(headers: &mut HeaderMap, request_id: HeaderValue,
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     }
     headers.entry(VCAP_REQUEST_ID).or_insert(request_id);
+}
+
+/// Removes trailer fields that would change what the head of the message says, or whose it is
+/// (RFC 9110 §6.5.1).
+pub(super) fn clean_trailers(trailers: &mut HeaderMap) {
+    remove_where(trailers, |name| {
+        let name = name.as_str();
+        let of_the_head = matches!(
+            name,
+            "host"
+                | "connection"
+                | "keep-alive"
+                | "proxy-connection"
+                | "transfer-encoding"
+                | "te"
+                | "trailer"
+                | "upgrade"
+                | "http2-settings"
+                | "authorization"
+                | "proxy-authorization"
+                | "proxy-authenticate"
+                | "www-authenticate"
+                | "cookie"
+                | "set-cookie"
+                | "cache-control"
+                | "expect"
+                | "range"
+                | "location"
+                | "vary"
+                | "age"
+                | "expires"
+                | "date"
+                | "max-forwards"
+                | "forwarded"
+                | "x-real-ip"
+        );
+        of_the_head
+            || ["content-", "x-forwarded-", "x-cf-", "if-"]
+                .iter()
+                .any(|start| name.starts_with(start))
+    });
+}
+
+/// A WebSocket's extended CONNECT (RFC 8441 §5) as the `GET` of HTTP/1.1 that it stands for.
+pub(super) fn from_extended_connect(headers: &mut HeaderMap) {
+    let key = base64::engine::general_purpose::STANDARD.encode(rand::random::<[u8; 16]>());
+    let key = HeaderValue::from_maybe_shared(Bytes::from(key)).expect("base64 is a header value");
+    headers.insert(SEC_WEBSOCKET_KEY, key);
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+}
+
+/// The headers of a 101 as those of the 200 that answers an extended CONNECT.
+pub(super) fn to_extended_connect(headers: &mut HeaderMap) {
+    for name in [SEC_WEBSOCKET_ACCEPT, UPGRADE, CONNECTION] {
+        headers.remove(name);
+    }
+}
+
+/// One `Cookie` of several, as HTTP/2 may split it (RFC 9113 §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut joined = Vec::new();
+    for crumb in headers.get_all(COOKIE) {
+        if !joined.is_empty() {
+            joined.extend_from_slice(b"; ");
+        }
+        joined.extend_from_slice(crumb.as_bytes());
+    }
+    if let Ok(joined) = HeaderValue::from_maybe_shared(Bytes::from(joined)) {
+        headers.insert(COOKIE, joined);
+    }
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap, findings: &Findings) {
@@ -152,7 +234,6 @@ fn remove_hop_by_hop(headers: &mut HeaderMap, findings: &Findings) {
             UPGRADE,
             HTTP2_SETTINGS,
             TE,
-            TRAILER,
             KEEP_ALIVE,
             PROXY_CONNECTION,
             PROXY_AUTHENTICATE,
@@ -228,7 +309,8 @@ fn set_forwarded(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'
     };
     headers.insert(FORWARDED_FOR, forwarded_for);
     if !(keep && headers.contains_key(FORWARDED_PROTO)) {
-        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        let scheme = if origin.secure { "https" } else { "http" };
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme));
     }
     if !(keep && headers.contains_key(FORWARDED_HOST))
         && let Some(host) = &findings.host

@@ -66,6 +66,9 @@ pub struct L7Totals {
     pub queue_timeouts: u64,
     /// Attempts whose backend was chosen whatever its health, for too few of its pool are healthy.
     pub panic_picks: u64,
+    /// Client connections that speak HTTP/2, and those that were ended for an error of the protocol.
+    pub http2_connections: u64,
+    pub http2_errors: u64,
     pub upgrades: u64,
     pub upgrades_open: u64,
     pub backend_connections_opened: u64,
@@ -154,6 +157,8 @@ pub(super) struct WorkerMetrics {
     pub queue_full: Counter,
     pub queue_timeouts: Counter,
     pub panic_picks: Counter,
+    pub http2_connections: Counter,
+    pub http2_errors: Counter,
     pub upgrades: Counter,
     pub upgrades_open: Counter,
     pub backend_connections_opened: Counter,
@@ -244,6 +249,8 @@ impl WorkerMetrics {
         totals.queue_full += self.queue_full.read();
         totals.queue_timeouts += self.queue_timeouts.read();
         totals.panic_picks += self.panic_picks.read();
+        totals.http2_connections += self.http2_connections.read();
+        totals.http2_errors += self.http2_errors.read();
         totals.upgrades += self.upgrades.read();
         totals.upgrades_open += self.upgrades_open.read();
         totals.backend_connections_opened += self.backend_connections_opened.read();

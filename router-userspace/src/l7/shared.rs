@@ -13,10 +13,12 @@ use tokio::time::Instant;
 
 use crate::l7::admission::InFlight;
 use crate::l7::outlier::Outlier;
+use crate::route::HttpProtocol;
 use crate::route::policy::HttpPolicy;
 
-/// A socket, and the proof of identity that is asked of it.
-pub(super) type BackendKey = (SocketAddr, Option<Option<Arc<str>>>);
+/// Connections are shared between pools that reach the same socket with the same proof of identity
+/// and protocol.
+pub(super) type BackendKey = (SocketAddr, Option<Option<Arc<str>>>, HttpProtocol);
 
 /// One for all workers.
 #[derive(Debug)]
@@ -106,7 +108,11 @@ mod tests {
     use super::*;
 
     fn key(port: u16) -> BackendKey {
-        (SocketAddr::from(([10, 0, 0, 1], port)), None)
+        (
+            SocketAddr::from(([10, 0, 0, 1], port)),
+            None,
+            HttpProtocol::Http1,
+        )
     }
 
     #[test]

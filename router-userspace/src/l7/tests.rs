@@ -12,7 +12,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -23,6 +23,7 @@ use crate::snapshot::Snapshot;
 
 mod bodies;
 mod failures;
+mod http2;
 mod lifecycle;
 mod refusals;
 mod routing;
@@ -196,6 +197,13 @@ impl TestBackend {
     async fn answering(
         answer: impl Fn(Request<Incoming>) -> Response<TestBody> + Clone + Send + 'static,
     ) -> TestBackend {
+        TestBackend::speaking(false, answer).await
+    }
+
+    async fn speaking(
+        http2: bool,
+        answer: impl Fn(Request<Incoming>) -> Response<TestBody> + Clone + Send + 'static,
+    ) -> TestBackend {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let backend = TestBackend {
             address: listener.local_addr().unwrap(),
@@ -214,9 +222,14 @@ impl TestBackend {
                     let answer = answer(request);
                     async move { Ok::<_, Infallible>(answer) }
                 });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .serve_connection(TokioIo::new(stream), service);
-                tokio::spawn(connection);
+                let io = TokioIo::new(stream);
+                if http2 {
+                    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    tokio::spawn(builder.serve_connection(io, service));
+                } else {
+                    let builder = hyper::server::conn::http1::Builder::new();
+                    tokio::spawn(builder.serve_connection(io, service));
+                }
             }
         });
         backend

@@ -4,13 +4,16 @@
 //! ahead. It counts as a request in flight of its backend until it ends.
 
 use bytes::Bytes;
-use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::sync::oneshot;
 
-use crate::l7::backend::{Lease, RawBackend};
-use crate::l7::connection::ClientIo;
-use crate::l7::forward::RequestRecord;
+use crate::l7::backend::RawBackend;
+use crate::l7::client_io::ClientIo;
+use crate::l7::lease::Lease;
 use crate::l7::liveness;
+use crate::l7::record::RequestRecord;
 use crate::l7::worker::Worker;
 
 /// Bytes buffered in each direction.
@@ -23,7 +26,28 @@ pub(super) struct Switch {
     pub record: RequestRecord,
 }
 
-pub(super) async fn run(worker: &Worker, client: ClientIo, read_ahead: Bytes, switch: Switch) {
+/// Relays a connection of HTTP/1 after its 101.
+pub(super) async fn run_upgraded(
+    worker: &Worker,
+    client: ClientIo,
+    read_ahead: Bytes,
+    switch: Switch,
+) {
+    let _ = liveness::limit_unacknowledged(client.socket());
+    run(worker, client, read_ahead, switch).await;
+}
+
+/// Relays a stream of HTTP/2 after the 200 to its extended CONNECT (RFC 8441).
+pub(super) async fn run_stream(worker: &Worker, stream: OnUpgrade, switch: Switch) {
+    if let Ok(stream) = stream.await {
+        run(worker, TokioIo::new(stream), Bytes::new(), switch).await;
+    }
+}
+
+async fn run<C>(worker: &Worker, client: C, read_ahead: Bytes, switch: Switch)
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
     let Switch {
         backend,
         lease,
@@ -40,14 +64,11 @@ pub(super) async fn run(worker: &Worker, client: ClientIo, read_ahead: Bytes, sw
     drop(lease);
 }
 
-async fn relay(
-    mut client: ClientIo,
-    read_ahead: Bytes,
-    mut backend: RawBackend,
-) -> std::io::Result<()> {
-    for socket in [client.socket(), backend.io.socket()] {
-        liveness::limit_unacknowledged(socket)?;
-    }
+async fn relay<C>(mut client: C, read_ahead: Bytes, mut backend: RawBackend) -> std::io::Result<()>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
+    liveness::limit_unacknowledged(backend.io.socket())?;
     tokio::try_join!(
         client.write_all(&backend.read_ahead),
         backend.io.write_all(&read_ahead),

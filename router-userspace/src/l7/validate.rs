@@ -8,6 +8,7 @@ use http::header::HeaderMap;
 use http::uri::Scheme;
 use http::{HeaderValue, Method, Request, Version};
 
+use crate::config::HttpLimits;
 use crate::l7::error::{BadRequest, Failure};
 use crate::l7::router::MAX_HOST_LEN;
 
@@ -20,6 +21,10 @@ pub(super) struct Findings {
     pub options_asterisk: bool,
     /// A `GET` that may switch protocols: `Connection: upgrade`, no body, never h2c.
     pub upgrade: bool,
+    /// The upgrade is the extended CONNECT of HTTP/2 (RFC 8441).
+    pub extended_connect: bool,
+    /// The `Cookie` comes in several fields.
+    pub cookie_crumbs: bool,
     /// Some `Connection` header that says more than `keep-alive` or `close`.
     pub connection_tokens: bool,
     pub connection: bool,
@@ -48,10 +53,14 @@ impl Findings {
 
 /// # Errors
 /// The refusal to answer with.
-pub(super) fn inspect<B>(request: &Request<B>, uri_bytes: usize) -> Result<Findings, Failure> {
+pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Findings, Failure> {
+    // hyper counts those of HTTP/1 itself.
+    if request.version() == Version::HTTP_2 && request.headers().len() > limits.request_headers {
+        return Err(Failure::TooManyHeaders);
+    }
     let mut findings = inspect_headers(request.headers())?;
-    inspect_target(request, uri_bytes, &mut findings)?;
-    if findings.upgrade {
+    inspect_target(request, limits.uri_bytes, &mut findings)?;
+    if findings.upgrade && !findings.extended_connect {
         findings.upgrade = may_upgrade(request);
     }
     Ok(findings)
@@ -60,6 +69,7 @@ pub(super) fn inspect<B>(request: &Request<B>, uri_bytes: usize) -> Result<Findi
 fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
     let mut findings = Findings::default();
     let mut transfer_encoding = false;
+    let mut cookie = false;
     for (name, value) in headers {
         match name.as_str() {
             "host" => {
@@ -93,8 +103,8 @@ fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
             | "proxy-connection"
             | "proxy-authenticate"
             | "proxy-authorization"
-            | "trailer"
             | "http2-settings" => findings.hop_by_hop = true,
+            "cookie" => findings.cookie_crumbs |= std::mem::replace(&mut cookie, true),
             "expect" => {
                 if !value.as_bytes().eq_ignore_ascii_case(b"100-continue") {
                     return Err(Failure::Expectation);
@@ -239,8 +249,16 @@ fn inspect_target<B>(
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let method = request.method();
-    if *method == Method::CONNECT || *method == Method::TRACE {
+    if *method == Method::TRACE {
         return Err(Failure::MethodNotAllowed);
+    }
+    if *method == Method::CONNECT {
+        let protocol = request.extensions().get::<hyper::ext::Protocol>();
+        if protocol.is_none_or(|protocol| protocol.as_str() != "websocket") {
+            return Err(Failure::MethodNotAllowed);
+        }
+        findings.upgrade = true;
+        findings.extended_connect = true;
     }
     let uri = request.uri();
     let target = uri.path_and_query().map_or("", |target| target.as_str());
@@ -269,24 +287,32 @@ fn inspect_target<B>(
     Ok(())
 }
 
-/// `http://authority/path` (RFC 9112 §3.2.2). The authority must be the `Host`, so that no later
-/// reader prefers the other one.
-fn inspect_absolute_form<B>(request: &Request<B>, findings: &Findings) -> Result<(), Failure> {
+/// `http://authority/path` (RFC 9112 §3.2.2), and what HTTP/2 has in its pseudo-header fields (RFC 9113
+/// §8.3.1). The authority must be the `Host`, so that no later reader prefers the other one; without a
+/// `Host`, which HTTP/2 does not need, it is the host.
+fn inspect_absolute_form<B>(request: &Request<B>, findings: &mut Findings) -> Result<(), Failure> {
     let uri = request.uri();
-    if uri.scheme() != Some(&Scheme::HTTP) {
+    let http2 = request.version() == Version::HTTP_2;
+    let scheme = uri.scheme().ok_or_else(bad_target)?;
+    if *scheme != Scheme::HTTP && !(http2 && *scheme == Scheme::HTTPS) {
         return Err(bad_target());
     }
     let authority = uri.authority().ok_or_else(bad_target)?.as_str();
     if authority.contains('@') {
         return Err(bad_target());
     }
-    let Some(host) = &findings.host else {
-        return Ok(());
-    };
-    if !host.as_bytes().eq_ignore_ascii_case(authority.as_bytes()) {
-        return Err(Failure::Bad(BadRequest::AuthorityMismatch));
+    match &findings.host {
+        Some(host) if !host.as_bytes().eq_ignore_ascii_case(authority.as_bytes()) => {
+            Err(Failure::Bad(BadRequest::AuthorityMismatch))
+        }
+        None if http2 => {
+            let host = HeaderValue::from_str(authority).map_err(|_| bad_target())?;
+            inspect_host(&host)?;
+            findings.host = Some(host);
+            Ok(())
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn bad_target() -> Failure {

@@ -50,6 +50,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.panic_picks,
         ),
         (
+            "viaduct_http_http2_connections",
+            "Client connections that speak HTTP/2",
+            totals.http2_connections,
+        ),
+        (
+            "viaduct_http_http2_errors",
+            "Client connections of HTTP/2 that were ended for an error of the protocol",
+            totals.http2_errors,
+        ),
+        (
             "viaduct_http_upgrades",
             "Connections handed over to another protocol",
             totals.upgrades,

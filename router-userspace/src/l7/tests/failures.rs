@@ -130,7 +130,10 @@ async fn a_malformed_request_body_is_400_and_not_the_backends_fault() {
 async fn a_slow_or_idle_client_is_disconnected() {
     let gateway = Gateway::with_config(
         Snapshot::default(),
-        timeouts(|timeouts| timeouts.request_headers = SOON),
+        timeouts(|timeouts| {
+            timeouts.idle = SOON;
+            timeouts.request_headers = SOON;
+        }),
     );
     assert_eq!(gateway.exchange("GET / HTTP/1.1\r\nHost: a").await, "");
     assert_eq!(gateway.exchange("").await, "");

@@ -93,6 +93,7 @@ async fn an_upgrade_is_not_cut_by_the_timeouts_of_http() {
     let mut config = config();
     let short = Duration::from_millis(20);
     config.timeouts.body_idle = short;
+    config.timeouts.idle = short;
     config.timeouts.request_headers = short;
     config.timeouts.backend_idle = short;
     let gateway = Gateway::with_config(snapshot([("a.com", pool([backend(address)]))]), config);

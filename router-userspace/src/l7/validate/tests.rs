@@ -11,7 +11,11 @@ fn inspect_request(
     for (name, value) in headers {
         request = request.header(*name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
     }
-    inspect(&request.body(()).unwrap(), 64)
+    let limits = HttpLimits {
+        uri_bytes: 64,
+        ..HttpLimits::default()
+    };
+    inspect(&request.body(()).unwrap(), &limits)
 }
 
 #[track_caller]

@@ -1,0 +1,245 @@
+//! Opening connections to a backend, and what drives them.
+//!
+//! HTTP/1.1 unless the backend was registered with `protocol: http2`: then HTTP/2, by ALPN over TLS
+//! and by prior knowledge in clear (RFC 9113 §3.3). Each connection is driven by a task of its own
+//! that ends with it.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::io;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use hyper::client::conn::{http1, http2};
+use hyper::rt::Executor;
+use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use socket2::SockRef;
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+use crate::l7::backend::BackendState;
+use crate::l7::backend::io::BackendIo;
+use crate::l7::body::RequestBody;
+use crate::l7::error::{BackendFailure, Failure, GatewayFailure};
+use crate::l7::liveness;
+use crate::l7::tls::BackendTlsClient;
+use crate::route::HttpProtocol;
+
+const RESPONSE_HEADER_BYTES: usize = 64 * 1024;
+
+/// Most bytes read from a backend at once, and buffered towards it. A connection gets there only
+/// when its reads fill what it has; a body of 64 KiB then comes in one read with its head.
+const BUFFER_BYTES: usize = 128 * 1024;
+
+/// What a backend may send on one stream, and on all of a connection, before clients have taken it.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+
+/// A connection that can take a request.
+pub(in crate::l7) enum Connection {
+    Http1(Http1),
+    Http2(Http2),
+}
+
+/// A connection of HTTP/1.1, of one request at a time.
+pub(in crate::l7) struct Http1 {
+    pub sender: http1::SendRequest<RequestBody>,
+    /// Where its task delivers the raw connection when it has switched protocols.
+    pub upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
+    /// It has carried a request before, so the backend may be closing it at this moment.
+    pub reused: bool,
+}
+
+/// One stream of a connection of HTTP/2.
+pub(in crate::l7) struct Http2 {
+    pub sender: http2::SendRequest<RequestBody>,
+    /// As of [`Http1::reused`].
+    pub reused: bool,
+    /// Counts the stream until it is dropped.
+    streams: Rc<Cell<usize>>,
+}
+
+/// A backend connection after its 101: no longer HTTP.
+pub(in crate::l7) struct RawBackend {
+    pub io: BackendIo,
+    /// What the backend sent behind the 101.
+    pub read_ahead: Bytes,
+}
+
+/// A new connection. HTTP/2 is shared between requests.
+pub(super) enum Opened {
+    Http1(Http1),
+    Http2(http2::SendRequest<RequestBody>),
+}
+
+impl Connection {
+    pub(in crate::l7) fn reused(&self) -> bool {
+        match self {
+            Connection::Http1(connection) => connection.reused,
+            Connection::Http2(stream) => stream.reused,
+        }
+    }
+}
+
+impl Http2 {
+    pub(super) fn new(
+        sender: http2::SendRequest<RequestBody>,
+        streams: &Rc<Cell<usize>>,
+        reused: bool,
+    ) -> Http2 {
+        streams.set(streams.get() + 1);
+        Http2 {
+            sender,
+            reused,
+            streams: Rc::clone(streams),
+        }
+    }
+}
+
+impl Drop for Http2 {
+    fn drop(&mut self) {
+        self.streams.set(self.streams.get() - 1);
+    }
+}
+
+/// Opens a connection in the backend's protocol; in HTTP/1.1 if the request `upgrades`.
+///
+/// # Errors
+/// Whose failure it is, and of what kind.
+pub(super) async fn open(
+    backend: &BackendState,
+    upgrades: bool,
+    tls: Option<&BackendTlsClient>,
+) -> Result<Opened, Failure> {
+    let stream = connect(backend).await?;
+    let http2 = backend.protocol() == HttpProtocol::Http2 && !upgrades;
+    let io = match backend.tls() {
+        None => BackendIo::Tcp(stream),
+        Some(wanted) => {
+            let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
+            let name = wanted.server_name.as_deref();
+            let handshake = tls.handshake(stream, name, backend.address().ip());
+            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
+        }
+    };
+    let opened = if http2 {
+        open_http2(io).await.map(Opened::Http2)
+    } else {
+        open_http1(io).await.map(Opened::Http1)
+    };
+    opened.map_err(|_| Failure::Backend(BackendFailure::Closed))
+}
+
+async fn open_http1(io: BackendIo) -> hyper::Result<Http1> {
+    let (sender, connection) = http1::Builder::new()
+        .max_buf_size(BUFFER_BYTES)
+        .max_header_size(RESPONSE_HEADER_BYTES)
+        .handshake::<_, RequestBody>(TokioIo::new(io))
+        .await?;
+    let upgrade = Rc::new(Cell::new(None));
+    tokio::task::spawn_local(drive(connection, Rc::clone(&upgrade)));
+    Ok(Http1 {
+        sender,
+        upgrade,
+        reused: false,
+    })
+}
+
+async fn open_http2(io: BackendIo) -> hyper::Result<http2::SendRequest<RequestBody>> {
+    let (sender, connection) = http2::Builder::new(LocalTasks)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_header_list_size(RESPONSE_HEADER_BYTES as u32)
+        .handshake(TokioIo::new(io))
+        .await?;
+    tokio::task::spawn_local(async move {
+        // The error, if any, also reached the requests that were waiting.
+        let _ = connection.await;
+    });
+    Ok(sender)
+}
+
+/// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
+async fn drive(
+    mut connection: http1::Connection<TokioIo<BackendIo>, RequestBody>,
+    upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
+) {
+    // The error, if any, also reached the request that was waiting.
+    let ended = (&mut connection).await;
+    if ended.is_ok()
+        && let Some(deliver) = upgrade.take()
+    {
+        let parts = connection.into_parts();
+        let raw = RawBackend {
+            io: parts.io.into_inner(),
+            read_ahead: parts.read_buf,
+        };
+        // A request that is gone needs no tunnel.
+        let _ = deliver.send(raw);
+    }
+}
+
+async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
+    let stream = TcpStream::connect(backend.address())
+        .await
+        .map_err(|error| class_of(&error))?;
+    // A connection without these options still serves.
+    let _ = stream.set_nodelay(true);
+    let _ = liveness::keep_alive(SockRef::from(&stream));
+    Ok(stream)
+}
+
+/// What a failed connect(2), or the socket(2) before it, says and of whom.
+fn class_of(error: &io::Error) -> Failure {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    match errno {
+        Some(
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EADDRNOTAVAIL,
+        ) => Failure::Gateway(GatewayFailure::Resources),
+        Some(Errno::ECONNREFUSED | Errno::ECONNRESET) => Failure::Backend(BackendFailure::Refused),
+        _ => Failure::Backend(BackendFailure::Unreachable),
+    }
+}
+
+/// Spawns what hyper has to be done beside a connection of HTTP/2 on the worker's thread.
+#[derive(Clone, Copy)]
+struct LocalTasks;
+
+impl<F: Future + 'static> Executor<F> for LocalTasks {
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(async move {
+            future.await;
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::l7::tests::backend;
+
+    #[tokio::test]
+    async fn a_backend_that_vanishes_is_noticed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let state = BackendState::new(&backend(listener.local_addr().unwrap()));
+        let stream = connect(&state).await.unwrap();
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+    }
+
+    #[test]
+    fn want_of_descriptors_and_ports_is_the_gateways_failure() {
+        let class = |errno: Errno| class_of(&io::Error::from(errno));
+        for errno in [Errno::EMFILE, Errno::ENOBUFS, Errno::EADDRNOTAVAIL] {
+            let gateway = Failure::Gateway(GatewayFailure::Resources);
+            assert_eq!(class(errno), gateway, "{errno}");
+        }
+        for (errno, failure) in [
+            (Errno::ECONNREFUSED, BackendFailure::Refused),
+            (Errno::EHOSTUNREACH, BackendFailure::Unreachable),
+            (Errno::ENETUNREACH, BackendFailure::Unreachable),
+        ] {
+            assert_eq!(class(errno), Failure::Backend(failure), "{errno}");
+        }
+    }
+}

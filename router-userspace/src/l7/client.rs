@@ -1,0 +1,419 @@
+//! What the parts of one client connection tell each other: who the client is, and how far each of
+//! its requests has come.
+//!
+//! All of it lives on the worker's thread. A connection of HTTP/1 has one [`Progress`] for all its
+//! requests, one of HTTP/2 one for each stream; [`crate::l7::connection`] looks at them when its timer
+//! fires. Progress is a time stamp, so a request costs no timer operation.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::task::Waker;
+use std::time::Duration;
+
+use http::HeaderValue;
+use slab::Slab;
+use tokio::time::Instant;
+
+use crate::config::HttpTimeouts;
+use crate::l7::tunnel::Switch;
+use crate::l7::worker::Worker;
+use crate::route::policy::RouteTimeouts;
+
+/// One client connection.
+pub(super) struct Client {
+    pub worker: Rc<Worker>,
+    pub peer: SocketAddr,
+    /// The peer's address as it goes into `X-Forwarded-For`.
+    pub forwarded_for: HeaderValue,
+    /// Whether requests come over TLS.
+    pub secure: bool,
+    /// Set with a 101 on HTTP/1; taken when hyper has let go of the connection.
+    pub switch: Cell<Option<Switch>>,
+    /// The client has ended its side.
+    read_closed: Cell<bool>,
+    /// Open streams of HTTP/2.
+    streams: RefCell<Slab<Rc<Progress>>>,
+    quiet_since: Cell<Instant>,
+    /// When the connection's timer has to look, if that is before it would.
+    look_at: Cell<Option<Instant>>,
+}
+
+impl Client {
+    pub(super) fn new(worker: &Rc<Worker>, peer: SocketAddr, secure: bool) -> Client {
+        let address = peer.ip().to_canonical().to_string();
+        Client {
+            worker: Rc::clone(worker),
+            peer,
+            forwarded_for: address.parse().expect("an IP address is a header value"),
+            secure,
+            switch: Cell::new(None),
+            read_closed: Cell::new(false),
+            streams: RefCell::default(),
+            quiet_since: Cell::new(worker.now()),
+            look_at: Cell::new(None),
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.read_closed.get()
+    }
+
+    /// The progress of a new stream.
+    pub(super) fn begin_stream(&self) -> Rc<Progress> {
+        let mut streams = self.streams.borrow_mut();
+        let place = streams.vacant_entry();
+        let progress = Rc::new(Progress::new(&self.worker, Some(place.key())));
+        place.insert(Rc::clone(&progress));
+        progress
+    }
+
+    /// The response has ended, or nothing will come of it.
+    pub(super) fn end(&self, progress: &Progress) {
+        if let Some(key) = progress.stream {
+            self.streams.borrow_mut().try_remove(key);
+            self.quiet_since.set(self.worker.now());
+        }
+    }
+
+    /// Since when there has been no stream, if there is none.
+    pub(super) fn quiet_since(&self) -> Instant {
+        self.quiet_since.get()
+    }
+
+    pub(super) fn open_streams(&self) -> usize {
+        self.streams.borrow().len()
+    }
+
+    pub(super) fn each_stream(&self, mut look: impl FnMut(&Progress)) {
+        for (_, progress) in &*self.streams.borrow() {
+            look(progress);
+        }
+    }
+
+    /// Has the connection's timer look at `at` or before.
+    pub(super) fn look_by(&self, at: Instant) {
+        if self.look_at.get().is_none_or(|earlier| at < earlier) {
+            self.look_at.set(Some(at));
+        }
+    }
+
+    pub(super) fn take_look_at(&self) -> Option<Instant> {
+        self.look_at.take()
+    }
+
+    pub(super) fn on_read(&self, len: usize) {
+        if len == 0 {
+            self.read_closed.set(true);
+        }
+        self.worker.metrics.bytes_in.add(len as u64);
+    }
+
+    pub(super) fn on_write(&self, len: usize) {
+        self.worker.metrics.bytes_out.add(len as u64);
+    }
+}
+
+/// How far a request has come, and since when.
+pub(super) struct Progress {
+    worker: Rc<Worker>,
+    /// Its place among the client's streams; `None` on HTTP/1.
+    stream: Option<usize>,
+    phase: Cell<Phase>,
+    /// When the phase began or last made progress.
+    since: Cell<Instant>,
+    waits_for_client: Cell<bool>,
+    /// The request's body has not all been read, whatever the phase.
+    body_is_open: Cell<bool>,
+    expired: Cell<bool>,
+    /// The stream is to be reset.
+    cut: Cell<bool>,
+    /// Wakes the task of the stream; HTTP/1 has one task, which looks by itself.
+    waker: RefCell<Option<Waker>>,
+    /// What the request's route has instead of the gateway's timeouts.
+    own_response_headers: Cell<Option<Duration>>,
+    own_body_idle: Cell<Option<Duration>>,
+    /// When the route's total timeout ends.
+    deadline: Cell<Option<Instant>>,
+}
+
+/// Which timeout is running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Between requests.
+    Idle,
+    /// The first read of a request's head has happened, and with `FurtherHead` another.
+    Head,
+    FurtherHead,
+    /// A backend is being connected to, which has a timeout of its own.
+    Connecting,
+    /// The request is on its way to the backend.
+    Sending,
+    AwaitingResponse,
+    Responding,
+}
+
+/// What is to happen now that a phase has lasted too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Expiry {
+    /// The request in flight is told and answers.
+    Answer,
+    /// Nothing can be said anymore.
+    Close,
+}
+
+impl Progress {
+    pub(super) fn new(worker: &Rc<Worker>, stream: Option<usize>) -> Progress {
+        Progress {
+            worker: Rc::clone(worker),
+            stream,
+            phase: Cell::new(Phase::Idle),
+            since: Cell::new(worker.now()),
+            waits_for_client: Cell::new(false),
+            body_is_open: Cell::new(false),
+            expired: Cell::new(false),
+            cut: Cell::new(false),
+            waker: RefCell::default(),
+            own_response_headers: Cell::new(None),
+            own_body_idle: Cell::new(None),
+            deadline: Cell::new(None),
+        }
+    }
+
+    /// A request's head is complete; when it began to arrive, or now if that took several reads.
+    pub(super) fn request_begins(&self) -> Instant {
+        let started = match self.phase.get() {
+            Phase::Head => self.since.get(),
+            _ => self.worker.now(),
+        };
+        self.body_is_open.set(false);
+        self.own_response_headers.set(None);
+        self.own_body_idle.set(None);
+        self.deadline.set(None);
+        self.enter(Phase::Connecting, started);
+        started
+    }
+
+    /// The route is known, and with it what it has instead of the gateway's timeouts.
+    pub(super) fn set_timeouts(&self, client: &Client, timeouts: &RouteTimeouts, started: Instant) {
+        self.own_response_headers.set(timeouts.response_headers);
+        self.own_body_idle.set(timeouts.body_idle);
+        self.deadline
+            .set(timeouts.total.map(|total| started + total));
+        let now = self.worker.now();
+        let looks = [
+            self.deadline.get(),
+            timeouts.response_headers.map(|timeout| now + timeout),
+            timeouts.body_idle.map(|timeout| now + timeout),
+        ];
+        for at in looks.into_iter().flatten() {
+            client.look_by(at);
+        }
+    }
+
+    /// The request is on a backend's connection, with its body or without one.
+    pub(super) fn request_is_handed_over(&self, whole: bool) {
+        let phase = if whole {
+            Phase::AwaitingResponse
+        } else {
+            Phase::Sending
+        };
+        self.body_is_open.set(!whole);
+        self.enter(phase, self.worker.now());
+    }
+
+    /// The request's body has ended. Called from the task of the backend's connection.
+    pub(super) fn request_body_ended(&self) {
+        self.body_is_open.set(false);
+        if self.phase.get() == Phase::Sending {
+            self.enter(Phase::AwaitingResponse, self.worker.read_clock());
+        }
+    }
+
+    /// Whether the backend's connection would send more of the request if the client had.
+    pub(super) fn set_waits_for_client(&self, waits: bool) {
+        self.waits_for_client.set(waits);
+    }
+
+    pub(super) fn response_begins(&self) {
+        self.enter(Phase::Responding, self.worker.now());
+    }
+
+    pub(super) fn response_ended(&self) {
+        self.enter(Phase::Idle, self.worker.now());
+    }
+
+    /// Whether the request in flight has used up its time.
+    pub(super) fn is_expired(&self) -> bool {
+        self.expired.get()
+    }
+
+    pub(super) fn is_past_deadline(&self) -> bool {
+        self.deadline
+            .get()
+            .is_some_and(|deadline| deadline <= self.worker.now())
+    }
+
+    pub(super) fn is_sending(&self) -> bool {
+        self.phase.get() == Phase::Sending
+    }
+
+    /// The request's body is not all sent, and it is the client that holds it back.
+    pub(super) fn waits_for_client(&self) -> bool {
+        self.is_sending() && self.waits_for_client.get()
+    }
+
+    /// To be called when the stream's task begins to run.
+    pub(super) fn begin_poll(&self) {
+        self.worker.forget_clock();
+    }
+
+    /// Whether the stream is to be reset; if not, who is to be woken when it is, or when the time
+    /// is up.
+    pub(super) fn is_cut(&self, waker: &Waker) -> bool {
+        if self.cut.get() {
+            return true;
+        }
+        let mut known = self.waker.borrow_mut();
+        match &mut *known {
+            Some(known) => known.clone_from(waker),
+            None => *known = Some(waker.clone()),
+        }
+        false
+    }
+
+    /// A frame of a body has passed, on HTTP/2.
+    pub(super) fn on_frame(&self) {
+        if self.stream.is_some() && matches!(self.phase.get(), Phase::Sending | Phase::Responding) {
+            self.since.set(self.worker.now());
+        }
+    }
+
+    /// Bytes have come from the client, on HTTP/1.
+    pub(super) fn on_read(&self) {
+        match self.phase.get() {
+            Phase::Idle => self.enter(Phase::Head, self.worker.now()),
+            Phase::Head => self.phase.set(Phase::FurtherHead),
+            Phase::Sending => self.since.set(self.worker.now()),
+            // The response began before the request had ended, and may wait for the rest of it.
+            Phase::Responding if self.body_is_open.get() => self.since.set(self.worker.now()),
+            _ => {}
+        }
+    }
+
+    /// Bytes have gone to the client, on HTTP/1.
+    pub(super) fn on_write(&self) {
+        if self.phase.get() == Phase::Responding {
+            self.since.set(self.worker.now());
+        }
+    }
+
+    /// When the phase has lasted too long, if it lasts.
+    pub(super) fn deadline(&self, timeouts: &HttpTimeouts) -> Option<Instant> {
+        let timeout = match self.phase.get() {
+            Phase::Idle => Some(timeouts.idle),
+            Phase::Head | Phase::FurtherHead => Some(timeouts.request_headers),
+            Phase::Connecting => None,
+            Phase::Sending | Phase::Responding => {
+                Some(self.own_body_idle.get().unwrap_or(timeouts.body_idle))
+            }
+            Phase::AwaitingResponse => Some(
+                self.own_response_headers
+                    .get()
+                    .unwrap_or(timeouts.response_headers),
+            ),
+        };
+        let phase = timeout.map(|timeout| self.since.get() + timeout);
+        let whole = self
+            .deadline
+            .get()
+            .filter(|_| !matches!(self.phase.get(), Phase::Idle));
+        match (phase, whole) {
+            (Some(phase), Some(whole)) => Some(phase.min(whole)),
+            (phase, whole) => phase.or(whole),
+        }
+    }
+
+    /// The time is up: tells the request in flight, or what else is to be done. The name of the
+    /// timeout goes into the log.
+    pub(super) fn expire(&self) -> Expiry {
+        tracing::debug!(timeout = self.timeout_name(), "a client's time is up");
+        let expiry = match self.phase.get() {
+            Phase::Connecting | Phase::Sending | Phase::AwaitingResponse
+                if !self.expired.replace(true) =>
+            {
+                Expiry::Answer
+            }
+            _ => {
+                self.cut.set(true);
+                Expiry::Close
+            }
+        };
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+        expiry
+    }
+
+    /// The config key of the timeout that runs.
+    fn timeout_name(&self) -> &'static str {
+        if self.is_past_deadline() {
+            return "timeouts.total of the route";
+        }
+        match self.phase.get() {
+            Phase::Idle => "http.timeouts.idle",
+            Phase::Head | Phase::FurtherHead => "http.timeouts.request_headers",
+            Phase::Connecting => "http.timeouts.connect",
+            Phase::Sending | Phase::Responding => "http.timeouts.body_idle",
+            Phase::AwaitingResponse => "http.timeouts.response_headers",
+        }
+    }
+
+    fn enter(&self, phase: Phase, since: Instant) {
+        self.phase.set(phase);
+        self.since.set(since);
+        self.expired.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::HttpConfig;
+    use crate::l7::Settings;
+    use crate::snapshot::Published;
+
+    fn progress() -> Progress {
+        let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&HttpConfig::default()));
+        let worker = Worker::new(
+            Published::default(),
+            Arc::new(settings),
+            Arc::default(),
+            None,
+        );
+        Progress::new(&Rc::new(worker), None)
+    }
+
+    /// How long the phase has lasted without progress after a second and a read.
+    async fn idle_after_a_read(progress: &Progress) -> Duration {
+        tokio::time::advance(Duration::from_secs(1)).await;
+        progress.worker.forget_clock();
+        progress.on_read();
+        progress.worker.now() - progress.since.get()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_is_progress_also_after_the_response_has_begun() {
+        let progress = progress();
+        progress.request_begins();
+        progress.request_is_handed_over(false);
+        assert_eq!(idle_after_a_read(&progress).await, Duration::ZERO);
+        progress.response_begins();
+        assert_eq!(idle_after_a_read(&progress).await, Duration::ZERO);
+        // What comes behind the body is another request.
+        progress.request_body_ended();
+        assert_eq!(idle_after_a_read(&progress).await, Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,120 @@
+//! The byte stream to a client; what passes is counted and is progress.
+
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::l7::client::{Client, Progress};
+
+/// Head and body of a response up to this size are copied together to be written.
+const SMALL_WRITE_BYTES: usize = 4096;
+
+pub(super) struct ClientIo {
+    stream: TcpStream,
+    client: Rc<Client>,
+    /// Of HTTP/1, where bytes are of one request at a time.
+    progress: Option<Rc<Progress>>,
+}
+
+impl ClientIo {
+    pub(super) fn new(stream: TcpStream, client: &Rc<Client>, progress: &Rc<Progress>) -> ClientIo {
+        ClientIo {
+            stream,
+            client: Rc::clone(client),
+            progress: Some(Rc::clone(progress)),
+        }
+    }
+
+    /// From here on bytes are of many requests at once.
+    pub(super) fn forget_progress(&mut self) {
+        self.progress = None;
+    }
+
+    pub(super) fn socket(&self) -> SockRef<'_> {
+        SockRef::from(&self.stream)
+    }
+
+    fn on_read(&self, len: usize) {
+        self.client.on_read(len);
+        if len > 0
+            && let Some(progress) = &self.progress
+        {
+            progress.on_read();
+        }
+    }
+
+    fn on_write(&self, len: usize) {
+        self.client.on_write(len);
+        if let Some(progress) = &self.progress {
+            progress.on_write();
+        }
+    }
+}
+
+impl AsyncRead for ClientIo {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        this.on_read(buffer.filled().len() - before);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let len = ready!(Pin::new(&mut this.stream).poll_write(cx, bytes))?;
+        this.on_write(len);
+        Poll::Ready(Ok(len))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let stream = Pin::new(&mut this.stream);
+        // send(2) with a copy is cheaper than writev(2) while the copy is small.
+        let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        let written = if total <= SMALL_WRITE_BYTES {
+            this.client.worker.with_scratch(|scratch| {
+                for slice in slices {
+                    scratch.extend_from_slice(slice);
+                }
+                stream.poll_write(cx, scratch)
+            })
+        } else {
+            stream.poll_write_vectored(cx, slices)
+        };
+        let len = ready!(written)?;
+        this.on_write(len);
+        Poll::Ready(Ok(len))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}

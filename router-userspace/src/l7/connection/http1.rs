@@ -1,0 +1,78 @@
+//! A client connection of HTTP/1.0 or 1.1.
+
+use std::pin::pin;
+use std::rc::Rc;
+
+use http::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+
+use crate::config::HttpLimits;
+use crate::l7::client::{Client, Progress};
+use crate::l7::client_io::ClientIo;
+use crate::l7::connection::{Ended, drive, look_at};
+use crate::l7::error::UNPARSABLE;
+use crate::l7::forward;
+
+/// hyper's default; asking for it by name would take its slower path.
+const DEFAULT_HEADER_COUNT: usize = 100;
+
+pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: ClientIo) -> Ended {
+    let worker = &client.worker;
+    let service = service_fn({
+        let (client, progress) = (Rc::clone(client), Rc::clone(progress));
+        move |request: Request<Incoming>| {
+            forward::answer(Rc::clone(&client), Rc::clone(&progress), request)
+        }
+    });
+    let mut builder = worker.settings(|settings| server_builder(&settings.limits));
+    // Accepted while the worker drains: good for one request.
+    let drains = worker.is_draining();
+    if drains {
+        builder.keep_alive(false);
+    }
+    let mut connection = builder.serve_connection(TokioIo::new(io), service);
+    let ended = drive(
+        client,
+        pin!(&mut connection).as_mut(),
+        drains,
+        |mut connection| std::pin::Pin::new(&mut **connection).graceful_shutdown(),
+        |_, now| look_at(worker, progress, now),
+    )
+    .await;
+    let parts = match ended {
+        None => return Ended::Expired,
+        Some(Ok(())) => connection.into_parts(),
+        Some(Err(error)) if error.is_parse_version_h2() => {
+            let parts = connection.into_parts();
+            return Ended::Http2 {
+                io: parts.io.into_inner(),
+                read_ahead: parts.read_buf,
+            };
+        }
+        Some(Err(error)) => {
+            if error.is_parse() {
+                worker.metrics.errors[UNPARSABLE].add(1);
+            }
+            tracing::debug!(peer = %client.peer, %error, "client connection ended");
+            connection.into_parts()
+        }
+    };
+    Ended::Over {
+        io: parts.io.into_inner(),
+        read_ahead: parts.read_buf,
+    }
+}
+
+fn server_builder(limits: &HttpLimits) -> hyper::server::conn::http1::Builder {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder
+        .header_read_timeout(None)
+        .max_buf_size(limits.request_header_bytes)
+        .max_header_size(limits.request_header_bytes);
+    if limits.request_headers != DEFAULT_HEADER_COUNT {
+        builder.max_headers(limits.request_headers);
+    }
+    builder
+}
