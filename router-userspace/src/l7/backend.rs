@@ -18,13 +18,15 @@ use tokio::time::Instant;
 
 pub(super) use crate::l7::backend::connection::{Connection, Http1, RawBackend};
 
-use crate::l7::backend::connection::{Http2, Opened};
 use crate::l7::admission::InFlight;
+use crate::l7::backend::connection::{Http2, Opened};
 use crate::l7::balance::PoolState;
 use crate::l7::body::RequestBody;
 use crate::l7::error::Failure;
 use crate::l7::metrics::BackendCounters;
 use crate::l7::outlier::Outlier;
+use crate::l7::retry_budget::RetryBudget;
+use crate::l7::router::RouteMatch;
 use crate::l7::shared::{BackendKey, Shared, SharedBackend};
 use crate::l7::tls::BackendTlsClient;
 use crate::route::{Backend, BackendTls, HttpProtocol, Pool};
@@ -37,8 +39,8 @@ const STREAMS_PER_CONNECTION: usize = 100;
 
 /// All backends that this worker has met and that a published pool still names.
 pub(super) struct Backends {
-    /// Which of the workers this is.
-    worker: usize,
+    /// Which of the workers this is, from 0 on.
+    pub worker: usize,
     /// What it knows together with the others.
     common: Arc<Shared>,
     /// The gateway's, of the states of pools that are here.
@@ -46,6 +48,8 @@ pub(super) struct Backends {
     /// By the address of the pool, which is not given to another while a `Weak` of it is here.
     pools: HashMap<*const Pool, Rc<PoolState>>,
     states: HashMap<BackendKey, Rc<BackendState>>,
+    /// Of each route with a state, by host and path: a route has another pool with every change.
+    budgets: HashMap<(Box<str>, Box<str>), Rc<RetryBudget>>,
     changed: bool,
 }
 
@@ -57,16 +61,18 @@ impl Backends {
             zone: None,
             pools: HashMap::new(),
             states: HashMap::new(),
+            budgets: HashMap::new(),
             changed: false,
         }
     }
 
     pub(super) fn pool(
         &mut self,
-        pool: &Arc<Pool>,
+        found: &RouteMatch<'_>,
         now: Instant,
         rng: &mut impl Rng,
     ) -> Rc<PoolState> {
+        let pool = found.pool;
         if let Some(state) = self.pools.get(&Arc::as_ptr(pool)) {
             return Rc::clone(state);
         }
@@ -83,8 +89,14 @@ impl Backends {
             state
         };
         let route = pool.policy.as_ref().map(|policy| self.common.route(policy));
-        let zone = self.zone.as_deref();
-        let state = Rc::new(PoolState::new(pool, zone, route, state_of, now, rng));
+        let name = (found.host.into(), found.path.into());
+        let budget = self
+            .budgets
+            .entry(name)
+            .or_insert_with(|| Rc::new(RetryBudget::new(now)));
+        let (zone, budget) = (self.zone.as_deref(), Rc::clone(budget));
+        let state = PoolState::new(pool, zone, route, budget, state_of, now, rng);
+        let state = Rc::new(state);
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
     }
@@ -104,6 +116,8 @@ impl Backends {
             state.queue.wake_all();
             state.pool.strong_count() > 0
         });
+        self.budgets
+            .retain(|_, budget| Rc::strong_count(budget) > 1);
         let before = self.states.len();
         self.states.retain(|_, state| Rc::strong_count(state) > 1);
         self.changed |= self.states.len() != before;

@@ -21,6 +21,7 @@ use crate::l7::Settings;
 use crate::l7::admission::Queue;
 use crate::l7::backend::BackendState;
 use crate::l7::balance::turns::Turns;
+use crate::l7::retry_budget::RetryBudget;
 use crate::l7::shared::SharedRoute;
 use crate::l7::sticky::{self, Session};
 use crate::route::policy::HttpPolicy;
@@ -53,6 +54,7 @@ pub(super) struct PoolState {
     pub route: Option<Arc<SharedRoute>>,
     /// Requests that wait for room.
     pub queue: Arc<Queue>,
+    pub budget: Rc<RetryBudget>,
     all: Turns,
     /// Those of the gateway's zone, if there are others too.
     local: Option<Turns>,
@@ -169,6 +171,7 @@ impl PoolState {
         pool: &Arc<Pool>,
         zone: Option<&str>,
         route: Option<Arc<SharedRoute>>,
+        budget: Rc<RetryBudget>,
         mut state_of: impl FnMut(&Backend) -> Rc<BackendState>,
         now: Instant,
         rng: &mut impl Rng,
@@ -191,6 +194,7 @@ impl PoolState {
             has_route_service: pool.route_service_url.is_some(),
             route,
             queue: Arc::default(),
+            budget,
             all: Turns::new(weights(), rng),
             local: (1..targets.len()).contains(&local.len()).then_some(local),
             weights_are_equal: targets
@@ -274,6 +278,19 @@ impl PoolState {
         route
             .and_then(|limits| limits.requests_per_backend)
             .unwrap_or(settings.limits.requests_per_backend)
+    }
+
+    /// Attempts of one request, the first included, where the gateway's are `default`.
+    pub(super) fn attempts(&self, default: usize) -> usize {
+        let route = self.policy.as_ref().map(|policy| &policy.retries);
+        let own = route.and_then(|retries| retries.attempts);
+        own.unwrap_or(default).max(1)
+    }
+
+    /// Requests in flight on the route; 0: no limit.
+    pub(super) fn route_limit(&self) -> u32 {
+        let route = self.policy.as_ref().map(|policy| &policy.limits);
+        route.and_then(|limits| limits.requests).unwrap_or(0)
     }
 
     /// How many of the backends are ejected.
@@ -433,7 +450,11 @@ impl PoolState {
 
     /// Requests in flight at all of the backends.
     fn load(&self, now: Instant) -> u64 {
-        let reads = self.targets.len() * self.targets.first().map_or(0, |it| it.backend.in_flight().workers());
+        let reads = self.targets.len()
+            * self
+                .targets
+                .first()
+                .map_or(0, |it| it.backend.in_flight().workers());
         if reads > LOAD_READS
             && let Some((at, load)) = self.load.get()
             && now.duration_since(at) < LOAD_AGE

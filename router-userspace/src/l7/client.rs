@@ -383,6 +383,8 @@ mod tests {
     use super::*;
     use crate::config::HttpConfig;
     use crate::l7::Settings;
+    use crate::l7::backend::Backends;
+    use crate::l7::shared::Shared;
     use crate::snapshot::Published;
 
     fn progress() -> Progress {
@@ -390,6 +392,7 @@ mod tests {
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),
+            Backends::new(0, Arc::new(Shared::new(1))),
             Arc::default(),
             None,
         );

@@ -93,11 +93,9 @@ pub(super) struct Attempt<B> {
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Attempt<B> {
-    /// Whether the client has not sent all of it; reading may wait for the client.
-    pub(super) fn is_open(&self) -> bool {
-        self.replay.state.get() != State::Whole
-            && !self.ended
-            && !self.replay.body.borrow().is_end_stream()
+    /// Whether no later attempt has taken its place.
+    pub(super) fn is_current(&self) -> bool {
+        self.number == self.replay.attempt.get()
     }
 
     /// What earlier attempts have read and this one has not sent.
@@ -126,7 +124,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Attempt<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = &mut *self;
-        if this.number != this.replay.attempt.get() {
+        if !this.is_current() {
             // Its backend failed. Saying that the body ends here would be a lie.
             return Poll::Pending;
         }

@@ -48,13 +48,13 @@ pub(super) fn session(headers: &HeaderMap, config: &HttpSticky) -> Option<Sessio
 
 /// The `Set-Cookie` to add to a response, if any.
 ///
-/// `instance` is the `private_instance_id` of the backend that answered, and `path` the part of the
-/// request's path that led to the route.
+/// `instance` is the `private_instance_id` of the backend that answered, and `path` makes the
+/// [`cookie_path`].
 pub(super) fn set_cookie(
     response: &HeaderMap,
     session: Option<&Session>,
     instance: Option<&str>,
-    path: &str,
+    path: impl FnOnce() -> String,
     config: &HttpSticky,
 ) -> Option<HeaderValue> {
     let negotiation = config.auth_negotiate && asks_to_negotiate(response);
@@ -86,7 +86,7 @@ pub(super) fn set_cookie(
         attributes.same_site.get_or_insert("Strict");
     }
     attributes.secure |= config.secure;
-    attributes.value(instance, path)
+    attributes.value(instance, &path())
 }
 
 /// The part of a request's path that led to its route, as the client wrote it, since clients compare

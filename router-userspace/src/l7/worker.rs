@@ -30,9 +30,9 @@ use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::metrics::WorkerMetrics;
+use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tls::BackendTlsClient;
-use crate::route::Pool;
 use crate::snapshot::{Published, Snapshot};
 
 /// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
@@ -126,9 +126,7 @@ async fn run(parts: WorkerParts) {
         alive,
     } = parts;
     let backends = Backends::new(index, shared);
-    let worker = Rc::new(Worker::new(
-        index, published, settings, backends, metrics, tls,
-    ));
+    let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
     let acceptors: Vec<_> = listeners
         .into_iter()
         .filter_map(|listener| match TcpListener::from_std(listener) {
@@ -253,7 +251,6 @@ async fn sweep(worker: Rc<Worker>) {
 
 impl Worker {
     pub(super) fn new(
-        index: usize,
         published: Published,
         settings: Arc<ArcSwap<Settings>>,
         backends: Backends,
@@ -261,7 +258,7 @@ impl Worker {
         tls: Option<BackendTlsClient>,
     ) -> Worker {
         Worker {
-            index,
+            index: backends.worker,
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),
@@ -287,11 +284,11 @@ impl Worker {
         read(self.settings.borrow_mut().load())
     }
 
-    /// This worker's state of a pool of the current snapshot.
-    pub(super) fn pool(&self, pool: &Arc<Pool>) -> Rc<PoolState> {
+    /// This worker's state of the pool of a route of the current snapshot.
+    pub(super) fn pool(&self, found: &RouteMatch<'_>) -> Rc<PoolState> {
         self.backends
             .borrow_mut()
-            .pool(pool, self.now(), &mut *self.rng.borrow_mut())
+            .pool(found, self.now(), &mut *self.rng.borrow_mut())
     }
 
     /// The target for the next attempt.
@@ -311,15 +308,13 @@ impl Worker {
                     slow_start: settings.slow_start,
                     limit: pool.limit(settings),
                 };
-                let session = wanted.session.as_ref().filter(|_| tried.is_empty());
-                if let Some(session) = session {
+                if let Some(session) = &wanted.session
+                    && (session.required || tried.is_empty())
+                {
                     match pool.pick_instance(&session.instance, &at) {
-                        Some(index) => {
-                            self.metrics.sticky_hits.add(1);
-                            return Choice::Target(index);
-                        }
+                        Some(index) => return Choice::Target(index),
                         None if session.required => return Choice::Nobody,
-                        None => self.metrics.sticky_misses.add(1),
+                        None => {}
                     }
                 }
                 if panic {

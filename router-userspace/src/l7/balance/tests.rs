@@ -7,6 +7,7 @@ use rand::rngs::SmallRng;
 use super::*;
 use crate::config::HttpEjection;
 use crate::l7::backend::Backends;
+use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tests::backend;
 
@@ -18,6 +19,14 @@ fn published(backends: impl IntoIterator<Item = Backend>) -> Arc<Pool> {
         backends: backends.into_iter().map(Arc::new).collect(),
         ..Pool::default()
     })
+}
+
+fn found(pool: &Arc<Pool>) -> RouteMatch<'_> {
+    RouteMatch {
+        host: "a.com",
+        path: "",
+        pool,
+    }
 }
 
 /// The state of a pool with these weights; backend `i` is 10.0.0.1:(i + 1).
@@ -33,7 +42,7 @@ fn state(backends: impl IntoIterator<Item = Backend>) -> (Rc<PoolState>, SmallRn
     let mut rng = SmallRng::seed_from_u64(7);
     let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
     let pool = published(backends);
-    (worker.pool(&pool, Instant::now(), &mut rng), rng)
+    (worker.pool(&found(&pool), Instant::now(), &mut rng), rng)
 }
 
 fn eject(pool: &PoolState, index: usize, now: Instant) {
@@ -49,7 +58,7 @@ fn a_pool_that_is_not_published_is_forgotten_by_every_worker() {
     let shared = Arc::new(Shared::new(2));
     let mut workers = [0, 1].map(|index| Backends::new(index, Arc::clone(&shared)));
     for worker in &mut workers {
-        worker.pool(&pool, Instant::now(), &mut rng);
+        worker.pool(&found(&pool), Instant::now(), &mut rng);
         assert_eq!(worker.changed_counters().map(|list| list.len()), Some(1));
     }
     drop(pool);
@@ -279,7 +288,7 @@ fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
     let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
     worker.set_zone(Some("z1"));
     let published = published(["z1", "z2", "z1", "z2"].into_iter().enumerate().map(zoned));
-    let pool = worker.pool(&published, Instant::now(), &mut rng);
+    let pool = worker.pool(&found(&published), Instant::now(), &mut rng);
     let mut calm = Calm::new();
     for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let mut picked = [0; 4];
@@ -298,7 +307,7 @@ fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
     assert!(index == 1 || index == 3);
 
     worker.set_zone(Some("z2"));
-    let pool = worker.pool(&published, Instant::now(), &mut rng);
+    let pool = worker.pool(&found(&published), Instant::now(), &mut rng);
     at.unhealthy = &at.draining;
     let index = target(pool.pick(&at, &mut rng)).unwrap();
     assert!(index == 1 || index == 3, "of another zone after a reload");

@@ -90,6 +90,10 @@ fn a_negotiation_is_with_one_instance_only() {
     assert_eq!(session(&fields, &config()), None, "its first request");
 }
 
+fn root() -> String {
+    "/".to_owned()
+}
+
 fn answer(set_cookies: &[&str], session: Option<&str>) -> Option<String> {
     let fields: Vec<_> = set_cookies.iter().map(|&text| (SET_COOKIE, text)).collect();
     let session = session.map(|instance| Session {
@@ -100,7 +104,7 @@ fn answer(set_cookies: &[&str], session: Option<&str>) -> Option<String> {
         &headers(&fields),
         session.as_ref(),
         Some("abc"),
-        "/App",
+        || "/App".to_owned(),
         &config(),
     );
     value.map(|value| value.to_str().unwrap().to_owned())
@@ -160,20 +164,20 @@ fn a_session_that_had_to_move_is_told() {
 #[test]
 fn a_challenge_to_negotiate_begins_a_short_session() {
     let fields = headers(&[(WWW_AUTHENTICATE, "Negotiate")]);
-    let value = set_cookie(&fields, None, Some("abc"), "/", &config()).unwrap();
+    let value = set_cookie(&fields, None, Some("abc"), root, &config()).unwrap();
     assert_eq!(
         value,
         "__VCAP_ID__=abc; Path=/; Max-Age=60; HttpOnly; SameSite=Strict"
     );
     let off = HttpSticky::default();
-    assert_eq!(set_cookie(&fields, None, Some("abc"), "/", &off), None);
+    assert_eq!(set_cookie(&fields, None, Some("abc"), root, &off), None);
 }
 
 #[test]
 fn an_instance_that_fits_no_cookie_gets_none() {
     let fields = headers(&[(SET_COOKIE, "JSESSIONID=1")]);
     for instance in [None, Some(""), Some("a;b"), Some("a b"), Some("ä")] {
-        let value = set_cookie(&fields, None, instance, "/", &config());
+        let value = set_cookie(&fields, None, instance, root, &config());
         assert_eq!(value, None, "{instance:?}");
     }
 }
@@ -185,7 +189,7 @@ fn secure_may_be_asked_for_by_the_gateway() {
         ..HttpSticky::default()
     };
     let fields = headers(&[(SET_COOKIE, "JSESSIONID=1")]);
-    let value = set_cookie(&fields, None, Some("abc"), "/", &secure).unwrap();
+    let value = set_cookie(&fields, None, Some("abc"), root, &secure).unwrap();
     assert_eq!(value, "__VCAP_ID__=abc; Path=/; HttpOnly; Secure");
 }
 
@@ -217,7 +221,7 @@ proptest! {
             }
         }
         let session = session(&fields, &config());
-        set_cookie(&fields, session.as_ref(), Some("abc"), "/", &config());
+        set_cookie(&fields, session.as_ref(), Some("abc"), root, &config());
     }
 
     #[test]

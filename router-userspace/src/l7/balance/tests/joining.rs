@@ -10,10 +10,10 @@ fn joined() -> (Rc<PoolState>, Instant, SmallRng) {
     let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
     let before = Instant::now();
     let two = published([0, 1].map(|i| backend(address(i))));
-    let _kept = worker.pool(&two, before, &mut rng);
+    let _kept = worker.pool(&found(&two), before, &mut rng);
     let now = before + Duration::from_secs(1000);
     let three = published([0, 1, 2].map(|i| backend(address(i))));
-    (worker.pool(&three, now, &mut rng), now, rng)
+    (worker.pool(&found(&three), now, &mut rng), now, rng)
 }
 
 /// How many of 3000 requests the third gets at this time.
