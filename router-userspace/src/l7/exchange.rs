@@ -122,7 +122,6 @@ impl<'a> Exchange<'a> {
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),
                 Some(Err(failure)) => {
                     lease.backend().record_failure();
-                    drop(lease);
                     self.go_on(index, failure)?;
                     continue;
                 }

@@ -58,7 +58,8 @@ pub(super) fn set_cookie(
     config: &HttpSticky,
 ) -> Option<HeaderValue> {
     let negotiation = config.auth_negotiate && asks_to_negotiate(response);
-    if config.cookies.is_empty() && !negotiation && session.is_none() {
+    let may_begin = !config.cookies.is_empty() && response.contains_key(SET_COOKIE);
+    if !may_begin && !negotiation && session.is_none() {
         return None;
     }
     let instance = instance.filter(|id| !id.is_empty() && is_cookie_value(id.as_bytes()))?;

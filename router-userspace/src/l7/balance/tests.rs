@@ -308,7 +308,7 @@ fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
 
     worker.set_zone(Some("z2"));
     let pool = worker.pool(&found(&published), Instant::now(), &mut rng);
-    at.unhealthy = &at.draining;
+    at.unhealthy = at.draining;
     let index = target(pool.pick(&at, &mut rng)).unwrap();
     assert!(index == 1 || index == 3, "of another zone after a reload");
 }

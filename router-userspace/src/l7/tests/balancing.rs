@@ -216,3 +216,47 @@ async fn a_backend_of_bad_responses_is_ejected_and_only_half_of_the_pool() {
     let (one, other) = (one.seen().len(), other.seen().len());
     assert_eq!(one.min(other), 2, "{one} and {other}");
 }
+
+#[tokio::test]
+async fn a_limit_holds_over_all_workers() {
+    const REQUESTS: usize = 24;
+    let (now, most) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(0)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let counts = (Arc::clone(&now), Arc::clone(&most));
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let (now, most) = counts.clone();
+            tokio::spawn(async move {
+                let mut byte = [0];
+                // Each byte that follows a response begins a request.
+                while let Ok(1) = stream.read(&mut byte).await {
+                    let inside = {
+                        let mut now = now.lock().unwrap();
+                        *now += 1;
+                        *now
+                    };
+                    let so_far = *most.lock().unwrap();
+                    *most.lock().unwrap() = so_far.max(inside);
+                    read_until(&mut stream, "\r\n\r\n").await;
+                    tokio::task::yield_now().await;
+                    *now.lock().unwrap() -= 1;
+                    stream.write_all(OK).await.unwrap();
+                }
+            });
+        }
+    });
+    let config = limited(|config| {
+        config.workers = 3;
+        config.limits.requests_per_backend = 2;
+    });
+    let gateway = Gateway::with_config(one_route([address]), config);
+    let requests = (0..REQUESTS).map(|_| gateway.get("a.com"));
+    for response in futures_util::future::join_all(requests).await {
+        assert_status(&response, 200);
+    }
+    let most = *most.lock().unwrap();
+    assert!((1..=2).contains(&most), "{most} at once");
+    assert_eq!(*now.lock().unwrap(), 0);
+}
