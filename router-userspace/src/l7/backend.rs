@@ -274,7 +274,7 @@ impl Lease {
         let (connect, ejection) = self
             .worker
             .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
-        let opening = open(self.backend(), self.worker.tls.as_ref());
+        let opening = open(self.backend(), self.worker.tls.backend());
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
@@ -323,7 +323,7 @@ impl Drop for Lease {
 
 async fn open(
     backend: &BackendState,
-    tls: Option<&BackendTlsClient>,
+    tls: Option<Arc<BackendTlsClient>>,
 ) -> Result<Connection, Failure> {
     let stream = connect(backend).await?;
     let io = match &backend.tls {
@@ -331,8 +331,9 @@ async fn open(
         Some(wanted) => {
             let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
             let name = wanted.server_name.as_deref();
-            let handshake = tls.handshake(stream, name, backend.address.ip());
-            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
+            let handshake = tls.handshake(stream, name, backend.address.ip(), false);
+            let (stream, _) = handshake.await.map_err(Failure::Backend)?;
+            BackendIo::Tls(Box::new(stream))
         }
     };
     let (sender, connection) = hyper::client::conn::http1::Builder::new()

@@ -20,12 +20,12 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::config::{HttpLimits, HttpTimeouts};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
+use crate::l7::handshake::{ClientStream, Established};
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::worker::Worker;
 
@@ -40,7 +40,8 @@ const SMALL_WRITE_BYTES: usize = 4096;
 const DEFAULT_HEADER_COUNT: usize = 100;
 
 /// Serves one connection until it ends.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
+    let Established { stream, peer, .. } = established;
     let client = Rc::new(ClientState::new(&worker, peer));
     let io = TokioIo::new(ClientIo {
         stream,
@@ -373,13 +374,13 @@ impl<'a, D: Future<Output = ()>> Watch<'a, D> {
 
 /// The byte stream to the client; what passes is counted and is progress.
 pub(super) struct ClientIo {
-    stream: TcpStream,
+    stream: ClientStream,
     client: Rc<ClientState>,
 }
 
 impl ClientIo {
     pub(super) fn socket(&self) -> SockRef<'_> {
-        SockRef::from(&self.stream)
+        self.stream.socket()
     }
 }
 

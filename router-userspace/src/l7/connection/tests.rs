@@ -3,15 +3,17 @@ use std::sync::Arc;
 use super::*;
 use crate::config::HttpConfig;
 use crate::l7::Settings;
+use crate::l7::tls::Tls;
 use crate::snapshot::Published;
 
 fn client() -> ClientState {
-    let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&HttpConfig::default()));
+    let config = HttpConfig::default();
+    let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&config));
     let worker = Worker::new(
         Published::default(),
         Arc::new(settings),
         Arc::default(),
-        None,
+        Tls::start(&config, Arc::default()).unwrap(),
     );
     ClientState::new(&Rc::new(worker), SocketAddr::from(([192, 0, 2, 1], 4000)))
 }
