@@ -17,7 +17,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 mod http;
 mod l4;
 
-pub use http::{BackendTlsConfig, HttpBalance, HttpConfig, HttpLimits, HttpTimeouts};
+pub use http::{
+    BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth, ClientCertFormat,
+    ForwardedClientCert, HttpBalance, HttpConfig, HttpLimits, HttpTimeouts, HttpTlsConfig,
+    ProxyProtocol, TlsVersion,
+};
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
     MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,

@@ -28,6 +28,7 @@ use crate::l7::worker::Worker;
 
 pub(super) struct Exchange<'a> {
     worker: &'a Rc<Worker>,
+    client: &'a Client,
     progress: &'a Progress,
     pool: &'a Rc<PoolState>,
     findings: &'a Findings,
@@ -67,6 +68,7 @@ impl<'a> Exchange<'a> {
     ) -> Exchange<'a> {
         Exchange {
             worker: &client.worker,
+            client,
             progress,
             pool,
             findings,
@@ -96,7 +98,7 @@ impl<'a> Exchange<'a> {
                 });
             };
             let mut lease = Lease::new(self.worker, self.pool, index);
-            let connecting = lease.connect(self.fresh, self.findings.upgrade);
+            let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),

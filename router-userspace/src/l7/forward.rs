@@ -16,6 +16,7 @@ use crate::l7::backend::RawBackend;
 use crate::l7::balance::{PoolState, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
+use crate::l7::client_cert;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
 use crate::l7::headers;
@@ -119,10 +120,20 @@ async fn forward(
         progress.set_timeouts(client, &policy.timeouts, started);
     }
     let only = find_instance(&pool, &findings)?;
+    let (trusted, client_cert) = worker.settings(|settings| {
+        let trusted = settings.trusts(client.peer.ip());
+        let shown = client
+            .tls
+            .as_ref()
+            .and_then(|tls| tls.client_certificate.as_ref());
+        let mode = settings.forwarded_client_cert;
+        (trusted, client_cert::forwarded(mode, trusted, shown))
+    });
     let origin = headers::Origin {
         address: &client.forwarded_for,
-        secure: client.secure,
-        trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
+        client_cert,
+        secure: client.tls.is_some(),
+        trusted,
         request_start: worker.request_start(),
         request_id: worker.new_request_id(),
     };

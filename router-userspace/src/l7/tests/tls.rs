@@ -1,6 +1,7 @@
 //! Backends that registered a TLS port.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
@@ -55,7 +56,10 @@ fn gateway(address: SocketAddr, name: Option<&str>, ca_file: Option<PathBuf>) ->
         }]),
     );
     let config = HttpConfig {
-        backend_tls: BackendTlsConfig { ca_file },
+        backend_tls: BackendTlsConfig {
+            ca_file,
+            ..BackendTlsConfig::default()
+        },
         ..config()
     };
     Gateway::with_config(snapshot([route]), config)
@@ -117,6 +121,7 @@ async fn a_ca_file_without_certificates_is_an_error_that_names_it() {
     let config = HttpConfig {
         backend_tls: BackendTlsConfig {
             ca_file: Some(path.clone()),
+            ..BackendTlsConfig::default()
         },
         ..config()
     };
