@@ -32,6 +32,7 @@ const TESTS: &[(&str, &[&str])] = &[
 /// What the tests start, from the host.
 const PROGRAMS: &[&str] = &[
     "ip",
+    "tc",
     "ethtool",
     "nats-server",
     "mount",
