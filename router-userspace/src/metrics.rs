@@ -462,6 +462,11 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
         stats.watch_lost,
     )?;
     page.counter(
+        "viaduct_l4_events_lost",
+        "Sampled packets that found the ring buffer to the agent full",
+        stats.events_lost,
+    )?;
+    page.counter(
         "viaduct_l4_failed_writes",
         "Writes to the kernel's tables that failed and were repeated",
         stats.failed_writes,
