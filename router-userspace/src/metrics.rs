@@ -275,8 +275,8 @@ impl Collector for Scrape {
         )?;
         page.gauge(
             "viaduct_drained_backends",
-            "Backends that an operator has drained",
-            snapshot.draining.len() as u64,
+            "Backends that an operator has drained, at all or for a VIP",
+            (snapshot.draining.len() + snapshot.draining_at.len()) as u64,
         )?;
         encode_health(&mut page, &self.metrics)?;
         proxy::encode(&mut page, &self.l7)?;

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Output, Stdio};
 
-use router_tests::app::HTTP_PORT;
+use router_tests::app::{ECHO_PORT, HTTP_PORT};
 use router_tests::client;
 use router_tests::lab::CLIENT;
 use router_tests::process::wait_for;
@@ -262,14 +262,34 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
         good(&run(&site, &["drain"])).is_empty().then_some(())
     })
     .unwrap();
-    let gets = |exchange: site::Exchange| {
-        wait_for("b1 to get something new", || {
-            (site.lab.client.run(exchange).ok()? == "b1").then_some(())
-        })
-        .unwrap();
-    };
-    gets(site::echo_tcp);
-    gets(site::hello);
+    gets(&site, site::echo_tcp);
+    gets(&site, site::hello);
+}
+
+#[test]
+fn a_backend_drained_for_one_vip_goes_on_with_the_others() {
+    let site = Site::running(2).unwrap();
+    let vip = format!("tcp/{ECHO_VIP}");
+    // It serves TCP and UDP, which are two VIPs.
+    let backend = format!("{}:{ECHO_PORT}", site.lab.backend_address(0));
+    let told = good(&run(&site, &["drain", &backend, "--vip", &vip]));
+    assert!(told.contains(&format!("--vip {vip} --undo")), "{told}");
+    site.wait_until_spared("b1", site::echo_tcp).unwrap();
+    gets(&site, site::echo_udp);
+    let listed = good(&run(&site, &["drain"]));
+    assert_eq!(listed, format!("{backend} {vip}\n"));
+
+    good(&run(&site, &["drain", &backend, "--vip", &vip, "--undo"]));
+    gets(&site, site::echo_tcp);
+    assert_eq!(good(&run(&site, &["drain"])), "");
+}
+
+/// Waits until the first backend has something new.
+fn gets(site: &Site, exchange: site::Exchange) {
+    wait_for("b1 to get something new", || {
+        (site.lab.client.run(exchange).ok()? == "b1").then_some(())
+    })
+    .unwrap();
 }
 
 #[test]
