@@ -101,7 +101,8 @@ impl Sources {
             self.arrange_pairs();
         }
         for (files, pair) in &mut self.pairs {
-            let look = pair.look(anyway, || Certificate::load(files));
+            let read = || Certificate::load(files).context("http.tls.certificates");
+            let look = pair.look(anyway, read);
             changed.server |= changed.take(look);
         }
         changed
