@@ -97,6 +97,13 @@ mod tests {
                 format!("[http.backend_tls]\nca_file = \"{junk}\"\n"),
                 "http.backend_tls.ca_file",
             ),
+            (
+                format!(
+                    "[http.tls]\nlisten = [\"[::]:443\"]\n\
+                     certificates = [{{ certificate_file = \"{junk}\", key_file = \"{junk}\" }}]\n"
+                ),
+                "http.tls.certificates",
+            ),
         ] {
             let config = config::parse(&text).unwrap();
             let error = format!("{:#}", resolve(&config).unwrap_err());

@@ -118,3 +118,65 @@ impl BackendTlsConfig {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{ClientAuth, TlsVersion, parse};
+
+    #[test]
+    fn tls_is_read_whole() {
+        let config = parse(
+            r#"
+            [http]
+            trusted_proxies = ["192.0.2.1/32"]
+            proxy_protocol = "require"
+            backend_proxy_protocol = "v2"
+            forwarded_client_cert = "sanitize_set"
+            forwarded_client_cert_format = "hash-subject"
+            [http.tls]
+            listen = ["[::]:443"]
+            certificates = [{ certificate_file = "/a.crt", key_file = "/a.key" }]
+            certificate_directory = "/etc/certs"
+            strict_sni = true
+            min_version = "1.3"
+            http2 = false
+            client_auth = "request"
+            client_ca_file = "/ca.pem"
+            [http.backend_tls]
+            system_roots = true
+            certificate_file = "/g.crt"
+            key_file = "/g.key"
+            "#,
+        )
+        .unwrap();
+        let tls = &config.http.tls;
+        assert_eq!(tls.min_version, TlsVersion::Tls13);
+        assert_eq!(tls.client_auth, ClientAuth::Request);
+        assert!(config.http.backend_tls.has_roots());
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(parse(&text).unwrap(), config, "{text}");
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused_by_name() {
+        for (text, wanted) in [
+            (
+                "[http.tls]\nlisten = [\"[::]:443\"]\n",
+                "http.tls.certificates",
+            ),
+            ("[http.tls]\nclient_auth = \"require\"\n", "client_ca_file"),
+            ("[http.tls]\nclient_ca_file = \"/ca\"\n", "client_auth"),
+            ("[http.tls]\nmin_version = \"1.1\"\n", "min_version"),
+            ("[http.backend_tls]\nkey_file = \"/k\"\n", "go together"),
+            (
+                "[http.backend_tls]\ncertificate_file = \"/c\"\nkey_file = \"/k\"\n",
+                "system_roots",
+            ),
+            ("[http]\nproxy_protocol = \"accept\"\n", "trusted_proxies"),
+            ("[http.timeouts]\nproxy_header = \"0s\"\n", "proxy_header"),
+        ] {
+            let message = format!("{:#}", parse(text).unwrap_err());
+            assert!(message.contains(wanted), "{text}: {message}");
+        }
+    }
+}

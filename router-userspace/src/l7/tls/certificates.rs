@@ -160,3 +160,60 @@ impl ResolvesServerCert for Certificates {
         self.choose(hello.server_name(), hello.signature_schemes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519};
+
+    use super::*;
+
+    fn certificate(hosts: &[&str], algorithm: &'static rcgen::SignatureAlgorithm) -> Certificate {
+        let directory = tempfile::tempdir().unwrap();
+        let files = CertificateFiles {
+            certificate_file: directory.path().join("a.crt"),
+            key_file: directory.path().join("a.key"),
+        };
+        let hosts: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let mut params = CertificateParams::new(hosts).unwrap();
+        params.not_after = rcgen::date_time_ymd(2040, 1, 1);
+        let made = params.self_signed(&key).unwrap();
+        std::fs::write(&files.certificate_file, made.pem()).unwrap();
+        std::fs::write(&files.key_file, key.serialize_pem()).unwrap();
+        Certificate::load(&files).unwrap()
+    }
+
+    #[test]
+    fn names_and_end_are_those_of_the_certificate() {
+        let certificate = certificate(&["A.com", "*.b.com", "127.0.0.1"], &PKCS_ED25519);
+        assert_eq!(certificate.names, ["a.com".into(), "*.b.com".into()]);
+        assert_eq!(certificate.not_after, 2_208_988_800);
+    }
+
+    #[test]
+    fn of_several_for_a_host_one_is_chosen_that_the_client_can_verify() {
+        let one = certificate(&["a.com"], &PKCS_ED25519);
+        let other = certificate(&["a.com"], &PKCS_ECDSA_P256_SHA256);
+        let all = Certificates::new([&one, &other], true);
+        for (schemes, wanted) in [
+            (SignatureScheme::ED25519, &one),
+            (SignatureScheme::ECDSA_NISTP256_SHA256, &other),
+            // Neither: the handshake fails by the first.
+            (SignatureScheme::RSA_PSS_SHA256, &one),
+        ] {
+            let chosen = all.choose(Some("a.com"), &[schemes]).unwrap();
+            assert!(Arc::ptr_eq(&chosen, &wanted.key), "{schemes:?}");
+        }
+    }
+
+    #[test]
+    fn a_wildcard_stands_for_one_label() {
+        let wildcard = certificate(&["*.a.com"], &PKCS_ED25519);
+        let all = Certificates::new([&wildcard], true);
+        assert!(all.serves(Some("x.a.com")) && all.serves(Some("X.A.com")));
+        for host in [Some("a.com"), Some("x.y.a.com"), Some("xa.com"), None] {
+            assert!(!all.serves(host), "{host:?}");
+        }
+        assert!(Certificates::new([&wildcard], false).serves(None));
+    }
+}

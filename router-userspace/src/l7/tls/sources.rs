@@ -100,8 +100,13 @@ impl Sources {
         if !self.tls.listen.is_empty() {
             self.arrange_pairs();
         }
-        for (files, pair) in &mut self.pairs {
-            let look = pair.look(anyway, || Certificate::load(files));
+        let configured_count = self.tls.certificates.len();
+        for (at, (files, pair)) in self.pairs.iter_mut().enumerate() {
+            let key = match at < configured_count {
+                true => "http.tls.certificates",
+                false => "http.tls.certificate_directory",
+            };
+            let look = pair.look(anyway, || Certificate::load(files).context(key));
             changed.server |= changed.take(look);
         }
         changed

@@ -2,7 +2,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use rcgen::{CertificateParams, KeyPair};
+use rustls::ServerConfig;
+use rustls::server::WebPkiClientVerifier;
 use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 use super::*;
 use crate::config::{CertificateFiles, HttpTlsConfig};
@@ -198,4 +202,48 @@ fn backends_are_verified_with_what_changed() {
     assert!(!Arc::ptr_eq(&before, &tls.backend().unwrap()));
     assert_eq!(metrics.tls.loads_and_refusals(), (1, 1));
     assert!(tls.server().is_none());
+}
+
+/// A backend that demands a certificate of `ca_file` and speaks HTTP/2 if it may.
+fn demanding_backend(files: &CertificateFiles, ca_file: &Path) -> TlsAcceptor {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let roots = super::files::roots(ca_file).unwrap();
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
+    let chain = super::files::certificates(&files.certificate_file).unwrap();
+    let key = super::files::private_key(&files.key_file).unwrap();
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier.build().unwrap())
+        .with_single_cert(chain, key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    TlsAcceptor::from(Arc::new(config))
+}
+
+#[tokio::test]
+async fn a_backend_is_shown_the_gateways_certificate_and_offered_http2_if_it_speaks_it() {
+    let files = Files::new();
+    let app = files.write("app", &["app.internal"]);
+    let gateway = files.write("gateway", &["gateway.internal"]);
+    let acceptor = demanding_backend(&app, &gateway.certificate_file);
+    let mut config = HttpConfig::default();
+    config.backend_tls.ca_file = Some(app.certificate_file);
+    config.backend_tls.certificate_file = Some(gateway.certificate_file);
+    config.backend_tls.key_file = Some(gateway.key_file);
+    let (tls, _) = start(&config);
+    let client = tls.backend().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    for http2 in [true, false] {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let handshake = client.handshake(stream, Some("app.internal"), address.ip(), http2);
+        let accept = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            acceptor.accept(stream).await.unwrap()
+        };
+        let (handshake, accepted) = tokio::join!(handshake, accept);
+        assert_eq!(handshake.unwrap().1, http2);
+        assert!(accepted.get_ref().1.peer_certificates().is_some());
+    }
 }
