@@ -58,6 +58,7 @@ fn sample<F: Frame>(frame: &F, verdict: u32) -> u64 {
     }
     // Where nobody reads fast enough, what does not fit is left out.
     let Some(mut record) = maps::EVENTS.reserve::<PacketEvent>(0) else {
+        maps::count_lost_event();
         return 0;
     };
     let mut event = PacketEvent {

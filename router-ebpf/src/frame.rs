@@ -15,7 +15,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::helpers::generated::{
     bpf_skb_change_tail, bpf_skb_vlan_pop, bpf_skb_vlan_push, bpf_xdp_adjust_head,
-    bpf_xdp_adjust_tail,
+    bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
 };
 use aya_ebpf::programs::{TcContext, XdpContext};
 use aya_log_ebpf::warn;
@@ -62,6 +62,8 @@ pub trait Frame: Stages {
     fn ifindex(&self) -> u32;
     /// Octets of the frame, the ones beyond `data_end` too.
     fn len(&self) -> u32;
+    /// Whether there are so many.
+    fn holds(&self, octets: u32) -> bool;
     /// The tag that is kept beside the frame; 0: none.
     fn vlan(&self) -> u16;
     /// Makes the headers lie between `data` and `data_end`.
@@ -126,7 +128,14 @@ macro_rules! xdp_frame {
 
             #[inline(always)]
             fn len(&self) -> u32 {
-                (self.data_end() - self.data()) as u32
+                // SAFETY: the helper takes any XDP buffer.
+                unsafe { bpf_xdp_get_buff_len(self.0.ctx) as u32 }
+            }
+
+            #[inline(always)]
+            fn holds(&self, octets: u32) -> bool {
+                // Mostly there is nothing beyond `data_end`.
+                (self.data_end() - self.data()) as u32 >= octets || self.len() >= octets
             }
 
             #[inline(always)]
@@ -249,6 +258,11 @@ impl Frame for Tcx<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
         self.0.len()
+    }
+
+    #[inline(always)]
+    fn holds(&self, octets: u32) -> bool {
+        self.len() >= octets
     }
 
     #[inline(always)]

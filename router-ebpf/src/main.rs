@@ -80,7 +80,10 @@ fn explain(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn run<F: Frame>(frame: &F) -> i32 {
-    let outcome = pipeline(frame);
+    let mut outcome = pipeline(frame);
+    if outcome.is(Verdict::NoSuchVip) {
+        outcome = for_nobody();
+    }
     explain::report(frame, outcome.verdict());
     conclude(frame, outcome)
 }
@@ -112,6 +115,18 @@ fn pipeline<F: Frame>(frame: &F) -> Outcome {
         return answer(frame);
     }
     Outcome::refused(Verdict::NoSuchVip)
+}
+
+/// A packet to no VIP: one port or protocol of a VIP's address that nobody has, or an address that the
+/// prefilter took for another.
+#[inline(always)]
+fn for_nobody() -> Outcome {
+    let is_vip =
+        scratch::get().is_ok_and(|scratch| packet::is_vip_address(scratch.packet.key.destination));
+    Outcome::refused(match is_vip {
+        true => Verdict::NoSuchVip,
+        false => Verdict::NotForUs,
+    })
 }
 
 /// A packet to the gateway.
@@ -320,13 +335,13 @@ fn later_fragment<F: Frame>(frame: &F) -> Result<Outcome, Verdict> {
     let packet = &scratch.packet;
     let now = maps::now(settings);
     if flows::of_fragment(packet, settings, now, &mut scratch.flow).is_none() {
-        return Err(
-            if !packet.to_gateway && packet::is_vip_address(packet.key.destination) {
-                Verdict::Fragment
-            } else {
-                Verdict::NoSuchVip
-            },
-        );
+        return Err(if packet.to_gateway {
+            Verdict::NotAReply
+        } else if packet::is_vip_address(packet.key.destination) {
+            Verdict::Fragment
+        } else {
+            Verdict::NoSuchVip
+        });
     }
     let flow = &scratch.flow;
     if flow.reply != 0 {

@@ -1,8 +1,8 @@
 //! Every map: key to value, capacity, who writes and who reads.
 //!
 //! Capacities here are the smallest that load; the agent sets the configured ones before it creates
-//! the maps. All but the agent's own questions (`SWEEP`, `CLOCK`, `EXPLAINED`), `EVENTS` and the log are
-//! pinned and outlive the agent.
+//! the maps. All but the agent's own questions (`SWEEP`, `CLOCK`, `EXPLAINED`), `EVENTS`, `EVENTS_LOST` and
+//! the log are pinned and outlive the agent.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::SkStorage;
@@ -108,6 +108,10 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::C
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
+/// Sampled packets that `EVENTS` had no room for. Written here, read by the agent.
+#[map]
+pub static EVENTS_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// A socket of this host that dialed a VIP, to what it dialed. Written here; the kernel keeps it with
 /// the socket and drops it with the socket.
 #[btf_map]
@@ -153,6 +157,13 @@ pub fn now(settings: &Settings) -> u32 {
 pub fn count_verdict(verdict: u32) {
     if let Some(count) = VERDICTS.get_ptr_mut(verdict) {
         // SAFETY: this CPU's own value, and XDP programs do not interrupt each other.
+        unsafe { *count += 1 };
+    }
+}
+
+pub fn count_lost_event() {
+    if let Some(count) = EVENTS_LOST.get_ptr_mut(0) {
+        // SAFETY: as in `count_verdict`.
         unsafe { *count += 1 };
     }
 }

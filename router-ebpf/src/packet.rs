@@ -280,6 +280,9 @@ fn parse_l4(frame: &impl Frame, packet: &mut Packet, bits: u64) -> Result<(), Ve
         IPPROTO_ICMP | IPPROTO_ICMPV6 => ICMP_LEN,
         _ => return Err(Verdict::NoSuchVip),
     };
+    if !frame.holds(packet.l3 + packet.ip_len) {
+        return Err(refuse(destination, bits, Verdict::Malformed));
+    }
     if packet.fragment == Fragment::LATER {
         return Ok(());
     }

@@ -298,7 +298,7 @@ fn counters(admin: &Admin) -> Value {
         "vips": size.vips,
         "route_backends": { "nats": size.entries[0], "file": size.entries[1], "adopted": size.entries[2] },
         "unhealthy_backends": snapshot.unhealthy.len(),
-        "drained_backends": snapshot.draining.len(),
+        "drained_backends": snapshot.draining.len() + snapshot.draining_at.len(),
         "nats": {
             "connected": metrics.nats_connected.get() == 1,
             "connects": metrics.nats_connects.get(),

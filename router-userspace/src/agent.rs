@@ -127,9 +127,14 @@ impl Agent {
                     change.merge(self.table.set_health(backend, healthy));
                 }
                 Event::Explain(question) => self.explain(question),
-                Event::Drain { backend, drain } => {
-                    tracing::info!(%backend, drain, "an operator's drain");
-                    change.merge(self.table.set_draining(backend, drain));
+                Event::Drain {
+                    backend,
+                    vip,
+                    drain,
+                } => {
+                    let at = vip.map(tracing::field::display);
+                    tracing::info!(%backend, vip = at, drain, "an operator's drain");
+                    change.merge(self.table.set_draining(backend, vip, drain));
                 }
                 Event::SourceConnected { origin, connected } => {
                     self.table.set_connected(origin, connected, now);

@@ -18,8 +18,9 @@ mod http;
 mod l4;
 
 pub use http::{
-    BackendTlsConfig, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries, HttpSticky,
-    HttpTimeouts, HttpZoneBalance,
+    BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth, ClientCertFormat,
+    ForwardedClientCert, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries,
+    HttpSticky, HttpTimeouts, HttpTlsConfig, HttpZoneBalance, ProxyProtocol, TlsVersion,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

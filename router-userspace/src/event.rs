@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 
 use crate::l4::explain::Question;
 use crate::l4::next_hop::NextHop;
-use crate::route::{Origin, RouteEvent};
+use crate::route::{Origin, RouteEvent, Vip};
 
 /// Depth of the agent's inbox: a few milliseconds of its work. A full inbox makes sources wait, and
 /// is counted. The NATS source reads on while it waits and drops, and counts, what is beyond its
@@ -34,9 +34,10 @@ pub enum Event {
     },
     /// What layer 4 would do with a packet.
     Explain(Question),
-    /// An operator has a backend drained, or undoes that.
+    /// An operator has a backend drained, or undoes that; at both layers, or for one VIP.
     Drain {
         backend: SocketAddr,
+        vip: Option<Vip>,
         drain: bool,
     },
     /// Network interfaces came, went, or have other names.

@@ -134,6 +134,7 @@ impl L4 {
             unhealthy: &imbl::HashSet::new(),
             panic_threshold: 0,
             draining: &imbl::HashSet::new(),
+            draining_at: &imbl::HashSet::new(),
         };
         for op in planner.adopt(datapath.installed()?, &world) {
             datapath
@@ -320,6 +321,7 @@ impl L4 {
             unhealthy: &self.snapshot.unhealthy,
             panic_threshold: self.snapshot.panic_threshold,
             draining: &self.snapshot.draining,
+            draining_at: &self.snapshot.draining_at,
         };
         let plan = self.planner.plan(vip, pool.as_deref(), &world);
         self.note_refused(vip, plan.refused);

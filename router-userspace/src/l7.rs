@@ -7,11 +7,10 @@
 //!
 //! [`start`] runs one [`worker`] a core, each a thread that shares nothing with the others while a
 //! request is on its way: own listeners (SO_REUSEPORT), own backend connections, own counters.
-//! HTTP/1.0 and 1.1 on both sides. The agent starts, reloads and drains it; routes reach it only
+//! HTTP/1.0 and 1.1 on both sides, in clear or in TLS. The agent starts, reloads and drains it; routes reach it only
 //! through the published snapshot.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -23,12 +22,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::config::{
-    HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts,
-    HttpZoneBalance,
+    BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, HttpBalance, HttpConfig,
+    HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpZoneBalance,
+    ProxyProtocol,
 };
+use crate::l7::handshake::{ListenerKind, Rules};
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
-use crate::l7::tls::BackendTlsClient;
+use crate::l7::tls::Tls;
 use crate::l7::worker::WorkerParts;
 use crate::route::Balance;
 use crate::snapshot::Published;
@@ -38,17 +39,20 @@ mod backend;
 mod balance;
 mod body;
 mod client;
+mod client_cert;
 mod client_io;
 mod connection;
 pub mod error;
 mod exchange;
 mod forward;
+mod handshake;
 mod headers;
 mod lease;
 mod listen;
 mod liveness;
 pub mod metrics;
 mod outlier;
+mod proxy_protocol;
 mod record;
 mod replay;
 mod retry_budget;
@@ -60,7 +64,7 @@ mod tunnel;
 mod validate;
 mod worker;
 
-/// Binds every address of `http.listen` and starts the workers.
+/// Binds every address of `http.listen` and `http.tls.listen` and starts the workers.
 ///
 /// # Errors
 /// Names the address that cannot be bound or the certificate file that cannot be read. Nothing is
@@ -71,20 +75,19 @@ pub fn start(
     metrics: Arc<L7Metrics>,
 ) -> anyhow::Result<Proxy> {
     let worker_count = worker_count(config);
-    let tls = match &config.backend_tls.ca_file {
-        Some(ca_file) => Some(BackendTlsClient::load(ca_file)?),
-        None => None,
-    };
+    let tls = Tls::start(config, Arc::clone(&metrics))?;
     let mut local_addresses = Vec::new();
     let mut hand_up = Vec::new();
-    let mut listeners: Vec<Vec<TcpListener>> = Vec::new();
+    let mut listeners: Vec<Vec<(TcpListener, ListenerKind)>> = Vec::new();
     listeners.resize_with(worker_count, Vec::new);
-    for &address in &config.listen {
+    let in_clear = config.listen.iter().map(|it| (it, ListenerKind::Http));
+    let in_tls = config.tls.listen.iter().map(|it| (it, ListenerKind::Https));
+    for (&address, kind) in in_clear.chain(in_tls) {
         let sockets = listen::listen(address, worker_count)?;
         local_addresses.push(sockets[0].local_addr()?);
         hand_up.push(sockets[0].try_clone()?);
         for (worker, socket) in listeners.iter_mut().zip(sockets) {
-            worker.push(socket);
+            worker.push((socket, kind));
         }
     }
 
@@ -96,6 +99,7 @@ pub fn start(
         local_addresses,
         hand_up,
         fixed: Fixed::new(config),
+        tls: Arc::clone(&tls),
         settings,
         stop,
         ended,
@@ -109,7 +113,7 @@ pub fn start(
             settings: Arc::clone(&proxy.settings),
             shared: Arc::clone(&shared),
             metrics: metrics.add_worker(),
-            tls: tls.clone(),
+            tls: Arc::clone(&tls),
             stop: stopped.clone(),
             alive: alive.clone(),
         };
@@ -119,11 +123,20 @@ pub fn start(
     Ok(proxy)
 }
 
+/// Whether [`start`] would take the files that `config` names.
+///
+/// # Errors
+/// Names the key and the file that cannot be used.
+pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
+    tls::check(config)
+}
+
 /// The running layer 7. Dropping it ends the workers at once; [`Proxy::drain`] lets requests end.
 pub struct Proxy {
     local_addresses: Vec<SocketAddr>,
     hand_up: Vec<TcpListener>,
     fixed: Fixed,
+    tls: Arc<Tls>,
     settings: Arc<ArcSwap<Settings>>,
     stop: watch::Sender<Option<Instant>>,
     /// Closed when the last worker has ended.
@@ -132,12 +145,12 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// In the order of `http.listen`, with the ports that were taken for port 0.
+    /// In the order of `http.listen` and then `http.tls.listen`, with the ports that were taken for port 0.
     pub fn local_addresses(&self) -> &[SocketAddr] {
         &self.local_addresses
     }
 
-    /// A descriptor of one listener for each of `http.listen`, once, for layer 4 to hand connections
+    /// A descriptor of one listener for each address, once, for layer 4 to hand connections
     /// to. To be dropped soon: a listener is open while there is one, and nobody accepts by this.
     pub fn take_listeners(&mut self) -> Vec<TcpListener> {
         std::mem::take(&mut self.hand_up)
@@ -146,26 +159,28 @@ impl Proxy {
     /// Whether [`Proxy::reload`] would take this configuration.
     ///
     /// # Errors
-    /// Names the first key whose change needs a restart.
+    /// Names the first key whose change needs a restart, or the file that cannot be used.
     pub fn check_reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         let wanted = Fixed::new(config);
         let key = "needs a restart to change";
         ensure!(self.fixed.listen == wanted.listen, "http.listen {key}");
         ensure!(self.fixed.workers == wanted.workers, "http.workers {key}");
         ensure!(
-            self.fixed.ca_file == wanted.ca_file,
-            "http.backend_tls.ca_file {key}"
+            self.fixed.tls_listen == wanted.tls_listen,
+            "http.tls.listen {key}"
         );
-        Ok(())
+        self.tls.check_reload(config)
     }
 
-    /// Makes timeouts, limits, trusted proxies and the default balance those of `config`: for
-    /// requests from here on, and for the size of a request's head from the next connection on.
+    /// Makes timeouts, limits, trusted proxies, the default balance and all of TLS those of `config`:
+    /// for requests from here on, for certificates and the size of a request's head from the next
+    /// connection on. Reads certificates again in any case.
     ///
     /// # Errors
     /// As [`Proxy::check_reload`]; nothing is changed then.
     pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         self.check_reload(config)?;
+        self.tls.reload(config)?;
         self.settings.store(Arc::new(Settings::new(config)));
         Ok(())
     }
@@ -188,16 +203,16 @@ impl Proxy {
 /// What cannot change while the workers run.
 struct Fixed {
     listen: Vec<SocketAddr>,
+    tls_listen: Vec<SocketAddr>,
     workers: usize,
-    ca_file: Option<PathBuf>,
 }
 
 impl Fixed {
     fn new(config: &HttpConfig) -> Fixed {
         Fixed {
             listen: config.listen.clone(),
+            tls_listen: config.tls.listen.clone(),
             workers: config.workers,
-            ca_file: config.backend_tls.ca_file.clone(),
         }
     }
 }
@@ -210,6 +225,10 @@ struct Settings {
     ejection: HttpEjection,
     sticky: HttpSticky,
     trusted_proxies: Vec<IpNet>,
+    proxy_protocol: ProxyProtocol,
+    backend_proxy_protocol: BackendProxyProtocol,
+    forwarded_client_cert: ForwardedClientCert,
+    client_cert_format: ClientCertFormat,
     balance: Balance,
     zone: Option<String>,
     prefer_zone: bool,
@@ -225,6 +244,10 @@ impl Settings {
             ejection: config.ejection.clone(),
             sticky: config.sticky.clone(),
             trusted_proxies: config.trusted_proxies.clone(),
+            proxy_protocol: config.proxy_protocol,
+            backend_proxy_protocol: config.backend_proxy_protocol,
+            forwarded_client_cert: config.forwarded_client_cert,
+            client_cert_format: config.forwarded_client_cert_format,
             balance: match config.balance {
                 HttpBalance::RoundRobin => Balance::RoundRobin,
                 HttpBalance::LeastConnections => Balance::LeastConnections,
@@ -243,6 +266,17 @@ impl Settings {
             .min(timeouts.request_headers)
             .min(timeouts.response_headers)
             .min(timeouts.body_idle)
+    }
+
+    /// For a connection that `peer` has opened.
+    fn handshake_rules(&self, peer: SocketAddr) -> Rules {
+        Rules {
+            proxy_protocol: self.proxy_protocol,
+            trusted: self.trusts(peer.ip()),
+            proxy_header: self.timeouts.proxy_header,
+            tls_handshake: self.timeouts.tls_handshake,
+            client_cert_format: self.client_cert_format,
+        }
     }
 
     fn trusts(&self, peer: IpAddr) -> bool {

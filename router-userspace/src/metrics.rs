@@ -275,8 +275,8 @@ impl Collector for Scrape {
         )?;
         page.gauge(
             "viaduct_drained_backends",
-            "Backends that an operator has drained",
-            snapshot.draining.len() as u64,
+            "Backends that an operator has drained, at all or for a VIP",
+            (snapshot.draining.len() + snapshot.draining_at.len()) as u64,
         )?;
         encode_health(&mut page, &self.metrics)?;
         proxy::encode(&mut page, &self.l7)?;
@@ -460,6 +460,11 @@ fn encode_l4(page: &mut Page<'_>, stats: &L4Stats) -> fmt::Result {
         "viaduct_l4_watch_lost",
         "Sampled packets that a watcher was too slow for",
         stats.watch_lost,
+    )?;
+    page.counter(
+        "viaduct_l4_events_lost",
+        "Sampled packets that found the ring buffer to the agent full",
+        stats.events_lost,
     )?;
     page.counter(
         "viaduct_l4_failed_writes",

@@ -29,6 +29,8 @@ pub struct Snapshot {
     /// Backends that an operator has drained: they get no new requests and flows, as if each of their
     /// registrations had weight 0.
     pub draining: imbl::HashSet<SocketAddr>,
+    /// The same for one VIP each: whatever else the backend serves goes on.
+    pub draining_at: imbl::HashSet<(Vip, SocketAddr)>,
     /// Percent of a pool that must be healthy; `health.panic_threshold`.
     pub panic_threshold: u8,
     /// Grows with every change of `unhealthy` or `panic_threshold`, so that what follows from them and

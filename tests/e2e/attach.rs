@@ -201,7 +201,7 @@ fn wait_until(site: &Site, interface: &str, expected: &str) {
 
 /// Where programs sit on an interface of the gateway, of all hooks there are.
 fn hooks(site: &Site, interface: &str) -> String {
-    let link = ip(site, &["-oneline", "link", "show", "dev", interface]);
+    let link = output(site, "ip", &["-oneline", "link", "show", "dev", interface]);
     let words: Vec<&str> = link.split_whitespace().collect();
     let mut hooks = Vec::new();
     if words.contains(&"xdp") {
@@ -211,24 +211,30 @@ fn hooks(site: &Site, interface: &str) -> String {
         hooks.push("generic");
     }
     let tcx = || SchedClassifier::query_tcx(interface, TcAttachType::Ingress);
-    if site
-        .lab
-        .gateway
-        .run(tcx)
-        .is_ok_and(|(_, programs)| !programs.is_empty())
-    {
+    let at_tc = match site.lab.gateway.run(tcx) {
+        Ok((_, programs)) => !programs.is_empty(),
+        // Before Linux 6.6 a filter of clsact stands in.
+        Err(_) => !filters(site, interface).is_empty(),
+    };
+    if at_tc {
         hooks.push("tcx");
     }
     hooks.join(" ")
 }
 
+/// What `tc` prints of the filters for packets that come in; nothing for a device that is not there.
+fn filters(site: &Site, interface: &str) -> String {
+    output(site, "tc", &["filter", "show", "dev", interface, "ingress"])
+}
+
 fn managed_neighbours(site: &Site) -> String {
-    let neighbours = ip(site, &["neigh"]);
+    let neighbours = output(site, "ip", &["neigh"]);
     let managed = neighbours.lines().filter(|line| line.contains("managed"));
     managed.collect()
 }
 
-fn ip(site: &Site, arguments: &[&str]) -> String {
-    let output = site.lab.gateway.command("ip").args(arguments).output();
+/// What a program of iproute2 prints in the gateway's namespace.
+fn output(site: &Site, program: &str, arguments: &[&str]) -> String {
+    let output = site.lab.gateway.command(program).args(arguments).output();
     String::from_utf8(output.unwrap().stdout).unwrap()
 }

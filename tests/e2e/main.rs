@@ -15,6 +15,7 @@ mod l4;
 mod l7;
 mod lab;
 mod local;
+mod many_flows;
 mod modes;
 mod restart;
 mod routes;

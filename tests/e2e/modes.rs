@@ -16,7 +16,7 @@ use serde_json::json;
 use viaduct::config::{Attach, Forwarding};
 use viaduct::l4::DECAP_PROGRAM;
 
-const VIPS: [&str; 2] = ["192.0.2.10", "2001:db8::10"];
+pub(crate) const VIPS: [&str; 2] = ["192.0.2.10", "2001:db8::10"];
 const MEGABYTES: usize = 4 << 20;
 
 #[test]
@@ -99,22 +99,25 @@ fn carries_transfers(forwarding: Forwarding) {
     }
 }
 
-/// Starts an echo on the backend, where packets of the mode arrive, and registers it.
-fn serve(site: &Site, forwarding: Forwarding, vip: IpAddr) -> SocketAddr {
+/// Starts an echo on the backend, where packets of the mode arrive, and registers it. Where it listens.
+pub(crate) fn serve(site: &Site, forwarding: Forwarding, vip: IpAddr) -> SocketAddr {
     let backend = &site.lab.backends[0];
     let own = match vip {
         IpAddr::V4(_) => IpAddr::V4(site.lab.backend_address(0)),
         IpAddr::V6(_) => "fd00::11".parse().unwrap(),
     };
     let address = if !matches!(forwarding, Forwarding::Nat | Forwarding::Dnat) {
-        backend.ip(&[&format!("address add {vip} dev lo")]).unwrap();
+        // Else an IPv6 address is not to be had at once.
+        let nodad = if vip.is_ipv6() { "nodad" } else { "" };
+        let add = format!("address add {vip} dev lo {nodad}");
+        backend.ip(&[&add]).unwrap();
         vip
     } else {
         own
     };
     let tcp = backend
         .run(|| TcpListener::bind((address, 0)))
-        .expect("bind the echo");
+        .unwrap_or_else(|error| panic!("bind the echo to {address}: {error}"));
     let at = tcp.local_addr().unwrap();
     let udp = backend.run(|| UdpSocket::bind(at)).expect("bind the echo");
     thread::spawn(move || echo(&tcp));
@@ -138,7 +141,7 @@ fn serve(site: &Site, forwarding: Forwarding, vip: IpAddr) -> SocketAddr {
 }
 
 /// Takes outer headers off whatever comes to the backend, until it is dropped.
-fn decapsulate(backend: &Netns) -> Ebpf {
+pub(crate) fn decapsulate(backend: &Netns) -> Ebpf {
     backend.run(|| {
         let mut object = Ebpf::load(DECAP_PROGRAM).unwrap();
         // Needed where the kernel has no tcx; it may be there already.
@@ -201,7 +204,7 @@ fn datagram(site: &Site, to: SocketAddr, row: &str) -> IpAddr {
     })
 }
 
-fn client_v6() -> IpAddr {
+pub(crate) fn client_v6() -> IpAddr {
     "2001:db8:1::7".parse().unwrap()
 }
 

@@ -1,13 +1,17 @@
 //! What an operator sees of layer 4: flows, stats, live packets, and what would become of one.
 
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Output, Stdio};
 
-use router_tests::app::HTTP_PORT;
+use router_tests::app::{ECHO_PORT, HTTP_PORT};
 use router_tests::client;
 use router_tests::lab::CLIENT;
 use router_tests::process::wait_for;
 use router_tests::site::{self, ECHO_VIP, Site};
 use serde_json::Value;
+use viaduct::config::Forwarding;
+
+use crate::modes::{self, client_v6, decapsulate};
 
 #[test]
 fn a_flow_is_listed_with_its_backend_and_found_by_each_filter() {
@@ -104,22 +108,9 @@ fn an_address_nobody_has_is_explained_and_a_bad_question_refused() {
 fn who_watches_sees_packets_and_sampling_ends_with_them() {
     let site = Site::running(2).unwrap();
     let vip = format!("tcp/{ECHO_VIP}");
-    let mut command = site.viaduct().unwrap();
-    command.args(["watch", "--json", "--count", "40", "--vip", &vip]);
-    command.arg("--config").arg(site.config_path());
-    let watch = command.stdout(Stdio::piped()).spawn().unwrap();
-    wait_for("sampling", || (sample(&site) == 1).then_some(())).unwrap();
-    let output = std::thread::scope(|scope| {
-        let watch = scope.spawn(move || watch.wait_with_output().unwrap());
-        wait_for("forty packets", || {
-            site.lab.client.run(site::echo_tcp).unwrap();
-            watch.is_finished().then_some(())
-        })
-        .unwrap();
-        watch.join().unwrap()
+    let packets = watch(&site, &vip, 40, || {
+        site.lab.client.run(site::echo_tcp).unwrap();
     });
-    let packets = json_lines(&good(&output));
-    assert_eq!(packets.len(), 40);
     let of = |verdict: &str| packets.iter().find(|packet| packet["verdict"] == verdict);
     for (verdict, dialed) in [
         ("new_flow", Value::from(ECHO_VIP.to_string())),
@@ -136,6 +127,66 @@ fn who_watches_sees_packets_and_sampling_ends_with_them() {
         assert!(packet["backend"].as_str().unwrap().starts_with("10.0.0."));
     }
     wait_for("no sampling", || (sample(&site) == 0).then_some(())).unwrap();
+}
+
+#[test]
+fn packets_of_ipip_and_of_both_families_are_explained_and_watched() {
+    for (forwarding, mode) in [(Forwarding::Nat, "nat"), (Forwarding::Ipip, "ipip")] {
+        let mut site = Site::new(1).unwrap();
+        site.start_nats().unwrap();
+        site.start_gateway(|config| config.l4.forwarding = forwarding)
+            .unwrap();
+        let _decapsulates = (mode == "ipip").then(|| decapsulate(&site.lab.backends[0]));
+        for vip in modes::VIPS {
+            let vip: IpAddr = vip.parse().unwrap();
+            let port = modes::serve(&site, forwarding, vip).port();
+            let (client, own) = match vip {
+                IpAddr::V4(_) => (IpAddr::from(CLIENT), site.lab.backend_address(0).into()),
+                IpAddr::V6(_) => (client_v6(), "fd00::11".parse().unwrap()),
+            };
+            let to = SocketAddr::new(vip, port);
+            let backend = SocketAddr::new(own, port);
+            explains(&site, mode, to, SocketAddr::new(client, 41_000), backend);
+            watches(&site, mode, to, client, backend);
+        }
+    }
+}
+
+fn explains(site: &Site, mode: &str, to: SocketAddr, from: SocketAddr, backend: SocketAddr) {
+    let (vip, from) = (format!("tcp/{to}"), from.to_string());
+    let told = run(site, &["explain", &vip, "--from", &from, "--json"]);
+    let told: Value = serde_json::from_str(&good(&told)).unwrap();
+    assert_eq!(told["verdict"], "new_flow", "{told}");
+    assert_eq!(told["vip"]["mode"], mode, "{told}");
+    assert_eq!(told["backend"]["address"], backend.to_string(), "{told}");
+    let leaves = &told["leaves"];
+    if mode == "ipip" {
+        // Inside is what the client sent, whatever family the VIP is of.
+        assert_eq!(leaves["source"], from, "{told}");
+        assert_eq!(leaves["destination"], to.to_string(), "{told}");
+        let outer = &leaves["outer"]["destination"];
+        assert_eq!(outer, &backend.ip().to_string(), "{told}");
+    } else {
+        assert_eq!(leaves["destination"], backend.to_string(), "{told}");
+    }
+}
+
+fn watches(site: &Site, mode: &str, to: SocketAddr, client: IpAddr, backend: SocketAddr) {
+    let vip = format!("tcp/{to}");
+    let packets = watch(site, &vip, 20, || {
+        site.lab.client.run(|| TcpStream::connect(to)).unwrap();
+    });
+    let of = |verdict: &str| packets.iter().find(|packet| packet["verdict"] == verdict);
+    for verdict in ["new_flow", "forwarded"] {
+        let packet = of(verdict).unwrap_or_else(|| panic!("{verdict}: {packets:?}"));
+        assert_eq!(packet["vip"], vip, "{packet}");
+        assert_eq!(packet["dialed"], to.to_string(), "{packet}");
+        assert_eq!(packet["backend"], backend.to_string(), "{packet}");
+        let seen: SocketAddr = packet["client"].as_str().unwrap().parse().unwrap();
+        assert_eq!(seen.ip(), client, "{packet}");
+    }
+    // Answers of a backend that knows the client do not come by.
+    assert_eq!(of("replied").is_some(), mode == "nat", "{packets:?}");
 }
 
 #[test]
@@ -211,14 +262,34 @@ fn a_backend_drained_by_hand_gets_nothing_new_until_that_is_undone() {
         good(&run(&site, &["drain"])).is_empty().then_some(())
     })
     .unwrap();
-    let gets = |exchange: site::Exchange| {
-        wait_for("b1 to get something new", || {
-            (site.lab.client.run(exchange).ok()? == "b1").then_some(())
-        })
-        .unwrap();
-    };
-    gets(site::echo_tcp);
-    gets(site::hello);
+    gets(&site, site::echo_tcp);
+    gets(&site, site::hello);
+}
+
+#[test]
+fn a_backend_drained_for_one_vip_goes_on_with_the_others() {
+    let site = Site::running(2).unwrap();
+    let vip = format!("tcp/{ECHO_VIP}");
+    // It serves TCP and UDP, which are two VIPs.
+    let backend = format!("{}:{ECHO_PORT}", site.lab.backend_address(0));
+    let told = good(&run(&site, &["drain", &backend, "--vip", &vip]));
+    assert!(told.contains(&format!("--vip {vip} --undo")), "{told}");
+    site.wait_until_spared("b1", site::echo_tcp).unwrap();
+    gets(&site, site::echo_udp);
+    let listed = good(&run(&site, &["drain"]));
+    assert_eq!(listed, format!("{backend} {vip}\n"));
+
+    good(&run(&site, &["drain", &backend, "--vip", &vip, "--undo"]));
+    gets(&site, site::echo_tcp);
+    assert_eq!(good(&run(&site, &["drain"])), "");
+}
+
+/// Waits until the first backend has something new.
+fn gets(site: &Site, exchange: site::Exchange) {
+    wait_for("b1 to get something new", || {
+        (site.lab.client.run(exchange).ok()? == "b1").then_some(())
+    })
+    .unwrap();
 }
 
 #[test]
@@ -252,6 +323,28 @@ fn completions_name_every_command() {
     for command in ["flows", "explain", "watch", "drain", "completions"] {
         assert!(script.contains(command), "{command}");
     }
+}
+
+/// What `viaduct watch` shows of so many packets of a VIP, while `exchange` makes some again and again.
+fn watch(site: &Site, vip: &str, count: usize, exchange: impl Fn()) -> Vec<Value> {
+    let mut command = site.viaduct().unwrap();
+    command.args(["watch", "--json", "--vip", vip, "--count"]);
+    command.arg(count.to_string());
+    command.arg("--config").arg(site.config_path());
+    let watch = command.stdout(Stdio::piped()).spawn().unwrap();
+    wait_for("sampling", || (sample(site) == 1).then_some(())).unwrap();
+    let output = std::thread::scope(|scope| {
+        let watch = scope.spawn(move || watch.wait_with_output().unwrap());
+        wait_for("enough packets", || {
+            exchange();
+            watch.is_finished().then_some(())
+        })
+        .unwrap();
+        watch.join().unwrap()
+    });
+    let packets = json_lines(&good(&output));
+    assert_eq!(packets.len(), count);
+    packets
 }
 
 /// One packet in how many is reported.

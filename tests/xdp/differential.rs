@@ -139,7 +139,7 @@ impl Both {
             verdict: match (expected.verdict, out.verdict) {
                 (Verdict::Rejected, Verdict::NoBackend) => Verdict::Rejected,
                 // The prefilter may take one address for another, but the packet passes all the same.
-                (Verdict::NotForUs, Verdict::NoSuchVip | Verdict::NotAReply) => Verdict::NotForUs,
+                (Verdict::NotForUs, Verdict::NotAReply) => Verdict::NotForUs,
                 (_, verdict) => verdict,
             },
             backend: out.moved.keys().next().copied(),

@@ -180,3 +180,22 @@ fn what_is_refused_is_explained_too() {
         }
     }
 }
+
+#[test]
+fn sampled_packets_that_find_no_room_are_counted() {
+    let mut gateway = Gateway::new();
+    let vip = vip("udp", Family::V4.vip(10, 80));
+    gateway.serve(vip, Forwarding::Dsr, &[Family::V4.backend(1, 80)]);
+    let events = gateway.datapath.take_events().unwrap();
+    gateway.datapath.set_sample(1).unwrap();
+    let frame = udp(gateway.client(Family::V4), Family::V4.vip(10, 80), b"x").frame();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for _ in 0..2000 {
+            gateway.send(&frame);
+        }
+    }
+    let lost = gateway.datapath.counters().events_lost().unwrap();
+    assert!(lost > 0);
+    assert_eq!(events.count() as u64 + lost, 4000);
+}

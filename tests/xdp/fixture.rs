@@ -287,6 +287,7 @@ impl Gateway {
             unhealthy: &imbl::HashSet::new(),
             panic_threshold: 0,
             draining: &imbl::HashSet::new(),
+            draining_at: &imbl::HashSet::new(),
         };
         let plan = self
             .planner

@@ -110,6 +110,60 @@ fn headers_that_contradict_themselves_are_refused() {
 }
 
 #[test]
+fn a_packet_that_is_longer_than_its_frame_is_refused() {
+    let mut gateway = gateway();
+    for hook in HOOKS {
+        gateway.hook = hook;
+        for family in FAMILIES {
+            for host in 10..16 {
+                let client = gateway.client(family);
+                let to = family.vip(host, 80);
+                let packet = tcp(client, to, Segment::Syn, &[7; 100]);
+                let row = format!("{hook:?} {family:?} VIP {host}");
+                let frame = packet.frame();
+                for cut in [1, 50, 100] {
+                    let cut_short = &frame[..frame.len() - cut];
+                    gateway.expect_untouched(&row, cut_short, Verdict::Malformed);
+                }
+                let datagram = udp(client, to, &[7; 100]);
+                let pieces = match family {
+                    Family::V4 => fragments_v4(&datagram, 9, 24),
+                    Family::V6 => fragments_v6(&datagram, 9, 24),
+                };
+                for piece in &pieces {
+                    let cut_short = &piece[..piece.len() - 1];
+                    gateway.expect_untouched(&row, cut_short, Verdict::Malformed);
+                }
+                // What is padded is whole.
+                let padded = [&frame[..], &[0; 6]].concat();
+                let verdict = match host {
+                    15 => Verdict::HandedUp,
+                    _ => Verdict::NewFlow,
+                };
+                gateway.expect(&row, &padded, verdict);
+            }
+        }
+    }
+}
+
+/// A frame of several pages, of which a program sees the first.
+#[test]
+fn the_length_of_a_large_frame_is_that_of_all_its_pages() {
+    let mut gateway = gateway();
+    for family in FAMILIES {
+        for host in 10..15 {
+            let client = gateway.client(family);
+            let packet = udp(client, family.vip(host, 80), &[7; 8000]);
+            let frame = packet.frame();
+            let row = format!("{family:?} VIP {host}");
+            let cut_short = &frame[..frame.len() - 1];
+            gateway.expect_untouched(&row, cut_short, Verdict::Malformed);
+            gateway.expect(&row, &frame, Verdict::TooBig);
+        }
+    }
+}
+
+#[test]
 fn time_to_live_is_honoured() {
     let mut gateway = gateway();
     for hook in HOOKS {

@@ -73,6 +73,8 @@ struct Known {
 
 /// What of a frame matters.
 struct Headers {
+    /// The frame holds all of the packet.
+    whole: bool,
     tuple: Tuple,
     hops: u8,
     flags: u8,
@@ -117,6 +119,9 @@ impl Model {
         }
         if !headers.known_protocol {
             return only(Verdict::NoSuchVip);
+        }
+        if !headers.whole {
+            return only(Verdict::Malformed);
         }
         if let Some((id, true)) = headers.fragment {
             let tuple = &headers.tuple;
@@ -332,6 +337,7 @@ fn read_v4(frame: &[u8], l3: usize) -> Option<(IpAddr, Option<Headers>)> {
         ip[9],
     );
     let headers = Headers {
+        whole: l3 + total <= frame.len(),
         tuple: Tuple {
             source,
             destination,
@@ -388,6 +394,7 @@ fn read_v6(frame: &[u8], l3: usize) -> Option<(IpAddr, Option<Headers>)> {
     }
     let headers = transport(frame, at, end.saturating_sub(at), next);
     let headers = Headers {
+        whole: end <= frame.len(),
         tuple: Tuple {
             source,
             destination,
@@ -421,6 +428,7 @@ fn transport(frame: &[u8], at: usize, len: usize, proto: u8) -> Headers {
             destination_port: port(2),
             proto,
         },
+        whole: false,
         hops: 0,
         flags: header.filter(|_| proto == 6).map_or(0, |header| header[13]),
         fragment: None,

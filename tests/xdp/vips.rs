@@ -1,8 +1,8 @@
 //! Which VIP a packet is for, and whether its source may have it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use router_common::Verdict;
+use router_common::{Addr, Verdict, prefilter_bit};
 use viaduct::config::Forwarding;
 use viaduct::route::Vip;
 
@@ -98,6 +98,62 @@ fn check(gateway: &mut Gateway, rows: &[Row<'_>]) {
                     backend.port()
                 };
                 assert_eq!(read(&out.frame).to.port(), expected, "{row}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_address_that_the_prefilter_takes_for_a_vip_is_not_counted_as_one() {
+    let mut gateway = Gateway::new();
+    for family in FAMILIES {
+        let address = family.vip(10, 80);
+        gateway.serve(
+            vip("tcp", address),
+            Forwarding::Nat,
+            &[family.backend(1, 80)],
+        );
+        let taken_for = prefilter_bit(Addr::from(address.ip()));
+        let alike = |number: u32| {
+            let [a, b, c, d] = number.to_be_bytes();
+            let ip: IpAddr = match family {
+                Family::V4 => [203, b, c, d].into(),
+                Family::V6 => [
+                    0x2001,
+                    0xdb9,
+                    0,
+                    0,
+                    0,
+                    a.into(),
+                    b.into(),
+                    u16::from_be_bytes([c, d]),
+                ]
+                .into(),
+            };
+            (prefilter_bit(Addr::from(ip)) == taken_for).then_some(ip)
+        };
+        let other = (0..1 << 24).find_map(alike).expect("a hash of 16 bits");
+        let other = SocketAddr::new(other, 80);
+        for hook in HOOKS {
+            gateway.hook = hook;
+            let client = gateway.client(family);
+            let datagram = udp(client, other, &[7; 100]);
+            let (pieces, echo) = match family {
+                Family::V4 => (fragments_v4(&datagram, 9, 24), 8),
+                Family::V6 => (fragments_v6(&datagram, 9, 24), 128),
+            };
+            let mut sctp = datagram.frame();
+            sctp[datagram.l3() + if other.is_ipv4() { 9 } else { 6 }] = 132;
+            let [first, later] = pieces;
+            for frame in [
+                tcp(client, other, Segment::Syn, b"").frame(),
+                datagram.frame(),
+                first,
+                later,
+                sctp,
+                icmp(client.ip(), other.ip(), echo, 0, [0; 4], b""),
+            ] {
+                gateway.expect_untouched("another address", &frame, Verdict::NotForUs);
             }
         }
     }
@@ -263,6 +319,24 @@ fn new_flows_beyond_a_rate_are_refused_and_old_ones_go_on() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_vip_does_not_inherit_the_count_of_one_that_is_gone() {
+    let mut gateway = Gateway::new();
+    let family = Family::V4;
+    for _ in 0..20 {
+        let address = gateway.address(family, 80);
+        let vip = vip("udp", address);
+        gateway.configure(vip, |config| config.vip_rate = 2);
+        gateway.serve(vip, Forwarding::Dsr, &[family.backend(1, 80)]);
+        for _ in 0..2 {
+            let client = gateway.client(family);
+            let frame = opening("udp", client, address);
+            gateway.expect("within the rate", &frame, Verdict::NewFlow);
+        }
+        gateway.remove(vip);
     }
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/drain`: backends that an operator takes out of both layers without their help.
+//! `/v1/drain`: backends that an operator takes out of both layers, or of one VIP, without their help.
 //!
 //! The one path that changes the gateway. What it takes is a JSON body, which a page of another site
 //! cannot have a browser send here unasked (Fetch standard, §3.3: a simple request has no such type).
@@ -10,16 +10,19 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::admin::{Admin, refuse};
 use crate::event::Event;
+use crate::route::Vip;
 use crate::route::table::MAX_DRAINING;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DrainRequest {
     backend: SocketAddr,
+    /// Without it, whatever the backend serves at both layers.
+    vip: Option<String>,
     /// False undoes it.
     drain: bool,
 }
@@ -29,7 +32,13 @@ pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Response {
     let snapshot = admin.scrape.published.load();
     let mut backends: Vec<SocketAddr> = snapshot.draining.iter().copied().collect();
     backends.sort();
-    Json(json!({ "backends": backends })).into_response()
+    let mut of_vips: Vec<&(Vip, SocketAddr)> = snapshot.draining_at.iter().collect();
+    of_vips.sort();
+    let of_vips: Vec<Value> = of_vips
+        .into_iter()
+        .map(|(vip, backend)| json!({ "vip": vip.to_string(), "backend": backend }))
+        .collect();
+    Json(json!({ "backends": backends, "of_vips": of_vips })).into_response()
 }
 
 /// Answers once the agent has the order; it takes effect within milliseconds.
@@ -37,13 +46,27 @@ pub(super) async fn drain(
     State(admin): State<Arc<Admin>>,
     Json(request): Json<DrainRequest>,
 ) -> Response {
-    let DrainRequest { backend, drain } = request;
-    let full = admin.scrape.published.load().draining.len() >= MAX_DRAINING;
+    let DrainRequest {
+        backend,
+        vip,
+        drain,
+    } = request;
+    let vip = match vip.as_deref().map(str::parse::<Vip>).transpose() {
+        Ok(vip) => vip,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, format!("vip: {error}")),
+    };
+    let snapshot = admin.scrape.published.load();
+    let full = snapshot.draining.len() + snapshot.draining_at.len() >= MAX_DRAINING;
     if drain && full {
         let error = format!("{MAX_DRAINING} backends are drained already");
         return refuse(StatusCode::INSUFFICIENT_STORAGE, error);
     }
-    match admin.inbox.send(Event::Drain { backend, drain }).await {
+    let order = Event::Drain {
+        backend,
+        vip,
+        drain,
+    };
+    match admin.inbox.send(order).await {
         Ok(()) => StatusCode::ACCEPTED.into_response(),
         Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the agent has ended"),
     }

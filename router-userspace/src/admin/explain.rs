@@ -247,7 +247,7 @@ mod tests {
             table.apply(RouteEvent::Register(registration), now);
         }
         table.set_health("10.0.0.3:80".parse().unwrap(), false);
-        table.set_draining("10.0.0.5:80".parse().unwrap(), true);
+        table.set_draining("10.0.0.5:80".parse().unwrap(), None, true);
         table.snapshot()
     }
 

@@ -1,12 +1,13 @@
-//! `viaduct drain`: takes a backend out of both layers without its help.
+//! `viaduct drain`: takes a backend out of both layers, or of one VIP, without its help.
 
 use std::net::SocketAddr;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cli::client::{self, AdminOption};
 use crate::cli::table::cell;
 use crate::cli::{Failure, block_on, print};
+use crate::route::Vip;
 
 const PATH: &str = "/v1/drain";
 
@@ -14,6 +15,9 @@ const PATH: &str = "/v1/drain";
 pub struct Options {
     /// The backend, ADDRESS:PORT; without one, those that are drained are listed
     backend: Option<SocketAddr>,
+    /// Only as a backend of this VIP, PROTO/ADDRESS:PORT
+    #[arg(long, requires = "backend")]
+    vip: Option<Vip>,
     /// Give it new flows and requests again
     #[arg(long, requires = "backend")]
     undo: bool,
@@ -27,16 +31,25 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         let drained = block_on(client::get_json(&admin, PATH))?;
         let backends = drained["backends"].as_array();
         let backends = backends.map(Vec::as_slice).unwrap_or_default();
-        let lines: String = backends.iter().map(|row| cell(row) + "\n").collect();
+        let of_vips = drained["of_vips"].as_array();
+        let of_vips = of_vips.map(Vec::as_slice).unwrap_or_default();
+        let of_vip = |row: &Value| format!("{} {}", cell(&row["backend"]), cell(&row["vip"]));
+        let rows = backends.iter().map(cell).chain(of_vips.iter().map(of_vip));
+        let lines: String = rows.map(|row| row + "\n").collect();
         return Ok(print(&lines)?);
     };
-    let order = json!({ "backend": backend, "drain": !options.undo });
+    let mut order = json!({ "backend": backend, "drain": !options.undo });
+    let (mut what, mut option) = ("flows and requests".to_owned(), String::new());
+    if let Some(vip) = options.vip {
+        order["vip"] = vip.to_string().into();
+        (what, option) = (format!("flows of {vip}"), format!(" --vip {vip}"));
+    }
     block_on(client::post(&admin, PATH, &order))?;
     Ok(print(&match options.undo {
-        true => format!("{backend} gets new flows and requests again\n"),
+        true => format!("{backend} gets new {what} again\n"),
         false => format!(
-            "{backend} gets no new flows and requests; `viaduct drain {backend} --undo` undoes it, and \
-             so does a restart of the gateway\n"
+            "{backend} gets no new {what}; `viaduct drain {backend}{option} --undo` undoes it, and so \
+             does a restart of the gateway\n"
         ),
     })?)
 }

@@ -12,6 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use crate::cli::run::log_filter;
 use crate::cli::{ConfigOption, Failure, block_on};
 use crate::config::{Config, NatsConfig};
+use crate::l7;
 use crate::source::nats;
 
 /// Reads the configuration and all that it points to but routes files, which a running gateway may
@@ -31,10 +32,7 @@ pub fn resolve(config: &Config) -> anyhow::Result<()> {
         nats_files(&config.nats)?;
         block_on(nats::check(&config.nats))?;
     }
-    if let Some(path) = &config.http.backend_tls.ca_file {
-        certificates(path).context("http.backend_tls.ca_file")?;
-    }
-    Ok(())
+    l7::check_files(&config.http)
 }
 
 fn nats_files(nats: &NatsConfig) -> anyhow::Result<()> {
@@ -98,6 +96,13 @@ mod tests {
             (
                 format!("[http.backend_tls]\nca_file = \"{junk}\"\n"),
                 "http.backend_tls.ca_file",
+            ),
+            (
+                format!(
+                    "[http.tls]\nlisten = [\"[::]:443\"]\n\
+                     certificates = [{{ certificate_file = \"{junk}\", key_file = \"{junk}\" }}]\n"
+                ),
+                "http.tls.certificates",
             ),
         ] {
             let config = config::parse(&text).unwrap();

@@ -99,9 +99,9 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let l7_metrics = Arc::<L7Metrics>::default();
         let admin_listener = admin::bind(&config.admin.listen)?;
-        let mut proxy = match config.http.listen.is_empty() {
-            true => None,
-            false => Some(
+        let mut proxy = match config.http.is_on() {
+            false => None,
+            true => Some(
                 l7::start(
                     &config.http,
                     Arc::clone(&published),

@@ -3,7 +3,6 @@
 //! What one route may have otherwise is in [`crate::route::policy`].
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -14,12 +13,15 @@ use crate::config::{ensure_at_least_one, ensure_positive};
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
 
+pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
+
 mod balance;
+mod tls;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Empty switches layer 7 off.
+    /// Addresses that speak HTTP in clear. Layer 7 is off if this and `tls.listen` are empty.
     pub listen: Vec<SocketAddr>,
     /// Runtimes, each on a thread of its own; 0 is one per core.
     pub workers: usize,
@@ -32,12 +34,64 @@ pub struct HttpConfig {
     pub slow_start: Duration,
     /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whether connections of `trusted_proxies` begin with a PROXY header, on every listener.
+    pub proxy_protocol: ProxyProtocol,
+    /// The PROXY header that connections to backends begin with, which are then of one client each.
+    pub backend_proxy_protocol: BackendProxyProtocol,
+    pub forwarded_client_cert: ForwardedClientCert,
+    pub forwarded_client_cert_format: ClientCertFormat,
     pub timeouts: HttpTimeouts,
     pub limits: HttpLimits,
     pub retries: HttpRetries,
     pub ejection: HttpEjection,
     pub sticky: HttpSticky,
+    pub tls: HttpTlsConfig,
     pub backend_tls: BackendTlsConfig,
+}
+
+/// PROXY protocol towards clients, version 1 or 2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProxyProtocol {
+    #[default]
+    Off,
+    /// From `trusted_proxies`, a header or none; others that send one are closed.
+    Accept,
+    /// From everybody, so that others than `trusted_proxies` are closed.
+    Require,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendProxyProtocol {
+    #[default]
+    Off,
+    V1,
+    V2,
+}
+
+/// What becomes of `X-Forwarded-Client-Cert`. The words are gorouter's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForwardedClientCert {
+    /// Kept from `trusted_proxies`, as `X-Forwarded-*` are.
+    #[default]
+    AlwaysForward,
+    /// Kept from clients that have shown a certificate.
+    Forward,
+    /// Replaced by the certificate that the client has shown, or removed.
+    SanitizeSet,
+}
+
+/// How `sanitize_set` writes a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientCertFormat {
+    /// DER in base64: PEM without its armour, as gorouter does.
+    #[default]
+    Base64,
+    /// `Hash=SHA256;Subject="DN"`, as Envoy does.
+    HashSubject,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +105,13 @@ pub enum HttpBalance {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpTimeouts {
+    /// From an accepted connection to the end of its PROXY header. The protocol's authors advise 3 s at
+    /// least, so that one lost segment is sent again in time.
+    #[serde(with = "humantime_serde")]
+    pub proxy_header: Duration,
+    /// From there to the end of a client's TLS handshake.
+    #[serde(with = "humantime_serde")]
+    pub tls_handshake: Duration,
     /// To a backend, for each attempt.
     #[serde(with = "humantime_serde")]
     pub connect: Duration,
@@ -100,13 +161,6 @@ pub struct HttpLimits {
     pub queue: usize,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct BackendTlsConfig {
-    /// PEM certificates that backends registered with `tls_port` are verified against.
-    pub ca_file: Option<PathBuf>,
-}
-
 impl Default for HttpConfig {
     fn default() -> HttpConfig {
         HttpConfig {
@@ -117,11 +171,16 @@ impl Default for HttpConfig {
             balance_zone: HttpZoneBalance::None,
             slow_start: Duration::ZERO,
             trusted_proxies: Vec::new(),
+            proxy_protocol: ProxyProtocol::Off,
+            backend_proxy_protocol: BackendProxyProtocol::Off,
+            forwarded_client_cert: ForwardedClientCert::AlwaysForward,
+            forwarded_client_cert_format: ClientCertFormat::Base64,
             timeouts: HttpTimeouts::default(),
             limits: HttpLimits::default(),
             retries: HttpRetries::default(),
             ejection: HttpEjection::default(),
             sticky: HttpSticky::default(),
+            tls: HttpTlsConfig::default(),
             backend_tls: BackendTlsConfig::default(),
         }
     }
@@ -130,6 +189,8 @@ impl Default for HttpConfig {
 impl Default for HttpTimeouts {
     fn default() -> HttpTimeouts {
         HttpTimeouts {
+            proxy_header: Duration::from_secs(3),
+            tls_handshake: Duration::from_secs(10),
             connect: Duration::from_secs(5),
             idle: Duration::from_secs(60),
             request_headers: Duration::from_secs(60),
@@ -159,8 +220,15 @@ impl Default for HttpLimits {
 }
 
 impl HttpConfig {
+    /// Whether layer 7 listens anywhere.
+    pub fn is_on(&self) -> bool {
+        !self.listen.is_empty() || !self.tls.listen.is_empty()
+    }
+
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         let HttpTimeouts {
+            proxy_header,
+            tls_handshake,
             connect,
             idle,
             request_headers,
@@ -171,6 +239,8 @@ impl HttpConfig {
             drain: _,
         } = self.timeouts;
         ensure_positive(&[
+            ("http.timeouts.proxy_header", proxy_header),
+            ("http.timeouts.tls_handshake", tls_handshake),
             ("http.timeouts.connect", connect),
             ("http.timeouts.idle", idle),
             ("http.timeouts.request_headers", request_headers),
@@ -196,8 +266,14 @@ impl HttpConfig {
             self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
             "http.balance_zone needs http.zone"
         );
+        ensure!(
+            self.proxy_protocol == ProxyProtocol::Off || !self.trusted_proxies.is_empty(),
+            "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"
+        );
         self.retries.validate()?;
         self.ejection.validate()?;
-        self.sticky.validate()
+        self.sticky.validate()?;
+        self.tls.validate()?;
+        self.backend_tls.validate()
     }
 }

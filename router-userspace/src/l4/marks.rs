@@ -146,6 +146,7 @@ mod tests {
                 unhealthy: &unhealthy,
                 panic_threshold: 0,
                 draining: &imbl::HashSet::new(),
+                draining_at: &imbl::HashSet::new(),
             };
             let pool = Pool {
                 backends: backends

@@ -167,9 +167,16 @@ pub struct World<'a> {
     pub panic_threshold: u8,
     /// Backends that an operator has drained.
     pub draining: &'a imbl::HashSet<SocketAddr>,
+    /// The same for one VIP each.
+    pub draining_at: &'a imbl::HashSet<(Vip, SocketAddr)>,
 }
 
 impl World<'_> {
+    /// Whether an operator lets a VIP's backend have no new flows.
+    fn drains(&self, vip: Vip, backend: SocketAddr) -> bool {
+        self.draining.contains(&backend) || self.draining_at.contains(&(vip, backend))
+    }
+
     /// When a flow of the VIP that has no packet from now on is over.
     fn flows_over(&self, proto: Proto) -> Instant {
         self.now

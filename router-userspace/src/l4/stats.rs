@@ -41,6 +41,7 @@ impl L4Reader {
             map_bytes: shared.map_bytes.clone(),
             sample: shared.tap.wanted(),
             watch_lost: shared.tap.lost(),
+            events_lost: shared.counters.events_lost()?,
             failed_writes: shared.failed_writes.load(Ordering::Relaxed),
             refused: shared.refused.load(Ordering::Relaxed),
             vips: Vec::new(),
@@ -113,6 +114,8 @@ pub struct L4Stats {
     pub sample: u32,
     /// Sampled packets that some watcher was too slow for.
     pub watch_lost: u64,
+    /// Sampled packets that no watcher saw, since the programs found the ring buffer full.
+    pub events_lost: u64,
     /// Writes to a map that the kernel refused and that were or will be repeated.
     pub failed_writes: u64,
     /// Backends that a plan left out: see [`Refusal`].

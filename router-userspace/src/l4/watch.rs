@@ -4,7 +4,7 @@
 //! broadcast channel of [`BACKLOG`] events. A watcher that is too slow loses the oldest and is told
 //! how many. The agent has the programs sample what the watchers [want](Tap::wanted), about once a
 //! second, and nothing while there is none. What the programs find no room for in their ring is lost
-//! uncounted.
+//! and counted.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -95,7 +95,7 @@ impl Backends {
             .entry(name)
             .or_insert_with(|| Rc::new(RetryBudget::new(now)));
         let (zone, budget) = (self.zone.as_deref(), Rc::clone(budget));
-        let state = PoolState::new(pool, zone, route, budget, state_of, now, rng);
+        let state = PoolState::new(found, zone, route, budget, state_of, now, rng);
         let state = Rc::new(state);
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
@@ -255,27 +255,31 @@ impl BackendState {
         }
     }
 
-    /// Opens a connection.
+    /// Opens a connection. One that begins with a `proxy_header` is of one client, so it is not shared.
     ///
     /// # Errors
     /// Whose failure it is, and of what kind.
     pub(super) async fn open(
         &self,
         upgrades: bool,
-        tls: Option<&BackendTlsClient>,
+        tls: Option<Arc<BackendTlsClient>>,
+        proxy_header: Option<Vec<u8>>,
     ) -> Result<Connection, Failure> {
+        let is_shared = proxy_header.is_none();
         let _opening =
             (self.protocol == HttpProtocol::Http2 && !upgrades).then(|| Opening::begin(self));
-        match connection::open(self, upgrades, tls).await? {
+        match connection::open(self, upgrades, tls, proxy_header).await? {
             Opened::Http1(connection) => Ok(Connection::Http1(connection)),
             Opened::Http2(sender) => {
                 let streams = Rc::default();
                 let stream = Http2::new(sender.clone(), &streams, false);
-                self.shared.borrow_mut().push(SharedConnection {
-                    sender,
-                    streams,
-                    used: Cell::new(Instant::now()),
-                });
+                if is_shared {
+                    self.shared.borrow_mut().push(SharedConnection {
+                        sender,
+                        streams,
+                        used: Cell::new(Instant::now()),
+                    });
+                }
                 Ok(Connection::Http2(stream))
             }
         }

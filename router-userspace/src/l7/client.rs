@@ -16,6 +16,7 @@ use slab::Slab;
 use tokio::time::Instant;
 
 use crate::config::HttpTimeouts;
+use crate::l7::handshake::TlsSession;
 use crate::l7::tunnel::Switch;
 use crate::l7::worker::Worker;
 use crate::route::policy::RouteTimeouts;
@@ -26,8 +27,10 @@ pub(super) struct Client {
     pub peer: SocketAddr,
     /// The peer's address as it goes into `X-Forwarded-For`.
     pub forwarded_for: HeaderValue,
-    /// Whether requests come over TLS.
-    pub secure: bool,
+    /// What the client dialed.
+    pub local: SocketAddr,
+    /// `None` if requests come in clear.
+    pub tls: Option<Rc<TlsSession>>,
     /// Set with a 101 on HTTP/1; taken when hyper has let go of the connection.
     pub switch: Cell<Option<Switch>>,
     /// The client has ended its side.
@@ -40,13 +43,19 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(worker: &Rc<Worker>, peer: SocketAddr, secure: bool) -> Client {
+    pub(super) fn new(
+        worker: &Rc<Worker>,
+        peer: SocketAddr,
+        local: SocketAddr,
+        tls: Option<Rc<TlsSession>>,
+    ) -> Client {
         let address = peer.ip().to_canonical().to_string();
         Client {
             worker: Rc::clone(worker),
             peer,
             forwarded_for: address.parse().expect("an IP address is a header value"),
-            secure,
+            local,
+            tls,
             switch: Cell::new(None),
             read_closed: Cell::new(false),
             streams: RefCell::default(),
@@ -385,16 +394,18 @@ mod tests {
     use crate::l7::Settings;
     use crate::l7::backend::Backends;
     use crate::l7::shared::Shared;
+    use crate::l7::tls::Tls;
     use crate::snapshot::Published;
 
     fn progress() -> Progress {
-        let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&HttpConfig::default()));
+        let config = HttpConfig::default();
+        let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&config));
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),
             Backends::new(0, Arc::new(Shared::new(1))),
             Arc::default(),
-            None,
+            Tls::start(&config, Arc::default()).unwrap(),
         );
         Progress::new(&Rc::new(worker), None)
     }

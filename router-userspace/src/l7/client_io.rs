@@ -7,22 +7,26 @@ use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 
 use crate::l7::client::{Client, Progress};
+use crate::l7::handshake::ClientStream;
 
 /// Head and body of a response up to this size are copied together to be written.
 const SMALL_WRITE_BYTES: usize = 4096;
 
 pub(super) struct ClientIo {
-    stream: TcpStream,
+    stream: ClientStream,
     client: Rc<Client>,
     /// Of HTTP/1, where bytes are of one request at a time.
     progress: Option<Rc<Progress>>,
 }
 
 impl ClientIo {
-    pub(super) fn new(stream: TcpStream, client: &Rc<Client>, progress: &Rc<Progress>) -> ClientIo {
+    pub(super) fn new(
+        stream: ClientStream,
+        client: &Rc<Client>,
+        progress: &Rc<Progress>,
+    ) -> ClientIo {
         ClientIo {
             stream,
             client: Rc::clone(client),
@@ -36,7 +40,7 @@ impl ClientIo {
     }
 
     pub(super) fn socket(&self) -> SockRef<'_> {
-        SockRef::from(&self.stream)
+        self.stream.socket()
     }
 
     fn on_read(&self, len: usize) {

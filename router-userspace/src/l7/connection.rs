@@ -6,7 +6,6 @@
 //! still sending is not reset before it has read its answer (RFC 9112 §9.6).
 
 use std::future::Future;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -14,11 +13,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::l7::client::{Client, Expiry, Progress};
 use crate::l7::client_io::ClientIo;
+use crate::l7::handshake::Established;
 use crate::l7::tunnel;
 use crate::l7::worker::Worker;
 
@@ -40,10 +39,21 @@ enum Ended {
 }
 
 /// Serves one connection until it ends.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
-    let client = Rc::new(Client::new(&worker, peer, false));
+pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
+    let Established {
+        stream,
+        peer,
+        local,
+        tls,
+    } = established;
+    let http2 = tls.as_ref().is_some_and(|tls| tls.alpn_h2);
+    let client = Rc::new(Client::new(&worker, peer, local, tls));
     let progress = Rc::new(Progress::new(&worker, None));
     let io = ClientIo::new(stream, &client, &progress);
+    if http2 {
+        Box::pin(http2::serve(&client, io, Bytes::new())).await;
+        return;
+    }
     match http1::serve(&client, &progress, io).await {
         Ended::Expired => {
             worker.metrics.connections_timed_out.add(1);

@@ -100,7 +100,7 @@ pub enum BackendFailure {
 pub enum GatewayFailure {
     /// No file descriptor, port or memory for one more connection.
     Resources,
-    /// `http.backend_tls.ca_file` is not set, so no certificate can be verified.
+    /// `http.backend_tls` has no roots, so no certificate can be verified.
     TlsRoots,
 }
 

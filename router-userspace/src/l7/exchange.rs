@@ -34,6 +34,7 @@ const X_IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("x-idempotency-key
 
 pub(super) struct Exchange<'a> {
     worker: &'a Rc<Worker>,
+    client: &'a Client,
     progress: &'a Progress,
     pool: Rc<PoolState>,
     findings: &'a Findings,
@@ -84,6 +85,7 @@ impl<'a> Exchange<'a> {
         };
         Exchange {
             worker: &client.worker,
+            client,
             progress,
             pool,
             findings,
@@ -116,7 +118,7 @@ impl<'a> Exchange<'a> {
         }
         loop {
             let (index, mut lease) = self.lease(request.uri()).await?;
-            let connecting = lease.connect(self.fresh, self.findings.upgrade);
+            let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),

@@ -17,6 +17,7 @@ use crate::l7::backend::RawBackend;
 use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
+use crate::l7::client_cert;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
 use crate::l7::headers;
@@ -117,10 +118,20 @@ async fn forward(
         progress.set_timeouts(client, &policy.timeouts, started);
     }
     let only = find_instance(&pool, &findings)?;
+    let (trusted, client_cert) = worker.settings(|settings| {
+        let trusted = settings.trusts(client.peer.ip());
+        let shown = client
+            .tls
+            .as_ref()
+            .and_then(|tls| tls.client_certificate.as_ref());
+        let mode = settings.forwarded_client_cert;
+        (trusted, client_cert::forwarded(mode, trusted, shown))
+    });
     let origin = headers::Origin {
         address: &client.forwarded_for,
-        secure: client.secure,
-        trusted: worker.settings(|settings| settings.trusts(client.peer.ip())),
+        client_cert,
+        secure: client.tls.is_some(),
+        trusted,
         request_start: worker.request_start(),
         request_id: worker.new_request_id(),
     };
@@ -131,7 +142,7 @@ async fn forward(
     let request = outgoing(progress, &findings, request);
     let exchange = Exchange::new(client, progress, pool, &findings, &origin, &wanted, only);
     let mut exchanged = exchange.run(request).await?;
-    if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, &findings, target.as_ref()) {
+    if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, target.as_ref()) {
         let headers = exchanged.response.headers_mut();
         headers.append(SET_COOKIE, cookie);
     }
@@ -143,7 +154,6 @@ fn session_cookie(
     worker: &Worker,
     exchanged: &Exchanged,
     wanted: &Wanted,
-    findings: &Findings,
     target: Option<&PathAndQuery>,
 ) -> Option<HeaderValue> {
     let instance = exchanged.lease.target().instance_id.as_deref();
@@ -158,14 +168,9 @@ fn session_cookie(
         };
         counter.add(1);
     }
-    let request = target.map_or("/", PathAndQuery::path);
     let path = || {
-        worker.snapshot(|snapshot| {
-            let found = router::find(snapshot, findings.host_str(), request).ok();
-            found
-                .map_or("/", |found| sticky::cookie_path(request, found.path))
-                .to_owned()
-        })
+        let request = target.map_or("/", PathAndQuery::path);
+        sticky::cookie_path(request, &exchanged.lease.pool().path)
     };
     let headers = exchanged.response.headers();
     worker

@@ -13,6 +13,7 @@ use http::header::{
 };
 
 use crate::l7::balance::InstanceHeaders;
+use crate::l7::client_cert::ClientCertHeader;
 use crate::l7::validate::{Findings, is_plain_connection};
 
 const APP_INSTANCE: HeaderName = HeaderName::from_static("x-cf-app-instance");
@@ -43,6 +44,8 @@ const MAX_REQUEST_ID_LEN: usize = 128;
 pub(super) struct Origin<'a> {
     /// The peer's address as a header value.
     pub address: &'a HeaderValue,
+    /// What becomes of `X-Forwarded-Client-Cert`.
+    pub client_cert: ClientCertHeader,
     /// The request came over TLS.
     pub secure: bool,
     /// It is in `http.trusted_proxies`.
@@ -297,8 +300,16 @@ fn is_end_to_end(name: &str) -> bool {
 
 fn set_forwarded(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'_>) {
     if findings.forwarded && !origin.trusted {
-        for name in [FORWARDED, FORWARDED_CLIENT_CERT, FORWARDED_PORT, REAL_IP] {
+        for name in [FORWARDED, FORWARDED_PORT, REAL_IP] {
             headers.remove(name);
+        }
+    }
+    match &origin.client_cert {
+        ClientCertHeader::Keep => {}
+        ClientCertHeader::Remove if !findings.forwarded => {}
+        ClientCertHeader::Remove => drop(headers.remove(FORWARDED_CLIENT_CERT)),
+        ClientCertHeader::Set(value) => {
+            headers.insert(FORWARDED_CLIENT_CERT, value.clone());
         }
     }
     let keep = findings.forwarded && origin.trusted;

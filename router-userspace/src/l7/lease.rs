@@ -9,8 +9,10 @@ use tokio::time::Instant;
 
 use crate::l7::backend::{BackendState, Connection};
 use crate::l7::balance::{PoolState, Target};
+use crate::l7::client::Client;
 use crate::l7::error::{BackendTimeout, Failure, REASONS};
 use crate::l7::outlier;
+use crate::l7::proxy_protocol;
 use crate::l7::worker::Worker;
 
 pub(super) struct Lease {
@@ -18,6 +20,8 @@ pub(super) struct Lease {
     pool: Rc<PoolState>,
     index: usize,
     connection: Option<Connection>,
+    /// The connection began with a PROXY header, and so is of this client only.
+    is_of_one_client: bool,
 }
 
 impl Lease {
@@ -40,6 +44,7 @@ impl Lease {
             pool: Rc::clone(pool),
             index,
             connection: None,
+            is_of_one_client: false,
         })
     }
 
@@ -47,30 +52,44 @@ impl Lease {
         &self.pool.targets[self.index]
     }
 
+    pub(super) fn pool(&self) -> &PoolState {
+        &self.pool
+    }
+
     pub(super) fn backend(&self) -> &Rc<BackendState> {
         &self.target().backend
     }
 
-    /// A kept-alive connection unless `fresh`, else a new one; of HTTP/1 if the request `upgrades`.
+    /// A kept-alive connection unless `fresh`, else a new one; of HTTP/1 if the request `upgrades`. A
+    /// new one of its own if backends are told of `client` by a PROXY header.
     ///
     /// # Errors
     /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
-    pub(super) async fn connect(&mut self, fresh: bool, upgrades: bool) -> Result<(), Failure> {
-        let backend_idle = self
-            .worker
-            .settings(|settings| settings.timeouts.backend_idle);
+    pub(super) async fn connect(
+        &mut self,
+        client: &Client,
+        fresh: bool,
+        upgrades: bool,
+    ) -> Result<(), Failure> {
+        let (backend_idle, proxy_protocol) = self.worker.settings(|settings| {
+            (
+                settings.timeouts.backend_idle,
+                settings.backend_proxy_protocol,
+            )
+        });
+        let proxy_header = proxy_protocol::header(proxy_protocol, client.peer, client.local);
+        self.is_of_one_client = proxy_header.is_some();
         let now = self.worker.now();
-        let backend = Rc::clone(self.backend());
-        let kept = match fresh {
+        let kept = match fresh || self.is_of_one_client {
             true => None,
-            false => backend.take(now, backend_idle, upgrades).await,
+            false => self.backend().take(now, backend_idle, upgrades).await,
         };
         let connection = match kept {
             Some(connection) => {
                 self.worker.metrics.backend_connections_reused.add(1);
                 connection
             }
-            None => self.open(upgrades).await?,
+            None => self.open(upgrades, proxy_header).await?,
         };
         self.connection = Some(connection);
         Ok(())
@@ -85,9 +104,14 @@ impl Lease {
         (&self.pool.targets[self.index], connection)
     }
 
-    async fn open(&self, upgrades: bool) -> Result<Connection, Failure> {
+    async fn open(
+        &self,
+        upgrades: bool,
+        proxy_header: Option<Vec<u8>>,
+    ) -> Result<Connection, Failure> {
         let connect = self.worker.settings(|settings| settings.timeouts.connect);
-        let opening = self.backend().open(upgrades, self.worker.tls.as_ref());
+        let tls = self.worker.tls.backend();
+        let opening = self.backend().open(upgrades, tls, proxy_header);
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
@@ -153,7 +177,9 @@ impl Lease {
 
     /// The response has ended cleanly: the connection may carry another request.
     pub(super) fn finish(mut self) {
-        if let Some(connection) = self.connection.take() {
+        if let Some(connection) = self.connection.take()
+            && !self.is_of_one_client
+        {
             let limit = self
                 .worker
                 .settings(|settings| settings.limits.idle_per_backend);

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
+use crate::l7::handshake;
 use crate::l7::shared::SharedBackend;
 
 /// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
@@ -29,6 +31,44 @@ const BUCKET_COUNT: usize = LATENCY_BOUNDS_US.len() + 1;
 #[derive(Debug, Default)]
 pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
+    pub tls: TlsMetrics,
+}
+
+/// What the files of both sides' certificates came to.
+#[derive(Debug, Default)]
+pub struct TlsMetrics {
+    loads: AtomicU64,
+    refusals: AtomicU64,
+    certificates: Mutex<Vec<(PathBuf, i64)>>,
+}
+
+impl TlsMetrics {
+    /// Times that changed files were taken up, and files that could not be used.
+    pub fn loads_and_refusals(&self) -> (u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.loads), read(&self.refusals))
+    }
+
+    /// The listeners' certificates in use, and when they end, in seconds since the Unix epoch.
+    pub fn certificates(&self) -> Vec<(PathBuf, i64)> {
+        let certificates = self.certificates.lock();
+        certificates.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn count_load(&self) {
+        self.loads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_refusal(&self) {
+        self.refusals.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn publish_certificates(&self, certificates: Vec<(PathBuf, i64)>) {
+        *self
+            .certificates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = certificates;
+    }
 }
 
 /// Sums over all workers.
@@ -47,6 +87,13 @@ pub struct L7Totals {
     pub connections_full: u64,
     /// Connections the kernel could not hand over, for want of file descriptors for example.
     pub accept_errors: u64,
+    /// TLS handshakes that were done in full, and those that took up an earlier session.
+    pub tls_handshakes: u64,
+    pub tls_resumptions: u64,
+    /// TLS handshakes that waited for others to end.
+    pub tls_handshakes_full: u64,
+    /// Connections that ended before their first request, by reason.
+    pub handshake_failures: Vec<(&'static str, u64)>,
     /// Client connections closed for sending a request's head too slowly or being idle.
     pub connections_timed_out: u64,
     pub retries: u64,
@@ -97,6 +144,7 @@ impl L7Metrics {
     pub fn totals(&self) -> L7Totals {
         let mut totals = L7Totals {
             errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),
+            handshake_failures: handshake::REASONS.map(|reason| (reason, 0)).to_vec(),
             ..L7Totals::default()
         };
         for worker in self.workers().iter() {
@@ -145,6 +193,11 @@ pub(super) struct WorkerMetrics {
     pub connections_accepted: Counter,
     pub connections_full: Counter,
     pub accept_errors: Counter,
+    pub tls_handshakes: Counter,
+    pub tls_resumptions: Counter,
+    pub tls_handshakes_full: Counter,
+    /// In the order of [`handshake::REASONS`].
+    pub handshake_failures: [Counter; handshake::REASONS.len()],
     pub connections_timed_out: Counter,
     pub retries: Counter,
     pub retries_refused: Counter,
@@ -228,6 +281,10 @@ impl WorkerMetrics {
         for ((_, total), counter) in totals.errors.iter_mut().zip(&self.errors) {
             *total += counter.read();
         }
+        let failures = totals.handshake_failures.iter_mut();
+        for ((_, total), counter) in failures.zip(&self.handshake_failures) {
+            *total += counter.read();
+        }
         for (total, counter) in totals.latency_buckets.iter_mut().zip(&self.latency_buckets) {
             *total += counter.read();
         }
@@ -237,6 +294,9 @@ impl WorkerMetrics {
         totals.connections_accepted += self.connections_accepted.read();
         totals.connections_full += self.connections_full.read();
         totals.accept_errors += self.accept_errors.read();
+        totals.tls_handshakes += self.tls_handshakes.read();
+        totals.tls_resumptions += self.tls_resumptions.read();
+        totals.tls_handshakes_full += self.tls_handshakes_full.read();
         totals.connections_timed_out += self.connections_timed_out.read();
         totals.retries += self.retries.read();
         totals.retries_refused += self.retries_refused.read();

@@ -1,78 +1,175 @@
-//! TLS towards backends that registered a `tls_port`.
+//! TLS on both sides: the certificates of the listeners, and what backends are verified with.
 //!
-//! Certificates are verified against `http.backend_tls.ca_file` alone; the system's roots vouch
-//! for the public web, not for a platform's instances. Without the file there is nothing to verify
-//! with, and requests for such backends are answered with 503.
+//! [`Tls`] publishes one immutable [`TlsServer`] and one [`BackendTlsClient`]. Workers load them for
+//! each handshake; established connections keep what they began with. One thread, `tls-files`, looks
+//! at the files once a second and ends with the last `Tls`; a reload reads them at once. A file that
+//! cannot be used is told and counted once, and what it was before stays in use. Handshakes with
+//! clients are in [`crate::l7::handshake`].
 
-use std::io;
-use std::net::IpAddr;
-use std::path::Path;
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use anyhow::{Context, ensure};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
+use anyhow::Context;
+use arc_swap::ArcSwapOption;
 
-use crate::l7::error::BackendFailure;
+use crate::config::HttpConfig;
+use crate::l7::metrics::L7Metrics;
+use sources::{Changed, Sources};
 
-#[derive(Clone)]
-pub(super) struct BackendTlsClient {
-    connector: TlsConnector,
+mod backend;
+mod certificates;
+mod files;
+mod server;
+mod sources;
+
+pub(super) use backend::BackendTlsClient;
+pub(super) use server::{ALPN_H2, TlsServer};
+
+/// How often files are looked at. A change is taken up when two looks found the same.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What handshakes are done with, as of the latest look at the files.
+pub(super) struct Tls {
+    server: ArcSwapOption<TlsServer>,
+    backend: ArcSwapOption<BackendTlsClient>,
+    sources: Mutex<Sources>,
+    metrics: Arc<L7Metrics>,
+    /// Dropped to end the thread.
+    _watch: mpsc::Sender<Infallible>,
 }
 
-impl BackendTlsClient {
+impl Tls {
+    /// Reads every file and starts to watch them.
+    ///
     /// # Errors
-    /// Names the file if it cannot be read or holds no certificate.
-    pub(super) fn load(ca_file: &Path) -> anyhow::Result<BackendTlsClient> {
-        let what = || format!("http.backend_tls.ca_file {}", ca_file.display());
-        let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_file_iter(ca_file).with_context(what)? {
-            roots
-                .add(certificate.with_context(what)?)
-                .with_context(what)?;
-        }
-        ensure!(!roots.is_empty(), "{}: no certificate in it", what());
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .context("choose TLS versions")?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Ok(BackendTlsClient {
-            connector: TlsConnector::from(Arc::new(config)),
-        })
-    }
-
-    /// `name` is what the certificate must be for; without one, the address.
-    pub(super) async fn handshake(
-        &self,
-        stream: TcpStream,
-        name: Option<&str>,
-        address: IpAddr,
-    ) -> Result<TlsStream<TcpStream>, BackendFailure> {
-        let name = match name {
-            Some(name) => {
-                ServerName::try_from(name.to_owned()).map_err(|_| BackendFailure::TlsCertificate)?
+    /// Names the key and the file that cannot be used. A bad pair of `certificate_directory` is left
+    /// out and told, as long as any certificate is good.
+    pub(super) fn start(config: &HttpConfig, metrics: Arc<L7Metrics>) -> anyhow::Result<Arc<Tls>> {
+        let (mut sources, refused) = Sources::load(config)?;
+        tell(&refused, &metrics);
+        let (watch, ends) = mpsc::channel();
+        let tls = Arc::new(Tls {
+            server: ArcSwapOption::new(sources.server()?),
+            backend: ArcSwapOption::new(sources.backend()),
+            sources: Mutex::new(sources),
+            metrics,
+            _watch: watch,
+        });
+        tls.publish_expiry(&tls.sources());
+        let weak = Arc::downgrade(&tls);
+        let look = move || {
+            while ends.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                match weak.upgrade() {
+                    Some(tls) => tls.look(false),
+                    None => return,
+                }
             }
-            None => ServerName::IpAddress(address.into()),
         };
-        self.connector
-            .connect(name, stream)
-            .await
-            .map_err(|error| class_of(&error))
+        std::thread::Builder::new()
+            .name("tls-files".to_owned())
+            .spawn(look)
+            .context("start the thread that watches certificates")?;
+        Ok(tls)
+    }
+
+    /// None where no listener speaks TLS.
+    pub(super) fn server(&self) -> Option<Arc<TlsServer>> {
+        self.server.load_full()
+    }
+
+    /// None where there is nothing to verify backends with.
+    pub(super) fn backend(&self) -> Option<Arc<BackendTlsClient>> {
+        self.backend.load_full()
+    }
+
+    /// Whether [`Tls::reload`] would take this configuration.
+    ///
+    /// # Errors
+    /// As [`Tls::reload`].
+    pub(super) fn check_reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
+        if self.sources().is_of(config) {
+            return Ok(());
+        }
+        check(config)
+    }
+
+    /// Reads all files anew. Where the configuration is as before, a bad one keeps what it was.
+    ///
+    /// # Errors
+    /// As [`Tls::start`], for another configuration than before. Nothing is changed then.
+    pub(super) fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
+        let mut sources = self.sources();
+        if sources.is_of(config) {
+            drop(sources);
+            self.look(true);
+            return Ok(());
+        }
+        let (mut wanted, refused) = Sources::load(config)?;
+        tell(&refused, &self.metrics);
+        self.server.store(wanted.server()?);
+        self.backend.store(wanted.backend());
+        *sources = wanted;
+        self.publish_expiry(&sources);
+        Ok(())
+    }
+
+    /// Takes up what changed in the files; `anyway`, reads them whether or not they did.
+    fn look(&self, anyway: bool) {
+        let mut sources = self.sources();
+        let Changed {
+            server,
+            backend,
+            refused,
+        } = sources.look(anyway);
+        tell(&refused, &self.metrics);
+        if server {
+            match sources.server() {
+                Ok(server) => {
+                    self.server.store(server);
+                    self.publish_expiry(&sources);
+                    self.metrics.tls.count_load();
+                    tracing::info!("certificates of the listeners read");
+                }
+                Err(error) => tell(&[error], &self.metrics),
+            }
+        }
+        if backend {
+            self.backend.store(sources.backend());
+            self.metrics.tls.count_load();
+            tracing::info!("certificates for backends read");
+        }
+    }
+
+    fn publish_expiry(&self, sources: &Sources) {
+        self.metrics.tls.publish_certificates(sources.expiry());
+    }
+
+    fn sources(&self) -> MutexGuard<'_, Sources> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn class_of(error: &io::Error) -> BackendFailure {
-    let tls = error
-        .get_ref()
-        .and_then(|error| error.downcast_ref::<rustls::Error>());
-    match tls {
-        Some(rustls::Error::InvalidCertificate(_)) => BackendFailure::TlsCertificate,
-        _ => BackendFailure::TlsHandshake,
+/// Whether [`Tls::start`] would take this configuration.
+///
+/// # Errors
+/// As [`Tls::start`].
+pub(super) fn check(config: &HttpConfig) -> anyhow::Result<()> {
+    let (mut sources, _) = Sources::load(config)?;
+    sources.server().map(drop)
+}
+
+fn tell(refused: &[anyhow::Error], metrics: &L7Metrics) {
+    for error in refused {
+        metrics.tls.count_refusal();
+        let error = format!("{error:#}");
+        tracing::warn!(
+            error,
+            "certificates refused: what was read before stays in use"
+        );
     }
 }
+
+#[cfg(test)]
+mod tests;

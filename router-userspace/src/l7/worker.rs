@@ -29,10 +29,11 @@ use crate::l7::Settings;
 use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
+use crate::l7::handshake::{Handshakes, ListenerKind};
 use crate::l7::metrics::WorkerMetrics;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
-use crate::l7::tls::BackendTlsClient;
+use crate::l7::tls::Tls;
 use crate::snapshot::{Published, Snapshot};
 
 /// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
@@ -52,12 +53,12 @@ const REQUEST_IDS_AT_ONCE: usize = 32;
 pub(super) struct WorkerParts {
     /// From 0 on.
     pub index: usize,
-    pub listeners: Vec<std::net::TcpListener>,
+    pub listeners: Vec<(std::net::TcpListener, ListenerKind)>,
     pub published: Published,
     pub settings: Arc<ArcSwap<Settings>>,
     pub shared: Arc<Shared>,
     pub metrics: Arc<WorkerMetrics>,
-    pub tls: Option<BackendTlsClient>,
+    pub tls: Arc<Tls>,
     /// The time to end at, once it is set.
     pub stop: watch::Receiver<Option<Instant>>,
     /// Dropped when the worker has ended.
@@ -68,7 +69,8 @@ pub(super) struct Worker {
     /// From 0 on.
     pub index: usize,
     pub metrics: Arc<WorkerMetrics>,
-    pub tls: Option<BackendTlsClient>,
+    pub tls: Arc<Tls>,
+    handshakes: Handshakes,
     snapshot: RefCell<Cache<Published, Arc<Snapshot>>>,
     settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
     backends: RefCell<Backends>,
@@ -129,14 +131,16 @@ async fn run(parts: WorkerParts) {
     let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
     let acceptors: Vec<_> = listeners
         .into_iter()
-        .filter_map(|listener| match TcpListener::from_std(listener) {
-            Ok(listener) => Some(listener),
+        .filter_map(|(listener, kind)| match TcpListener::from_std(listener) {
+            Ok(listener) => Some((listener, kind)),
             Err(error) => {
                 tracing::error!(%error, "l7 listener cannot be polled");
                 None
             }
         })
-        .map(|listener| tokio::task::spawn_local(accept(Rc::clone(&worker), listener)))
+        .map(|(listener, kind)| {
+            tokio::task::spawn_local(accept(Rc::clone(&worker), listener, kind))
+        })
         .collect();
     let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
 
@@ -160,13 +164,13 @@ async fn run(parts: WorkerParts) {
 
 /// Accepts until the worker drains, and then what the kernel has accepted in its name: closing the
 /// listener before would reset those connections.
-async fn accept(worker: Rc<Worker>, listener: TcpListener) {
+async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: ListenerKind) {
     while !worker.is_draining() {
         tokio::select! {
             // Both may be dropped: a connection that was not handed over stays in the backlog.
             () = worker.drain_notice() => {}
             accepted = next_connection(&worker, &listener) => match accepted {
-                Ok((stream, peer)) => serve(&worker, stream, peer),
+                Ok((stream, peer)) => serve(&worker, kind, stream, peer),
                 Err(error) => {
                     refused(&worker, &error);
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -174,7 +178,7 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener) {
             }
         }
     }
-    if let Err(error) = accept_backlog(&worker, listener).await {
+    if let Err(error) = accept_backlog(&worker, listener, kind).await {
         refused(&worker, &error);
     }
 }
@@ -187,14 +191,18 @@ async fn next_connection(
     listener.accept().await
 }
 
-async fn accept_backlog(worker: &Rc<Worker>, listener: TcpListener) -> io::Result<()> {
+async fn accept_backlog(
+    worker: &Rc<Worker>,
+    listener: TcpListener,
+    kind: ListenerKind,
+) -> io::Result<()> {
     let listener = listener.into_std()?;
     loop {
         worker.wait_for_room().await;
         match listener.accept() {
             Ok((stream, peer)) => {
                 stream.set_nonblocking(true)?;
-                serve(worker, TcpStream::from_std(stream)?, peer);
+                serve(worker, kind, TcpStream::from_std(stream)?, peer);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error),
@@ -202,12 +210,16 @@ async fn accept_backlog(worker: &Rc<Worker>, listener: TcpListener) -> io::Resul
     }
 }
 
-fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+fn serve(worker: &Rc<Worker>, kind: ListenerKind, stream: TcpStream, peer: SocketAddr) {
     worker.metrics.connections_accepted.add(1);
     let open = OpenConnection::new(worker);
     let worker = Rc::clone(worker);
     tokio::task::spawn_local(async move {
-        connection::serve(worker, stream, peer).await;
+        let rules = worker.settings(|settings| settings.handshake_rules(peer));
+        let established = worker.handshakes.establish(kind, &rules, stream, peer);
+        if let Ok(established) = established.await {
+            connection::serve(worker, established).await;
+        }
         drop(open);
     });
 }
@@ -255,10 +267,11 @@ impl Worker {
         settings: Arc<ArcSwap<Settings>>,
         backends: Backends,
         metrics: Arc<WorkerMetrics>,
-        tls: Option<BackendTlsClient>,
+        tls: Arc<Tls>,
     ) -> Worker {
         Worker {
             index: backends.worker,
+            handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),

@@ -28,7 +28,46 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             .iter()
             .map(|(reason, count)| ([("reason", *reason)], *count)),
     )?;
+    page.counters(
+        "viaduct_http_handshake_failures",
+        "Connections that ended before their first request, in the TLS handshake or its PROXY header, by reason",
+        totals
+            .handshake_failures
+            .iter()
+            .map(|(reason, count)| ([("reason", *reason)], *count)),
+    )?;
+    page.counters(
+        "viaduct_http_tls_handshakes",
+        "TLS handshakes with clients, by whether an earlier session was resumed",
+        [
+            ([("kind", "full")], totals.tls_handshakes),
+            ([("kind", "resumed")], totals.tls_resumptions),
+        ],
+    )?;
+    let (loads, refusals) = metrics.tls.loads_and_refusals();
+    page.counters(
+        "viaduct_http_certificate_loads",
+        "Changes of certificate files, by whether they were taken up",
+        [
+            ([("result", "taken")], loads),
+            ([("result", "refused")], refusals),
+        ],
+    )?;
+    let certificates = metrics.tls.certificates();
+    page.gauges(
+        "viaduct_http_certificate_expiry_seconds",
+        "When a listener's certificate ends, in seconds since the Unix epoch",
+        certificates.iter().map(|(file, not_after)| {
+            let file = [("file", file.display().to_string())];
+            (file, usize::try_from(*not_after).unwrap_or(0))
+        }),
+    )?;
     for (name, help, count) in [
+        (
+            "viaduct_http_tls_handshakes_full",
+            "TLS handshakes that waited for others to end",
+            totals.tls_handshakes_full,
+        ),
         (
             "viaduct_http_aborted",
             "Responses whose client left before their end",

@@ -130,8 +130,8 @@ pub struct Rate {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HashKey {
     pub of: HashOf,
-    /// How much more than the average a backend may carry, in percent above 100; the next in the
-    /// ring takes the rest. `None`: no bound. (Mirrokni et al., "Consistent hashing with bounded
+    /// How much of the average load a backend may carry, in percent; the next in the ring takes the
+    /// rest. `None`: no bound. (Mirrokni et al., "Consistent hashing with bounded
     /// loads", 2016.)
     pub balance_percent: Option<u32>,
 }

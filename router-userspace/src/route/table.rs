@@ -34,7 +34,7 @@ pub const MAX_POOL_BACKENDS: usize = 4096;
 /// Paths of one host. A change copies the list of its host.
 pub const MAX_HOST_PATHS: usize = 4096;
 
-/// Backends that operators have drained.
+/// Backends that operators have drained, at all or for a VIP.
 pub const MAX_DRAINING: usize = 4096;
 
 /// What a call did to the table.
@@ -226,22 +226,32 @@ impl RouteTable {
         change
     }
 
-    /// Has a backend drained at both layers whatever its registrations say, or undoes that. Holds for
-    /// the address, also if it is registered later; [`MAX_DRAINING`] at once, beyond which nothing
-    /// changes.
-    pub fn set_draining(&mut self, backend: SocketAddr, drain: bool) -> Change {
-        let draining = &mut self.next.draining;
-        let changed = match drain {
-            true if draining.len() >= MAX_DRAINING => false,
-            true => draining.insert(backend).is_none(),
-            false => draining.remove(&backend).is_some(),
+    /// Has a backend drained whatever its registrations say, or undoes that: at both layers, or for one
+    /// VIP. Holds for the address, also if it is registered later; [`MAX_DRAINING`] at once, beyond
+    /// which nothing changes.
+    pub fn set_draining(&mut self, backend: SocketAddr, vip: Option<Vip>, drain: bool) -> Change {
+        let Snapshot {
+            draining,
+            draining_at,
+            ..
+        } = &mut self.next;
+        let full = draining.len() + draining_at.len() >= MAX_DRAINING;
+        let changed = match (drain, vip) {
+            (true, _) if full => false,
+            (true, None) => draining.insert(backend).is_none(),
+            (true, Some(vip)) => draining_at.insert((vip, backend)).is_none(),
+            (false, None) => draining.remove(&backend).is_some(),
+            (false, Some(vip)) => draining_at.remove(&(vip, backend)).is_some(),
         };
         let mut change = Change {
             changed,
             ..Change::default()
         };
         if changed {
-            change.vips.extend(self.vips_of(backend));
+            let served = self.vips_of(backend);
+            change
+                .vips
+                .extend(served.filter(|served| vip.is_none_or(|vip| vip == *served)));
         }
         change
     }

@@ -108,8 +108,8 @@ pub(super) struct Attachments {
 }
 
 impl Datapath {
-    /// Attaches to every one of these interfaces, and detaches from all others on which an earlier
-    /// agent may have left its program.
+    /// Attaches to every one of these interfaces, and then detaches from all others, and from other
+    /// hooks, where an earlier agent may have left its program.
     ///
     /// # Errors
     /// Names the interface that is not there or that the kernel refuses.
@@ -199,15 +199,27 @@ impl Datapath {
         !self.attachments.refused.is_empty()
     }
 
-    /// Releases the pinned links of devices that no configured interface is.
+    /// Releases the pinned links of devices that no configured interface is, and of hooks that others
+    /// took over from.
+    ///
+    /// Two hooks of one device do no harm: whom the first forwards, the second never sees. But while
+    /// clsact comes or goes, a device drops what is sent to it by way of its queue (kernel:
+    /// net/sched/sch_api.c, `qdisc_graft`), as classifiers send and XDP does not. So XDP must be on all
+    /// devices before clsact is taken off the first, and still be there when it is put on the last.
     fn release_others(&self) -> anyhow::Result<()> {
         let Some(path) = &self.pin_path else {
             return Ok(());
         };
         for pin in pins::links(path)? {
             let mut attached = self.attachments.attached.values();
-            let wanted = self.attachments.probing || !pin.hook.is_egress();
-            if !wanted || !attached.any(|attached| attached.ifindex == pin.ifindex) {
+            let wanted = attached.any(|attached| {
+                let same_hook = match pin.hook.is_egress() {
+                    true => self.attachments.probing,
+                    false => attached.hook == pin.hook,
+                };
+                attached.ifindex == pin.ifindex && same_hook
+            });
+            if !wanted {
                 release(&pin)?;
                 tracing::info!(link = %pin.path.display(), "detached");
             }
@@ -255,12 +267,6 @@ impl Datapath {
                     refused,
                     "generic XDP, several times as costly"
                 );
-            }
-            // Two hooks of one device do no harm: whom the first forwards, the second never sees.
-            for other in self.pins_of(device, hooks)? {
-                if other.hook != hook {
-                    release(&other)?;
-                }
             }
             return Ok(Attached {
                 hook,

@@ -18,6 +18,7 @@ struct CounterMaps {
     backends: PerCpuArray<MapData, BackendCounters>,
     load: Array<MapData, BackendLoad>,
     local_flows: Array<MapData, u64>,
+    events_lost: PerCpuArray<MapData, u64>,
 }
 
 impl Counters {
@@ -27,6 +28,7 @@ impl Counters {
             backends: PerCpuArray::try_from(reopen(ebpf, "BACKEND_COUNTERS")?)?,
             load: Array::try_from(reopen(ebpf, "BACKEND_LOAD")?)?,
             local_flows: Array::try_from(reopen(ebpf, "LOCAL_FLOWS")?)?,
+            events_lost: PerCpuArray::try_from(reopen(ebpf, "EVENTS_LOST")?)?,
         })))
     }
 
@@ -48,6 +50,12 @@ impl Counters {
             total += *value;
         }
         Ok(total)
+    }
+
+    /// Sampled packets that the programs found no room for in their ring buffer.
+    pub fn events_lost(&self) -> anyhow::Result<u64> {
+        let values = self.0.events_lost.get(&0, 0);
+        Ok(values.context("read EVENTS_LOST")?.iter().sum())
     }
 
     /// Sockets of this host that are connected to a backend.

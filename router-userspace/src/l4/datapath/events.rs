@@ -11,7 +11,8 @@ use super::take;
 
 /// The one reader of `EVENTS`. Its descriptor is readable while there is something to read.
 ///
-/// The ring holds 256 KiB; what the programs report beyond is lost.
+/// The ring holds 256 KiB; what the programs report beyond is lost, and counted
+/// ([`super::Counters::events_lost`]).
 pub struct Events(RingBuf<MapData>);
 
 impl Events {

@@ -33,8 +33,8 @@ pub(super) struct Shape {
     value_len: usize,
 }
 
-/// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS` and the log) are the
-/// agent's own.
+/// Every map that is pinned. The others (`SWEEP`, `CLOCK`, `EXPLAINED`, `EVENTS`, `EVENTS_LOST` and the log)
+/// are the agent's own.
 pub(super) fn shapes(limits: &L4Limits) -> [Shape; 23] {
     let buckets = buckets(limits);
     let backends = limits.backends + 1;
@@ -184,6 +184,7 @@ pub(super) struct Maps {
     pub(super) moved_flows: Array<MapData, u32>,
     local_flows: Array<MapData, u64>,
     sources: LpmTrie<MapData, SourceKey, u32>,
+    vip_rates: Array<MapData, RateCell>,
     quic_servers: HashMap<MapData, QuicKey, u32>,
     sweep: Array<MapData, SweepRequest>,
     explained: Array<MapData, PacketEvent>,
@@ -208,6 +209,7 @@ impl Maps {
             moved_flows: array(ebpf, "MOVED_FLOWS")?,
             local_flows: array(ebpf, "LOCAL_FLOWS")?,
             sources: LpmTrie::try_from(take(ebpf, "SOURCES")?)?,
+            vip_rates: array(ebpf, "VIP_RATES")?,
             quic_servers: HashMap::try_from(take(ebpf, "QUIC_SERVERS")?)?,
             sweep: array(ebpf, "SWEEP")?,
             explained: array(ebpf, "EXPLAINED")?,
@@ -219,7 +221,13 @@ impl Maps {
             MapOp::SetBackend { id, entry } => self.backends.set(*id, entry, 0)?,
             MapOp::ClearBackend { id, generation } => self.clear_backend(*id, *generation)?,
             MapOp::SetRing { vip, slots } => self.rings.set(*vip, ring(slots)?, 0)?,
-            MapOp::SetVip { index, entry } => self.vips.set(*index, entry, 0)?,
+            MapOp::SetVip { index, entry } => {
+                self.vips.set(*index, entry, 0)?;
+                // Whoever has the index next begins with a count of its own.
+                if *entry == VipEntry::default() {
+                    self.vip_rates.set(*index, RateCell::default(), 0)?;
+                }
+            }
             MapOp::SetVipHead { place, first } => self.vip_heads.set(*place, first, 0)?,
             MapOp::SetVipAddress { addr, vips: 0 } => {
                 absent_is_fine(self.vip_addresses.remove(addr))?;

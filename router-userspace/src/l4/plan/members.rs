@@ -43,7 +43,7 @@ pub(super) fn wanted(
                 let Some(hop) = hop.filter(|_| policy.mode != Mode::L7) else {
                     continue;
                 };
-                let drains = backend.weight == 0 || world.draining.contains(&backend.address);
+                let drains = backend.weight == 0 || world.drains(vip, backend.address);
                 let entry = entry(vip, backend, index, hop, drains);
                 wanted.insert(backend.address, Wanted { entry, quic_server });
             }

@@ -271,6 +271,7 @@ struct Bench {
     unhealthy: imbl::HashSet<SocketAddr>,
     panic_threshold: u8,
     draining: imbl::HashSet<SocketAddr>,
+    draining_at: imbl::HashSet<(Vip, SocketAddr)>,
     now: Instant,
 }
 
@@ -288,6 +289,7 @@ impl Bench {
             unhealthy: Default::default(),
             panic_threshold: 0,
             draining: Default::default(),
+            draining_at: Default::default(),
             now: Instant::now(),
         }
     }
@@ -309,6 +311,7 @@ impl Bench {
             unhealthy: &self.unhealthy,
             panic_threshold: self.panic_threshold,
             draining: &self.draining,
+            draining_at: &self.draining_at,
         };
         run(&mut self.planner, &world)
     }
@@ -484,6 +487,17 @@ fn a_backend_that_an_operator_drains_gets_no_new_flows_until_that_is_undone() {
     bench.draining.remove(&address(1));
     bench.plan(vip(1), &[1, 2]);
     assert_eq!(bench.kernel.serving(vip(1)), addresses(&[1, 2]));
+}
+
+#[test]
+fn a_backend_that_is_drained_for_one_vip_serves_the_others() {
+    let mut bench = Bench::new(4, 16);
+    bench.draining_at.insert((vip(1), address(1)));
+    for number in [1, 2] {
+        bench.plan(vip(number), &[1, 2]);
+    }
+    assert_eq!(bench.kernel.serving(vip(1)), addresses(&[2]));
+    assert_eq!(bench.kernel.serving(vip(2)), addresses(&[1, 2]));
 }
 
 #[test]

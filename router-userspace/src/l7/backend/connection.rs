@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use hyper::client::conn::{http1, http2};
@@ -15,6 +16,7 @@ use hyper::rt::Executor;
 use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
 use socket2::SockRef;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
@@ -103,24 +105,31 @@ impl Drop for Http2 {
     }
 }
 
-/// Opens a connection in the backend's protocol; in HTTP/1.1 if the request `upgrades`.
+/// Opens a connection in the backend's protocol; in HTTP/1.1 if the request `upgrades`. A
+/// `proxy_header` goes before everything else.
 ///
 /// # Errors
 /// Whose failure it is, and of what kind.
 pub(super) async fn open(
     backend: &BackendState,
     upgrades: bool,
-    tls: Option<&BackendTlsClient>,
+    tls: Option<Arc<BackendTlsClient>>,
+    proxy_header: Option<Vec<u8>>,
 ) -> Result<Opened, Failure> {
-    let stream = connect(backend).await?;
-    let http2 = backend.protocol() == HttpProtocol::Http2 && !upgrades;
-    let io = match backend.tls() {
-        None => BackendIo::Tcp(stream),
+    let mut stream = connect(backend).await?;
+    if let Some(header) = proxy_header {
+        let written = stream.write_all(&header).await;
+        written.map_err(|_| Failure::Backend(BackendFailure::Closed))?;
+    }
+    let wants_http2 = backend.protocol() == HttpProtocol::Http2 && !upgrades;
+    let (io, http2) = match backend.tls() {
+        None => (BackendIo::Tcp(stream), wants_http2),
         Some(wanted) => {
             let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
             let name = wanted.server_name.as_deref();
-            let handshake = tls.handshake(stream, name, backend.address().ip());
-            BackendIo::Tls(Box::new(handshake.await.map_err(Failure::Backend)?))
+            let handshake = tls.handshake(stream, name, backend.address().ip(), wants_http2);
+            let (stream, http2) = handshake.await.map_err(Failure::Backend)?;
+            (BackendIo::Tls(Box::new(stream)), http2)
         }
     };
     let opened = if http2 {

@@ -15,6 +15,10 @@ fn rewritten(headers: &[(&str, &str)], trusted: bool) -> Vec<String> {
     let findings = validate::inspect(&request, &HttpLimits::default()).unwrap();
     let origin = Origin {
         address: &HeaderValue::from_static("192.0.2.1"),
+        client_cert: match trusted {
+            true => ClientCertHeader::Keep,
+            false => ClientCertHeader::Remove,
+        },
         secure: false,
         trusted,
         request_start: HeaderValue::from_static("1000"),

@@ -27,7 +27,7 @@ async fn a_header_leads_to_the_same_backend_each_time() {
     let mut pool = pool(backends.iter().map(|it| backend(it.address)));
     pool.balance = Some(Balance::Hash(Arc::new(HashKey {
         of: HashOf::Header("x-user".into()),
-        balance_percent: Some(25),
+        balance_percent: Some(125),
     })));
     let gateway = Gateway::start(snapshot([("a.com", pool)]));
     let get = async |user: usize| {

@@ -1,13 +1,14 @@
-//! Backends that registered a TLS port.
+//! TLS and PROXY headers of clients, and backends that registered a TLS port.
 
 use std::io::Write;
+use std::path::PathBuf;
 
-use rustls::ServerConfig;
-use rustls::pki_types::PrivateKeyDer;
-use tokio_rustls::TlsAcceptor;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
-use crate::config::BackendTlsConfig;
+use crate::config::{BackendTlsConfig, CertificateFiles, HttpTlsConfig};
 use crate::route::BackendTls;
 
 /// A TLS backend for `app.internal` that answers 200, and a file with its certificate.
@@ -55,7 +56,10 @@ fn gateway(address: SocketAddr, name: Option<&str>, ca_file: Option<PathBuf>) ->
         }]),
     );
     let config = HttpConfig {
-        backend_tls: BackendTlsConfig { ca_file },
+        backend_tls: BackendTlsConfig {
+            ca_file,
+            ..BackendTlsConfig::default()
+        },
         ..config()
     };
     Gateway::with_config(snapshot([route]), config)
@@ -117,6 +121,7 @@ async fn a_ca_file_without_certificates_is_an_error_that_names_it() {
     let config = HttpConfig {
         backend_tls: BackendTlsConfig {
             ca_file: Some(path.clone()),
+            ..BackendTlsConfig::default()
         },
         ..config()
     };
@@ -124,7 +129,107 @@ async fn a_ca_file_without_certificates_is_an_error_that_names_it() {
         .err()
         .unwrap();
     assert!(
-        error.to_string().contains(path.to_str().unwrap()),
+        format!("{error:#}").contains(path.to_str().unwrap()),
         "{error:#}"
+    );
+}
+
+/// A route whose backend answers with the client's address as it was told.
+async fn told_address() -> Snapshot {
+    let backend_of = |request: Request<Incoming>| {
+        let told = &request.headers()["x-forwarded-for"];
+        Response::new(full(told.to_str().unwrap().to_owned()))
+    };
+    let app = TestBackend::answering(backend_of).await;
+    snapshot([("a.com", pool([backend(app.address)]))])
+}
+
+const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+
+#[tokio::test]
+async fn requests_come_in_tls_with_a_proxy_header_before_it() {
+    let made = rcgen::generate_simple_self_signed(["a.com".to_owned()]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let files = CertificateFiles {
+        certificate_file: directory.path().join("a.crt"),
+        key_file: directory.path().join("a.key"),
+    };
+    std::fs::write(&files.certificate_file, made.cert.pem()).unwrap();
+    std::fs::write(&files.key_file, made.signing_key.serialize_pem()).unwrap();
+    let config = HttpConfig {
+        listen: Vec::new(),
+        tls: HttpTlsConfig {
+            listen: config().listen,
+            certificates: vec![files],
+            ..HttpTlsConfig::default()
+        },
+        proxy_protocol: ProxyProtocol::Accept,
+        trusted_proxies: vec!["127.0.0.1/32".parse().unwrap()],
+        ..config()
+    };
+    let gateway = Gateway::with_config(told_address().await, config);
+
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = TlsConnector::from(Arc::new(client));
+    for (header, told) in [
+        ("", "127.0.0.1"),
+        ("PROXY TCP4 192.0.2.7 198.51.100.1 1 443\r\n", "192.0.2.7"),
+    ] {
+        let mut stream = gateway.connect().await;
+        stream.write_all(header.as_bytes()).await.unwrap();
+        let host = ServerName::try_from("a.com").unwrap();
+        let mut stream = connector.connect(host, stream).await.unwrap();
+        stream.write_all(GET).await.unwrap();
+        let mut response = Vec::new();
+        stream.read_to_end(&mut response).await.unwrap();
+        let response = String::from_utf8(response).unwrap();
+        assert_status(&response, 200);
+        assert!(response.ends_with(&format!("\r\n\r\n{told}")), "{response}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_cannot_speak_for_another_by_a_proxy_header() {
+    let config = HttpConfig {
+        proxy_protocol: ProxyProtocol::Accept,
+        trusted_proxies: vec!["192.0.2.0/24".parse().unwrap()],
+        ..config()
+    };
+    let gateway = Gateway::with_config(told_address().await, config);
+    let header = b"PROXY TCP4 192.0.2.7 198.51.100.1 1 443\r\n";
+    let mut stream = gateway.connect().await;
+    stream.write_all(&[header, GET].concat()).await.unwrap();
+    let mut response = Vec::new();
+    // What was not read resets the connection.
+    let _ = stream.read_to_end(&mut response).await;
+    assert_eq!(response, b"");
+    let untrusted = ("proxy_header_untrusted", 1);
+    gateway
+        .totals(|totals| totals.handshake_failures.contains(&untrusted))
+        .await;
+    let response = gateway.get("a.com").await;
+    assert!(response.ends_with("\r\n\r\n127.0.0.1"), "{response}");
+}
+
+#[tokio::test]
+async fn a_reload_names_what_tls_needs_a_restart_for() {
+    let gateway = Gateway::start(Snapshot::default());
+    let mut wanted = config();
+    wanted.listen = gateway.proxy.fixed.listen.clone();
+    wanted.backend_tls.system_roots = true;
+    wanted.proxy_protocol = ProxyProtocol::Accept;
+    gateway.proxy.check_reload(&wanted).unwrap();
+    wanted.tls.listen = config().listen;
+    let error = gateway.proxy.check_reload(&wanted).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "http.tls.listen needs a restart to change"
     );
 }

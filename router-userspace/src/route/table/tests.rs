@@ -338,16 +338,38 @@ fn a_drain_names_the_vips_it_touches_and_is_bounded() {
     let one = backend("10.0.0.1:80", 1, Origin::Nats);
     let routes = [http("a.x", ""), vip("tcp/192.0.2.1:80")];
     table.apply(register(&routes, &one), now);
-    let change = table.set_draining(one.address, true);
+    let change = table.set_draining(one.address, None, true);
     assert_eq!((change.changed, change.vips.len()), (true, 1));
-    assert_eq!(table.set_draining(one.address, true), Change::default());
+    assert_eq!(
+        table.set_draining(one.address, None, true),
+        Change::default()
+    );
     assert!(table.snapshot().draining.contains(&one.address));
     for port in 1..=MAX_DRAINING as u16 {
-        table.set_draining(SocketAddr::from(([10, 0, 0, 2], port)), true);
+        table.set_draining(SocketAddr::from(([10, 0, 0, 2], port)), None, true);
     }
     assert_eq!(table.snapshot().draining.len(), MAX_DRAINING);
-    assert!(table.set_draining(one.address, false).changed);
+    assert!(table.set_draining(one.address, None, false).changed);
     assert!(table.snapshot().draining.len() < MAX_DRAINING);
+}
+
+#[test]
+fn a_drain_for_one_vip_leaves_the_others_alone() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let one = backend("10.0.0.1:80", 1, Origin::Nats);
+    let routes = [vip("tcp/192.0.2.1:80"), vip("tcp/192.0.2.2:80")];
+    table.apply(register(&routes, &one), now);
+    let first: Vip = "tcp/192.0.2.1:80".parse().unwrap();
+    let change = table.set_draining(one.address, Some(first), true);
+    assert_eq!((change.changed, change.vips), (true, [first].into()));
+    let snapshot = table.snapshot();
+    assert!(snapshot.draining_at.contains(&(first, one.address)));
+    assert!(snapshot.draining.is_empty());
+    // One order does not undo the other.
+    assert!(!table.set_draining(one.address, None, false).changed);
+    assert!(table.set_draining(one.address, Some(first), false).changed);
+    assert!(table.snapshot().draining_at.is_empty());
 }
 
 #[test]

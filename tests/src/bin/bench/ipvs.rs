@@ -22,7 +22,7 @@ use router_tests::app::VIP;
 use router_tests::client;
 use router_tests::lab::Lab;
 use router_tests::netns::Netns;
-use router_tests::process::wait_for;
+use router_tests::process::{Process, wait_for};
 use router_tests::site::Site;
 use viaduct::config::{Forwarding, L4Limits};
 use viaduct::l4::BENCH_PROGRAM;
@@ -32,6 +32,8 @@ use crate::report::Report;
 use crate::stream::{Kind, Stream, frame, headers_of};
 
 const ROUNDS: usize = 3;
+/// An agent that uses less than 2 % of this time is idle.
+const IDLE: Duration = Duration::from_secs(1);
 const PACKETS: u32 = 100_000;
 const FLOWS: [(u32, &str); 3] = [(1, "1"), (1024, "1k"), (16_384, "16k")];
 const CLIENT: Ipv4Addr = router_tests::lab::CLIENT;
@@ -42,29 +44,29 @@ const BACKENDS: u8 = 8;
 const OUT: &str = "out";
 const SINK: &str = "sink";
 
-/// A way of forwarding by the gateway's name for it, and what IPVS and the gateway have of it.
+/// A way of forwarding by the gateway's name for it, as IPVS and as the gateway call it.
 struct Mode {
     name: &'static str,
     /// Option of ipvsadm(8).
     ipvs: &'static str,
-    viaduct: Option<Forwarding>,
+    viaduct: Forwarding,
 }
 
 const MODES: [Mode; 3] = [
     Mode {
         name: "nat",
         ipvs: "--masquerading",
-        viaduct: Some(Forwarding::Nat),
+        viaduct: Forwarding::Nat,
     },
     Mode {
         name: "dsr",
         ipvs: "--gatewaying",
-        viaduct: None,
+        viaduct: Forwarding::Dsr,
     },
     Mode {
         name: "ipip",
         ipvs: "--ipip",
-        viaduct: None,
+        viaduct: Forwarding::Ipip,
     },
 ];
 
@@ -94,12 +96,10 @@ pub(crate) fn measure() -> anyhow::Result<Report> {
         bench.measure(&lab.gateway, (mode.name, "ipvs"), &pass, VIP)?;
     }
     for mode in &MODES {
-        let Some(forwarding) = mode.viaduct else {
-            continue;
-        };
         let mut site = Site::new(1)?;
         let _sink = out_by_veth(&site.lab)?;
-        serve_by_viaduct(&mut site, forwarding)?;
+        serve_by_viaduct(&mut site, mode.viaduct)?;
+        wait_until_idle(site.gateway())?;
         let gateway = &site.lab.gateway;
         bench.measure(gateway, (mode.name, "viaduct"), &attached(gateway)?, VIP)?;
     }
@@ -196,6 +196,20 @@ fn serve_by_viaduct(site: &mut Site, forwarding: Forwarding) -> anyhow::Result<(
         config.file.paths = vec![path];
         config.l4.forwarding = forwarding;
         config.l4.limits = L4Limits::default();
+    })
+}
+
+/// Waits until the agent is done with what it does when it starts: it shares the core with the packets.
+fn wait_until_idle(agent: &Process) -> anyhow::Result<()> {
+    let mut before = (Instant::now(), agent.cpu_time()?);
+    wait_for("the agent to be idle", || {
+        if before.0.elapsed() < IDLE {
+            return None;
+        }
+        let time = agent.cpu_time().ok()?;
+        let used = time - before.1;
+        before = (Instant::now(), time);
+        (used < IDLE / 50).then_some(())
     })
 }
 

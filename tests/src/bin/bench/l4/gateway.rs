@@ -103,6 +103,7 @@ impl Gateway {
             unhealthy: &Default::default(),
             panic_threshold: 0,
             draining: &Default::default(),
+            draining_at: &Default::default(),
         };
         let pool = (!hosts.is_empty()).then(|| pool(hosts));
         let plan = self.planner.plan(vip, pool.as_ref(), &world);

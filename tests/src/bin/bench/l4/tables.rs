@@ -96,6 +96,7 @@ impl Tables<'_> {
             unhealthy: &Default::default(),
             panic_threshold: 0,
             draining: &Default::default(),
+            draining_at: &Default::default(),
         };
         let pool = pool(&addresses(backends).collect::<Vec<_>>());
         let start = Instant::now();
