@@ -23,15 +23,18 @@ use tokio::time::Instant;
 
 use crate::config::{
     BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, HttpBalance, HttpConfig,
-    HttpLimits, HttpTimeouts, ProxyProtocol,
+    HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpZoneBalance,
+    ProxyProtocol,
 };
 use crate::l7::handshake::{ListenerKind, Rules};
 use crate::l7::metrics::L7Metrics;
+use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
 use crate::l7::worker::WorkerParts;
 use crate::route::Balance;
 use crate::snapshot::Published;
 
+mod admission;
 mod backend;
 mod balance;
 mod body;
@@ -48,9 +51,14 @@ mod lease;
 mod listen;
 mod liveness;
 pub mod metrics;
+mod outlier;
 mod proxy_protocol;
 mod record;
+mod replay;
+mod retry_budget;
 pub mod router;
+mod shared;
+mod sticky;
 mod tls;
 mod tunnel;
 mod validate;
@@ -84,6 +92,7 @@ pub fn start(
     }
 
     let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)));
+    let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
     let mut proxy = Proxy {
@@ -98,15 +107,17 @@ pub fn start(
     };
     for (index, listeners) in listeners.into_iter().enumerate() {
         let parts = WorkerParts {
+            index,
             listeners,
             published: Arc::clone(&published),
             settings: Arc::clone(&proxy.settings),
+            shared: Arc::clone(&shared),
             metrics: metrics.add_worker(),
             tls: Arc::clone(&tls),
             stop: stopped.clone(),
             alive: alive.clone(),
         };
-        proxy.workers.push(worker::spawn(index, parts)?);
+        proxy.workers.push(worker::spawn(parts)?);
     }
     tracing::info!(listen = ?proxy.local_addresses, workers = worker_count, "layer 7 serves");
     Ok(proxy)
@@ -210,12 +221,18 @@ impl Fixed {
 struct Settings {
     timeouts: HttpTimeouts,
     limits: HttpLimits,
+    retries: HttpRetries,
+    ejection: HttpEjection,
+    sticky: HttpSticky,
     trusted_proxies: Vec<IpNet>,
     proxy_protocol: ProxyProtocol,
     backend_proxy_protocol: BackendProxyProtocol,
     forwarded_client_cert: ForwardedClientCert,
     client_cert_format: ClientCertFormat,
     balance: Balance,
+    zone: Option<String>,
+    prefer_zone: bool,
+    slow_start: Duration,
 }
 
 impl Settings {
@@ -223,6 +240,9 @@ impl Settings {
         Settings {
             timeouts: config.timeouts.clone(),
             limits: config.limits.clone(),
+            retries: config.retries.clone(),
+            ejection: config.ejection.clone(),
+            sticky: config.sticky.clone(),
             trusted_proxies: config.trusted_proxies.clone(),
             proxy_protocol: config.proxy_protocol,
             backend_proxy_protocol: config.backend_proxy_protocol,
@@ -232,6 +252,9 @@ impl Settings {
                 HttpBalance::RoundRobin => Balance::RoundRobin,
                 HttpBalance::LeastConnections => Balance::LeastConnections,
             },
+            zone: config.zone.clone(),
+            prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
+            slow_start: config.slow_start,
         }
     }
 

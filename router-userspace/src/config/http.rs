@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ensure_at_least_one, ensure_positive};
 
+mod balance;
 mod tls;
 
+pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,6 +25,12 @@ pub struct HttpConfig {
     /// Runtimes, each on a thread of its own; 0 is one per core.
     pub workers: usize,
     pub balance: HttpBalance,
+    /// This gateway's availability zone, as registrations name theirs.
+    pub zone: Option<String>,
+    pub balance_zone: HttpZoneBalance,
+    /// How long a backend that joins others takes to get its whole share; 0 is off.
+    #[serde(with = "humantime_serde")]
+    pub slow_start: Duration,
     /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
     pub trusted_proxies: Vec<IpNet>,
     /// Whether connections of `trusted_proxies` begin with a PROXY header, on every listener.
@@ -34,6 +42,9 @@ pub struct HttpConfig {
     pub timeouts: HttpTimeouts,
     pub limits: HttpLimits,
     pub tls: HttpTlsConfig,
+    pub retries: HttpRetries,
+    pub ejection: HttpEjection,
+    pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
 }
 
@@ -119,9 +130,9 @@ pub struct HttpTimeouts {
     /// the gateway closes first.
     #[serde(with = "humantime_serde")]
     pub backend_idle: Duration,
-    /// How long a backend that refused or timed out a connection is avoided.
+    /// A request waiting for a backend that may take one more.
     #[serde(with = "humantime_serde")]
-    pub ejection: Duration,
+    pub queue: Duration,
     /// How long open requests may take to end after SIGTERM.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
@@ -143,6 +154,10 @@ pub struct HttpLimits {
     pub idle_per_backend: usize,
     /// Attempts of one request, the first included.
     pub attempts: usize,
+    /// Requests in flight to one backend, over all workers, upgraded connections among them; 0: no limit.
+    pub requests_per_backend: u32,
+    /// Requests of one route that wait for a backend below its limit, of one worker; more are answered 503.
+    pub queue: usize,
 }
 
 impl Default for HttpConfig {
@@ -151,6 +166,9 @@ impl Default for HttpConfig {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
             workers: 0,
             balance: HttpBalance::RoundRobin,
+            zone: None,
+            balance_zone: HttpZoneBalance::None,
+            slow_start: Duration::ZERO,
             trusted_proxies: Vec::new(),
             proxy_protocol: ProxyProtocol::Off,
             backend_proxy_protocol: BackendProxyProtocol::Off,
@@ -159,6 +177,9 @@ impl Default for HttpConfig {
             timeouts: HttpTimeouts::default(),
             limits: HttpLimits::default(),
             tls: HttpTlsConfig::default(),
+            retries: HttpRetries::default(),
+            ejection: HttpEjection::default(),
+            sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
         }
     }
@@ -175,7 +196,7 @@ impl Default for HttpTimeouts {
             response_headers: Duration::from_secs(900),
             body_idle: Duration::from_secs(900),
             backend_idle: Duration::from_secs(50),
-            ejection: Duration::from_secs(30),
+            queue: Duration::from_secs(5),
             drain: Duration::from_secs(20),
         }
     }
@@ -191,6 +212,8 @@ impl Default for HttpLimits {
             uri_bytes: 16 * 1024,
             idle_per_backend: 128,
             attempts: 2,
+            requests_per_backend: 0,
+            queue: 128,
         }
     }
 }
@@ -211,7 +234,7 @@ impl HttpConfig {
             response_headers,
             body_idle,
             backend_idle,
-            ejection: _,
+            queue: _,
             drain: _,
         } = self.timeouts;
         ensure_positive(&[
@@ -243,6 +266,13 @@ impl HttpConfig {
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"
         );
         self.tls.validate()?;
-        self.backend_tls.validate()
+        self.backend_tls.validate()?;
+        ensure!(
+            self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
+            "http.balance_zone needs http.zone"
+        );
+        self.retries.validate()?;
+        self.ejection.validate()?;
+        self.sticky.validate()
     }
 }

@@ -182,3 +182,63 @@ fn more_backends_than_a_ring_can_name_are_refused() {
     let error = parse("[l4.limits]\nbackends = 65535\n").unwrap_err();
     assert_eq!(format!("{error:#}"), "l4.limits.backends must be 1..=65534");
 }
+
+#[test]
+fn how_requests_are_balanced_is_read_whole() {
+    let config = parse(
+        r#"
+        [http]
+        zone = "z1"
+        balance_zone = "prefer"
+        slow_start = "30s"
+        [http.timeouts]
+        queue = "1s"
+        [http.limits]
+        requests_per_backend = 100
+        queue = 10
+        [http.retries]
+        budget_percent = 10
+        min_per_second = 1
+        buffer_bytes = 4096
+        [http.ejection]
+        base = "1s"
+        max = "1m"
+        consecutive_failures = 3
+        max_percent = 30
+        [http.sticky]
+        cookies = ["session"]
+        secure = true
+        auth_negotiate = true
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.http.ejection.max, Duration::from_secs(60));
+    let text = toml::to_string(&config).unwrap();
+    assert_eq!(parse(&text).unwrap(), config, "{text}");
+}
+
+#[test]
+fn what_cannot_be_balanced_by_is_refused_by_name() {
+    for (text, wanted) in [
+        ("[http]\nbalance_zone = \"prefer\"", "http.balance_zone"),
+        ("[http.ejection]\nbase = \"10m\"", "http.ejection.max"),
+        (
+            "[http.ejection]\nmax_percent = 101",
+            "http.ejection.max_percent",
+        ),
+        (
+            "[http.retries]\nbudget_percent = 1001",
+            "http.retries.budget_percent",
+        ),
+        (
+            "[http.retries]\nbuffer_bytes = 1048577",
+            "http.retries.buffer_bytes",
+        ),
+        ("[http.sticky]\ncookies = [\"a=b\"]", "http.sticky.cookies"),
+        ("[http.sticky]\ncookie = \"a\"", "cookie"),
+        ("[http.timeouts]\nejection = \"1s\"", "ejection"),
+    ] {
+        let error = format!("{:#}", parse(text).unwrap_err());
+        assert!(error.contains(wanted), "{error} on {text}");
+    }
+}

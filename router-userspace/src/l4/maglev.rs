@@ -106,15 +106,19 @@ impl Walk {
     }
 }
 
-/// FNV-1a (Fowler, Noll and Vo) over the 16 octets of the address and 2 of the port, then the finaliser of
-/// MurmurHash3, since FNV's high bits depend little on the last octets.
 fn hash(address: SocketAddr) -> u64 {
     let octets = match address.ip() {
         std::net::IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         std::net::IpAddr::V6(v6) => v6.octets(),
     };
+    stable_hash(octets.into_iter().chain(address.port().to_be_bytes()))
+}
+
+/// The same on every gateway of every version: FNV-1a (Fowler, Noll and Vo), then the finaliser of
+/// MurmurHash3, since FNV's high bits depend little on the last octets.
+pub(crate) fn stable_hash(octets: impl IntoIterator<Item = u8>) -> u64 {
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
-    for octet in octets.into_iter().chain(address.port().to_be_bytes()) {
+    for octet in octets {
         hash = (hash ^ u64::from(octet)).wrapping_mul(0x0000_0100_0000_01b3);
     }
     hash ^= hash >> 33;

@@ -18,11 +18,16 @@ use tokio::time::Instant;
 
 pub(super) use crate::l7::backend::connection::{Connection, Http1, RawBackend};
 
+use crate::l7::admission::InFlight;
 use crate::l7::backend::connection::{Http2, Opened};
 use crate::l7::balance::PoolState;
 use crate::l7::body::RequestBody;
 use crate::l7::error::Failure;
 use crate::l7::metrics::BackendCounters;
+use crate::l7::outlier::Outlier;
+use crate::l7::retry_budget::RetryBudget;
+use crate::l7::router::RouteMatch;
+use crate::l7::shared::{BackendKey, Shared, SharedBackend};
 use crate::l7::tls::BackendTlsClient;
 use crate::route::{Backend, BackendTls, HttpProtocol, Pool};
 
@@ -33,49 +38,91 @@ mod io;
 const STREAMS_PER_CONNECTION: usize = 100;
 
 /// All backends that this worker has met and that a published pool still names.
-#[derive(Default)]
 pub(super) struct Backends {
+    /// Which of the workers this is, from 0 on.
+    pub worker: usize,
+    /// What it knows together with the others.
+    common: Arc<Shared>,
+    /// The gateway's, of the states of pools that are here.
+    zone: Option<String>,
     /// By the address of the pool, which is not given to another while a `Weak` of it is here.
     pools: HashMap<*const Pool, Rc<PoolState>>,
     states: HashMap<BackendKey, Rc<BackendState>>,
+    /// Of each route with a state, by host and path: a route has another pool with every change.
+    budgets: HashMap<(Box<str>, Box<str>), Rc<RetryBudget>>,
     changed: bool,
 }
 
-/// Connections are shared between pools that reach the same socket with the same proof of identity.
-type BackendKey = (SocketAddr, Option<Option<Arc<str>>>, HttpProtocol);
-
 impl Backends {
-    pub(super) fn pool(&mut self, pool: &Arc<Pool>, rng: &mut impl Rng) -> Rc<PoolState> {
+    pub(super) fn new(worker: usize, common: Arc<Shared>) -> Backends {
+        Backends {
+            worker,
+            common,
+            zone: None,
+            pools: HashMap::new(),
+            states: HashMap::new(),
+            budgets: HashMap::new(),
+            changed: false,
+        }
+    }
+
+    pub(super) fn pool(
+        &mut self,
+        found: &RouteMatch<'_>,
+        now: Instant,
+        rng: &mut impl Rng,
+    ) -> Rc<PoolState> {
+        let pool = found.pool;
         if let Some(state) = self.pools.get(&Arc::as_ptr(pool)) {
             return Rc::clone(state);
         }
         let state_of = |backend: &Backend| {
             let server_name = backend.tls.as_ref().map(|tls| tls.server_name.clone());
-            let new = || {
-                self.changed = true;
-                Rc::new(BackendState::new(backend))
-            };
-            Rc::clone(
-                self.states
-                    .entry((backend.address, server_name, backend.protocol))
-                    .or_insert_with(new),
-            )
+            let key = (backend.address, server_name, backend.protocol);
+            if let Some(known) = self.states.get(&key) {
+                return Rc::clone(known);
+            }
+            let common = self.common.backend(&key, now);
+            let state = Rc::new(BackendState::new(backend, self.worker, common));
+            self.states.insert(key, Rc::clone(&state));
+            self.changed = true;
+            state
         };
-        let state = Rc::new(PoolState::new(pool, state_of, rng));
+        let route = pool.policy.as_ref().map(|policy| self.common.route(policy));
+        let name = (found.host.into(), found.path.into());
+        let budget = self
+            .budgets
+            .entry(name)
+            .or_insert_with(|| Rc::new(RetryBudget::new(now)));
+        let (zone, budget) = (self.zone.as_deref(), Rc::clone(budget));
+        let state = PoolState::new(pool, zone, route, budget, state_of, now, rng);
+        let state = Rc::new(state);
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
     }
 
+    /// The gateway's zone is another: who is local is found out again.
+    pub(super) fn set_zone(&mut self, zone: Option<&str>) {
+        if self.zone.as_deref() != zone {
+            self.zone = zone.map(str::to_owned);
+            self.pools.clear();
+        }
+    }
+
     /// Forgets pools that are no longer published and the backends only they named, closes idle
-    /// connections and ends ejections. Called about once a second.
+    /// connections, and has those look again who wait for room. Called about once a second.
     pub(super) fn sweep(&mut self, now: Instant, backend_idle: Duration) {
-        self.pools.retain(|_, state| state.pool.strong_count() > 0);
+        self.pools.retain(|_, state| {
+            state.queue.wake_all();
+            state.pool.strong_count() > 0
+        });
+        self.budgets
+            .retain(|_, budget| Rc::strong_count(budget) > 1);
         let before = self.states.len();
         self.states.retain(|_, state| Rc::strong_count(state) > 1);
         self.changed |= self.states.len() != before;
         for state in self.states.values() {
             state.close_idle(now, backend_idle);
-            state.is_ejected(now);
         }
     }
 
@@ -99,8 +146,7 @@ pub(super) struct BackendState {
     /// A connection to share is being opened; `opened` tells when it was, or could not be.
     opening: Cell<bool>,
     opened: Notify,
-    in_flight: Cell<u32>,
-    ejected_until: Cell<Option<Instant>>,
+    worker: usize,
     counters: Arc<BackendCounters>,
 }
 
@@ -118,7 +164,7 @@ struct SharedConnection {
 }
 
 impl BackendState {
-    fn new(backend: &Backend) -> BackendState {
+    fn new(backend: &Backend, worker: usize, common: Arc<SharedBackend>) -> BackendState {
         BackendState {
             address: backend.address,
             tls: backend.tls.clone(),
@@ -127,9 +173,8 @@ impl BackendState {
             shared: RefCell::default(),
             opening: Cell::new(false),
             opened: Notify::new(),
-            in_flight: Cell::new(0),
-            ejected_until: Cell::new(None),
-            counters: Arc::default(),
+            worker,
+            counters: Arc::new(BackendCounters::new(worker, common)),
         }
     }
 
@@ -145,37 +190,39 @@ impl BackendState {
         self.tls.as_ref()
     }
 
-    pub(super) fn begin_request(&self) {
-        self.in_flight.set(self.in_flight.get() + 1);
-        self.counters.in_flight.add(1);
-        self.counters.requests.add(1);
+    /// Counts a request unless there are `limit` in flight (0: no limit).
+    pub(super) fn begin_request(&self, limit: u32) -> bool {
+        let begins = self.in_flight().try_enter(self.worker, limit);
+        if begins {
+            self.counters.requests.add(1);
+        }
+        begins
     }
 
     pub(super) fn end_request(&self) {
-        self.in_flight.set(self.in_flight.get() - 1);
-        self.counters.in_flight.subtract(1);
+        self.in_flight().leave(self.worker);
     }
 
-    /// Requests and upgraded connections of this worker that have not ended.
-    pub(super) fn in_flight(&self) -> u32 {
-        self.in_flight.get()
+    /// Requests and upgraded connections that have not ended, of all workers.
+    pub(super) fn in_flight(&self) -> &InFlight {
+        &self.counters.shared.in_flight
+    }
+
+    pub(super) fn has_room(&self, limit: u32) -> bool {
+        self.in_flight().has_room(limit)
+    }
+
+    pub(super) fn outlier(&self) -> &Outlier {
+        &self.counters.shared.outlier
     }
 
     pub(super) fn is_ejected(&self, now: Instant) -> bool {
-        match self.ejected_until.get() {
-            None => false,
-            Some(until) if now < until => true,
-            Some(_) => {
-                self.ejected_until.set(None);
-                self.counters.ejected.set(0);
-                false
-            }
-        }
+        self.outlier().is_ejected(now)
     }
 
-    pub(super) fn eject(&self, until: Instant) {
-        self.ejected_until.set(Some(until));
-        self.counters.ejected.set(1);
+    /// When the first worker met it.
+    pub(super) fn since(&self) -> Instant {
+        self.counters.shared.since
     }
 
     pub(super) fn record_failure(&self) {

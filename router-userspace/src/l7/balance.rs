@@ -1,46 +1,88 @@
 //! Which backend of a pool gets a request.
 //!
 //! A [`PoolState`] is one worker's view of one published pool; it is built when the worker first
-//! meets the pool and dropped after the pool has left the snapshot. Choosing reads and writes this
-//! worker's counters only, so each worker balances its own share of the requests.
+//! meets the pool and dropped after the pool has left the snapshot. Round robin takes turns of this
+//! worker's requests; least connections and the bound of hashing look at what all workers have in
+//! flight. Who is full, and who waits for that, is [`admission`](crate::l7::admission)'s.
 
-use std::cell::Cell;
-use std::net::SocketAddr;
+use std::cell::{Cell, OnceCell};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use rand::Rng;
 use tokio::time::Instant;
 
 use crate::health::state::in_panic;
+use crate::l7::Settings;
+use crate::l7::admission::Queue;
 use crate::l7::backend::BackendState;
+use crate::l7::balance::turns::Turns;
+use crate::l7::retry_budget::RetryBudget;
+use crate::l7::shared::SharedRoute;
+use crate::l7::sticky::{self, Session};
 use crate::route::policy::HttpPolicy;
 use crate::route::{Backend, Balance, Pool};
 use crate::snapshot::Snapshot;
+
+pub(super) mod hash;
+mod turns;
+
+/// A backend that has just joined gets this share of its weight, in thousandths, and then more.
+const FIRST_SHARE: u64 = 100;
+
+/// Turns that backends in slow start may give up before one of them is taken anyway.
+const TURNS_GIVEN_UP: usize = 16;
+
+/// Up to how many counters are summed for each request; the load of larger pools is looked at once
+/// in [`LOAD_AGE`].
+const LOAD_READS: usize = 512;
+const LOAD_AGE: Duration = Duration::from_millis(1);
 
 pub(super) struct PoolState {
     /// Tells whether the pool is still published. Weak, for each worker has a state of it.
     pub pool: Weak<Pool>,
     pub balance: Option<Balance>,
-    pub has_route_service: bool,
     pub policy: Option<Arc<HttpPolicy>>,
+    pub has_route_service: bool,
     /// In the order of the pool's backends.
     pub targets: Box<[Target]>,
-    /// Running sums of the weights; empty if all weights are equal.
-    cumulative_weights: Box<[u32]>,
-    cursor: Cell<u64>,
+    /// Of a route with a policy, what all workers know.
+    pub route: Option<Arc<SharedRoute>>,
+    /// Requests that wait for room.
+    pub queue: Arc<Queue>,
+    pub budget: Rc<RetryBudget>,
+    all: Turns,
+    /// Those of the gateway's zone, if there are others too.
+    local: Option<Turns>,
+    weights_are_equal: bool,
+    /// When the first and the last of the backends were met.
+    oldest: Instant,
+    youngest: Instant,
     /// Whether the pool was in panic, at which revision of health.
     panic: Cell<Option<(u64, bool)>>,
+    /// What was in flight at its backends, and when.
+    load: Cell<Option<(Instant, u64)>>,
+    /// Targets by their instance id, made when first asked for.
+    by_instance: OnceCell<HashMap<Arc<str>, usize>>,
+    /// Whether leaving one of the backends wakes the queue.
+    is_queue_known: Cell<bool>,
 }
 
 /// A backend as a member of a pool.
 pub(super) struct Target {
     pub backend: Rc<BackendState>,
     pub instance: InstanceHeaders,
+    /// `private_instance_id`, if it has one.
+    pub instance_id: Option<Arc<str>>,
     /// The tag `process_id`.
     process: Option<Arc<str>>,
     weight: u16,
+    /// What stands for it in hashes.
+    seed: u64,
 }
 
 /// What the backend is told of itself, made once a pool instead of once a request.
@@ -61,6 +103,8 @@ pub(super) struct WantedInstance<'a> {
 /// What a choice depends on beside the pool.
 pub(super) struct Circumstances<'a> {
     pub balance: &'a Balance,
+    /// What a request of [`Balance::Hash`] is hashed by.
+    pub key: Option<u64>,
     pub now: Instant,
     /// Backends to avoid.
     pub unhealthy: &'a imbl::HashSet<SocketAddr>,
@@ -70,45 +114,99 @@ pub(super) struct Circumstances<'a> {
     pub draining: &'a imbl::HashSet<SocketAddr>,
     /// Indexes of targets that failed this request.
     pub tried: &'a [usize],
+    /// Whether backends of the gateway's zone come first.
+    pub prefer_local: bool,
+    /// How long a new backend takes to its whole share.
+    pub slow_start: Duration,
+    /// Requests in flight to one backend; 0: no limit.
+    pub limit: u32,
+}
+
+/// What a request asks of the choice of its backend, the same for all its attempts.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    pub session: Option<Session>,
+    /// What it is hashed by, if its route's balance asks for that and it has it.
+    pub key: Option<u64>,
+}
+
+/// What became of a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// The index of the target to try.
+    Target(usize),
+    /// Those that were not tried are all at their limit.
+    Full,
+    /// There is none that was not tried.
+    Nobody,
+}
+
+impl Wanted {
+    pub(super) fn new(
+        pool: &PoolState,
+        headers: &HeaderMap,
+        client: IpAddr,
+        settings: &Settings,
+    ) -> Wanted {
+        Wanted {
+            session: sticky::session(headers, &settings.sticky),
+            key: match &pool.balance {
+                Some(Balance::Hash(by)) => hash::key(&by.of, headers, client),
+                _ => None,
+            },
+        }
+    }
+
+    pub(super) fn balance<'a>(&self, pool: &'a PoolState, settings: &'a Settings) -> &'a Balance {
+        match &pool.balance {
+            Some(Balance::Hash(_)) if self.key.is_none() => &settings.balance,
+            Some(balance) => balance,
+            None => &settings.balance,
+        }
+    }
 }
 
 impl PoolState {
     pub(super) fn new(
         pool: &Arc<Pool>,
+        zone: Option<&str>,
+        route: Option<Arc<SharedRoute>>,
+        budget: Rc<RetryBudget>,
         mut state_of: impl FnMut(&Backend) -> Rc<BackendState>,
+        now: Instant,
         rng: &mut impl Rng,
     ) -> PoolState {
         let targets: Box<[Target]> = pool
             .backends
             .iter()
-            .map(|backend| Target {
-                backend: state_of(backend),
-                instance: InstanceHeaders::new(backend),
-                process: backend.tags.get("process_id").cloned(),
-                weight: backend.weight,
-            })
+            .map(|backend| Target::new(backend, state_of(backend)))
             .collect();
-        let cumulative_weights = if targets
-            .windows(2)
-            .all(|pair| pair[0].weight == pair[1].weight)
-        {
-            Box::default()
-        } else {
-            let sum = |sum: &mut u32, target: &Target| {
-                *sum += u32::from(target.weight);
-                Some(*sum)
-            };
-            targets.iter().scan(0, sum).collect()
+        let weights = || targets.iter().map(|target| target.weight).enumerate();
+        let is_local = |index: usize| {
+            zone.is_some() && pool.backends[index].availability_zone.as_deref() == zone
         };
+        let local = Turns::new(weights().filter(|&(index, _)| is_local(index)), rng);
+        let met = || targets.iter().map(|target| target.backend.since());
         PoolState {
             pool: Arc::downgrade(pool),
             balance: pool.balance.clone(),
-            has_route_service: pool.route_service_url.is_some(),
             policy: pool.policy.clone(),
-            targets,
-            cumulative_weights,
-            cursor: Cell::new(rng.random()),
+            has_route_service: pool.route_service_url.is_some(),
+            route,
+            queue: Arc::default(),
+            budget,
+            all: Turns::new(weights(), rng),
+            local: (1..targets.len()).contains(&local.len()).then_some(local),
+            weights_are_equal: targets
+                .windows(2)
+                .all(|pair| pair[0].weight == pair[1].weight),
+            oldest: met().min().unwrap_or(now),
+            youngest: met().max().unwrap_or(now),
             panic: Cell::new(None),
+            load: Cell::new(None),
+            by_instance: OnceCell::new(),
+            is_queue_known: Cell::new(false),
+            targets,
         }
     }
 
@@ -126,100 +224,277 @@ impl PoolState {
         panic
     }
 
-    /// The index of the target to try, `None` if there is none that was not tried.
+    /// The target to try.
     ///
     /// Backends that are ejected, or unhealthy and their pool not in panic, are avoided while there is
-    /// another. Those of weight 0 are never picked: their own registration says so, or an operator.
-    pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Option<usize> {
-        let drains = |target: &Target| {
-            target.weight == 0
-                || !at.draining.is_empty() && at.draining.contains(&target.backend.address())
+    /// another below its limit. Those of weight 0 are never picked: their own registration says so, or
+    /// an operator.
+    pub(super) fn pick(&self, at: &Circumstances<'_>, rng: &mut impl Rng) -> Choice {
+        let untried = |index: usize| !at.tried.contains(&index) && !self.drains(index, at);
+        let usable = |index: usize| {
+            untried(index) && (at.limit == 0 || self.targets[index].backend.has_room(at.limit))
         };
-        let untried = |index: usize| !at.tried.contains(&index) && !drains(&self.targets[index]);
-        let healthy = |index: usize| {
-            let backend = &self.targets[index].backend;
-            untried(index)
-                && !backend.is_ejected(at.now)
-                && (at.panic
-                    || at.unhealthy.is_empty()
-                    || !at.unhealthy.contains(&backend.address()))
-        };
-        match at.balance {
-            Balance::RoundRobin | Balance::Hash(_) => {
-                let start = self.next_in_turn()?;
-                if healthy(start) {
-                    return Some(start);
-                }
-                // From a random place, so that the neighbour of a dead backend does not get all of
-                // its share.
-                let start = rng.random_range(0..self.targets.len());
-                self.scan(start, healthy)
-                    .or_else(|| self.scan(start, untried))
-            }
-            Balance::LeastConnections => self
-                .less_loaded_of_two(healthy, rng)
-                .or_else(|| self.less_loaded_of_two(untried, rng)),
+        let healthy = |index: usize| usable(index) && self.is_healthy(index, at);
+        let turns = self.local.as_ref().filter(|_| at.prefer_local);
+        let chosen = turns
+            .and_then(|local| self.choose(local, at, healthy, rng))
+            .or_else(|| self.choose(&self.all, at, healthy, rng))
+            .or_else(|| self.choose(&self.all, at, usable, rng));
+        match chosen {
+            Some(index) => Choice::Target(index),
+            None if at.limit != 0 && (0..self.targets.len()).any(untried) => Choice::Full,
+            None => Choice::Nobody,
         }
+    }
+
+    /// The target that a session is with, unless it is not to be used.
+    pub(super) fn pick_instance(&self, instance: &str, at: &Circumstances<'_>) -> Option<usize> {
+        let by_instance = self.by_instance.get_or_init(|| {
+            let instances = self.targets.iter().enumerate();
+            instances
+                .filter_map(|(index, target)| Some((target.instance_id.clone()?, index)))
+                .collect()
+        });
+        let index = *by_instance.get(instance)?;
+        let usable = !at.tried.contains(&index)
+            && !self.drains(index, at)
+            && self.is_healthy(index, at)
+            && self.targets[index].backend.has_room(at.limit);
+        usable.then_some(index)
     }
 
     /// The index of the instance wanted, of several a different one each time.
     pub(super) fn find(&self, wanted: &WantedInstance<'_>) -> Option<usize> {
-        let turn = self.cursor.get();
-        self.cursor.set(turn.wrapping_add(1));
-        let start = turn.checked_rem(self.targets.len() as u64)? as usize;
-        self.scan(start, |index| self.targets[index].is(wanted))
+        let count = self.targets.len();
+        let start = self.all.next()?;
+        (0..count)
+            .map(|step| (start + step) % count)
+            .find(|&index| self.targets[index].is(wanted))
     }
 
-    /// Weighted round robin without state but a counter: multiples of the golden ratio modulo 1
-    /// fall evenly into the backends' shares, so that turns of a heavy backend are spread out.
-    fn next_in_turn(&self) -> Option<usize> {
-        const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15;
-        let turn = self.cursor.get();
-        self.cursor.set(turn.wrapping_add(1));
-        match self.cumulative_weights.last() {
-            None => turn
-                .checked_rem(self.targets.len() as u64)
-                .map(|index| index as usize),
-            Some(&total) => {
-                let fraction = turn.wrapping_mul(GOLDEN_RATIO) >> 32;
-                let point = ((fraction * u64::from(total)) >> 32) as u32;
-                Some(self.cumulative_weights.partition_point(|&sum| sum <= point))
-            }
+    /// Requests in flight to one backend; 0: no limit.
+    pub(super) fn limit(&self, settings: &Settings) -> u32 {
+        let route = self.policy.as_ref().map(|policy| &policy.limits);
+        route
+            .and_then(|limits| limits.requests_per_backend)
+            .unwrap_or(settings.limits.requests_per_backend)
+    }
+
+    /// Attempts of one request, the first included, where the gateway's are `default`.
+    pub(super) fn attempts(&self, default: usize) -> usize {
+        let route = self.policy.as_ref().map(|policy| &policy.retries);
+        let own = route.and_then(|retries| retries.attempts);
+        own.unwrap_or(default).max(1)
+    }
+
+    /// Requests in flight on the route; 0: no limit.
+    pub(super) fn route_limit(&self) -> u32 {
+        let route = self.policy.as_ref().map(|policy| &policy.limits);
+        route.and_then(|limits| limits.requests).unwrap_or(0)
+    }
+
+    /// How many of the backends are ejected.
+    pub(super) fn ejected(&self, now: Instant) -> usize {
+        let targets = self.targets.iter();
+        targets.filter(|it| it.backend.is_ejected(now)).count()
+    }
+
+    /// From here on, who leaves the route or one of its backends wakes its queue.
+    pub(super) fn know_queue(&self) {
+        if self.is_queue_known.replace(true) {
+            return;
+        }
+        for target in &self.targets {
+            target.backend.in_flight().wakes(&self.queue);
+        }
+        if let Some(route) = &self.route {
+            route.in_flight.wakes(&self.queue);
         }
     }
 
-    fn scan(&self, start: usize, usable: impl Fn(usize) -> bool) -> Option<usize> {
-        let count = self.targets.len();
-        (0..count)
-            .map(|step| (start + step) % count)
-            .find(|&index| usable(index))
+    fn drains(&self, index: usize, at: &Circumstances<'_>) -> bool {
+        let target = &self.targets[index];
+        target.weight == 0
+            || !at.draining.is_empty() && at.draining.contains(&target.backend.address())
+    }
+
+    fn is_healthy(&self, index: usize, at: &Circumstances<'_>) -> bool {
+        let backend = &self.targets[index].backend;
+        !backend.is_ejected(at.now)
+            && (at.panic || at.unhealthy.is_empty() || !at.unhealthy.contains(&backend.address()))
+    }
+
+    fn choose(
+        &self,
+        turns: &Turns,
+        at: &Circumstances<'_>,
+        usable: impl Fn(usize) -> bool,
+        rng: &mut impl Rng,
+    ) -> Option<usize> {
+        match (at.balance, at.key) {
+            (Balance::Hash(by), Some(key)) => {
+                let bound = by.balance_percent;
+                self.by_hash(key, bound, at, usable)
+            }
+            (Balance::RoundRobin | Balance::Hash(_), _) => self.in_turn(turns, at, usable, rng),
+            (Balance::LeastConnections, _) => self.less_loaded_of_two(turns, at, usable, rng),
+        }
+    }
+
+    fn in_turn(
+        &self,
+        turns: &Turns,
+        at: &Circumstances<'_>,
+        usable: impl Fn(usize) -> bool,
+        rng: &mut impl Rng,
+    ) -> Option<usize> {
+        if !self.ramps(at) {
+            let index = turns.next()?;
+            if usable(index) {
+                return Some(index);
+            }
+            return turns.any(usable, rng);
+        }
+        for _ in 0..TURNS_GIVEN_UP {
+            let index = turns.next()?;
+            if !usable(index) {
+                break;
+            }
+            if rng.random_range(0..1000) < self.share(index, at) {
+                return Some(index);
+            }
+        }
+        turns.any(usable, rng)
     }
 
     /// Mitzenmacher, "The power of two choices in randomized load balancing", TPDS 2001.
     fn less_loaded_of_two(
         &self,
+        turns: &Turns,
+        at: &Circumstances<'_>,
         usable: impl Fn(usize) -> bool,
         rng: &mut impl Rng,
     ) -> Option<usize> {
-        let count = self.targets.len();
-        if count == 0 {
-            return None;
-        }
-        let first = self.scan(rng.random_range(0..count), &usable)?;
-        let other = |index: usize| index != first && usable(index);
-        let Some(second) = self.scan(rng.random_range(0..count), other) else {
+        let first = turns.any(&usable, rng)?;
+        let Some(second) = turns.any(|index| index != first && usable(index), rng) else {
             return Some(first);
         };
+        let ramps = self.ramps(at);
+        let weight = |index: usize| {
+            let share = if ramps { self.share(index, at) } else { 1000 };
+            u64::from(self.targets[index].weight) * share
+        };
+        // With the request that is to be placed, so that weights count among idle ones too.
         let load_of = |index: usize, other: usize| {
-            u64::from(self.targets[index].backend.in_flight())
-                * u64::from(self.targets[other].weight)
+            (self.targets[index].backend.in_flight().total() + 1) * weight(other)
         };
         let second_is_less = load_of(second, first) < load_of(first, second);
         Some(if second_is_less { second } else { first })
     }
+
+    /// The usable target of the best score for the key that is within its bound, or of the best score
+    /// if none is.
+    fn by_hash(
+        &self,
+        key: u64,
+        bound: Option<u32>,
+        at: &Circumstances<'_>,
+        usable: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
+        let Some(percent) = bound else {
+            return self.best_score(key, at, usable);
+        };
+        let total = self.load(at.now);
+        let weight = |index: usize| u64::from(self.targets[index].weight);
+        let indexes = 0..self.targets.len();
+        let weights = indexes.filter(|&index| usable(index)).map(weight).sum();
+        let has_room = |index: usize| {
+            let capacity = hash::capacity(total, weight(index), weights, percent);
+            self.targets[index].backend.in_flight().total() < capacity
+        };
+        self.best_score(key, at, |index| usable(index) && has_room(index))
+            .or_else(|| self.best_score(key, at, usable))
+    }
+
+    fn best_score(
+        &self,
+        key: u64,
+        at: &Circumstances<'_>,
+        usable: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
+        let ramps = self.ramps(at);
+        let by_weight = ramps || !self.weights_are_equal;
+        let mut best: Option<(u64, f64, usize)> = None;
+        for (index, target) in self.targets.iter().enumerate() {
+            let score = hash::score(key, target.seed);
+            let weighted = if by_weight {
+                let share = if ramps { self.share(index, at) } else { 1000 };
+                hash::weighted(score, f64::from(target.weight) * share as f64)
+            } else {
+                0.0
+            };
+            // Scores are compared before the rest is asked, which costs more.
+            let is_better = best.is_none_or(|(best, best_weighted, _)| {
+                if by_weight {
+                    weighted > best_weighted
+                } else {
+                    score > best
+                }
+            });
+            if is_better && usable(index) {
+                best = Some((score, weighted, index));
+            }
+        }
+        best.map(|(_, _, index)| index)
+    }
+
+    /// Requests in flight at all of the backends.
+    fn load(&self, now: Instant) -> u64 {
+        let reads = self.targets.len()
+            * self
+                .targets
+                .first()
+                .map_or(0, |it| it.backend.in_flight().workers());
+        if reads > LOAD_READS
+            && let Some((at, load)) = self.load.get()
+            && now.duration_since(at) < LOAD_AGE
+        {
+            return load;
+        }
+        let targets = self.targets.iter();
+        let load = targets.map(|it| it.backend.in_flight().total()).sum();
+        self.load.set(Some((now, load)));
+        load
+    }
+
+    /// Whether a backend is in slow start, which is for those that join others.
+    fn ramps(&self, at: &Circumstances<'_>) -> bool {
+        !at.slow_start.is_zero()
+            && self.oldest < self.youngest
+            && at.now.duration_since(self.youngest) < at.slow_start
+    }
+
+    /// How much of its weight a backend has, in thousandths.
+    fn share(&self, index: usize, at: &Circumstances<'_>) -> u64 {
+        let age = at.now.duration_since(self.targets[index].backend.since());
+        let grown = age.as_secs_f64() / at.slow_start.as_secs_f64();
+        ((grown * 1000.0) as u64).clamp(FIRST_SHARE, 1000)
+    }
 }
 
 impl Target {
+    fn new(backend: &Backend, state: Rc<BackendState>) -> Target {
+        let instance_id = backend.instance_id.clone();
+        Target {
+            backend: state,
+            instance: InstanceHeaders::new(backend),
+            instance_id: instance_id.filter(|id| !id.is_empty()),
+            process: backend.tags.get("process_id").cloned(),
+            weight: backend.weight,
+            seed: hash::seed(backend),
+        }
+    }
+
     fn is(&self, wanted: &WantedInstance<'_>) -> bool {
         let id = if wanted.is_process {
             self.process.as_deref().map(str::as_bytes)

@@ -17,17 +17,63 @@ use crate::l7::client::Progress;
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
+use crate::l7::replay::{Attempt, Replay};
 
 /// A client's request body on its way to a backend.
-pub(super) struct RequestBody(Option<(Incoming, Rc<Progress>)>);
+pub(super) struct RequestBody(Option<(Sent, Rc<Progress>)>);
+
+enum Sent {
+    Once(Incoming),
+    /// One of several attempts to send it.
+    Again(Attempt<Incoming>),
+}
 
 impl RequestBody {
     pub(super) fn new(incoming: Incoming, progress: &Rc<Progress>) -> RequestBody {
-        RequestBody((!incoming.is_end_stream()).then(|| (incoming, Rc::clone(progress))))
+        let has_ended = incoming.is_end_stream();
+        RequestBody((!has_ended).then(|| (Sent::Once(incoming), Rc::clone(progress))))
     }
 
     pub(super) fn empty() -> RequestBody {
         RequestBody(None)
+    }
+
+    /// Makes it possible to send a body of up to `capacity` bytes again, if there is one.
+    pub(super) fn keep(&mut self, capacity: usize) -> Option<KeptBody> {
+        let (incoming, progress) = match self.0.take()? {
+            (Sent::Once(incoming), progress) => (incoming, progress),
+            again => {
+                self.0 = Some(again);
+                return None;
+            }
+        };
+        if incoming.size_hint().lower() > capacity as u64 {
+            self.0 = Some((Sent::Once(incoming), progress));
+            return None;
+        }
+        let kept = KeptBody {
+            replay: Replay::new(incoming, capacity),
+            progress,
+        };
+        self.0 = kept.again()?.0;
+        Some(kept)
+    }
+}
+
+/// What is needed to send a request's body again.
+pub(super) struct KeptBody {
+    replay: Rc<Replay<Incoming>>,
+    progress: Rc<Progress>,
+}
+
+impl KeptBody {
+    /// The body from its start; `None` if it was too long to be kept.
+    pub(super) fn again(&self) -> Option<RequestBody> {
+        let attempt = self.replay.attempt()?;
+        Some(RequestBody(Some((
+            Sent::Again(attempt),
+            Rc::clone(&self.progress),
+        ))))
     }
 }
 
@@ -39,31 +85,44 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some((incoming, progress)) = &mut self.0 else {
+        let Some((client, progress)) = &mut self.0 else {
             return Poll::Ready(None);
         };
-        let polled = Pin::new(&mut *incoming).poll_frame(cx);
+        let polled = match client {
+            Sent::Once(incoming) => Pin::new(incoming).poll_frame(cx),
+            // What it tells of progress is not this request's anymore.
+            Sent::Again(attempt) if !attempt.is_current() => return Poll::Pending,
+            Sent::Again(attempt) => Pin::new(attempt).poll_frame(cx),
+        };
         progress.set_waits_for_client(polled.is_pending());
         let frame = ready!(polled);
         progress.on_frame();
-        if frame.is_none() || incoming.is_end_stream() {
+        if frame.is_none() || client.is_end_stream() {
             progress.request_body_ended();
         }
         Poll::Ready(frame.map(|frame| frame.map(passed_on)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0
-            .as_ref()
-            .is_none_or(|(incoming, _)| incoming.is_end_stream())
+        let client = self.0.as_ref();
+        client.is_none_or(|(client, _)| client.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.0
-            .as_ref()
-            .map_or(SizeHint::with_exact(0), |(incoming, _)| {
-                incoming.size_hint()
-            })
+        match &self.0 {
+            None => SizeHint::with_exact(0),
+            Some((Sent::Once(incoming), _)) => incoming.size_hint(),
+            Some((Sent::Again(attempt), _)) => attempt.size_hint(),
+        }
+    }
+}
+
+impl Sent {
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Sent::Once(incoming) => incoming.is_end_stream(),
+            Sent::Again(attempt) => attempt.is_end_stream(),
+        }
     }
 }
 

@@ -392,6 +392,8 @@ mod tests {
     use super::*;
     use crate::config::HttpConfig;
     use crate::l7::Settings;
+    use crate::l7::backend::Backends;
+    use crate::l7::shared::Shared;
     use crate::l7::tls::Tls;
     use crate::snapshot::Published;
 
@@ -401,6 +403,7 @@ mod tests {
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),
+            Backends::new(0, Arc::new(Shared::new(1))),
             Arc::default(),
             Tls::start(&config, Arc::default()).unwrap(),
         );

@@ -46,6 +46,13 @@ pub enum Failure {
     NoEndpoints {
         host: String,
     },
+    /// Its session cannot move, and the instance it is with is gone.
+    SessionGone,
+    /// The route or all its backends have as many requests as they may, and as many wait as may or the
+    /// request has waited too long.
+    LimitReached {
+        host: String,
+    },
     /// The route asks for a route service, which must not be passed by.
     RouteService,
     Backend(BackendFailure),
@@ -107,7 +114,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 22] = [
+pub const REASONS: [&str; 24] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -129,6 +136,8 @@ pub const REASONS: [&str; 22] = [
     "unknown_instance",
     "no_routes",
     "too_many_headers",
+    "session_gone",
+    "limit_reached",
     "unparsable",
 ];
 
@@ -151,13 +160,16 @@ impl Failure {
             Failure::TooManyHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
-            Failure::NoRoutes | Failure::NoEndpoints { .. } | Failure::Gateway(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Failure::NoRoutes
+            | Failure::NoEndpoints { .. }
+            | Failure::LimitReached { .. }
+            | Failure::Gateway(_) => StatusCode::SERVICE_UNAVAILABLE,
             // gorouter's own codes, outside the registry.
             Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
             Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
-            Failure::RouteService | Failure::Backend(_) => StatusCode::BAD_GATEWAY,
+            Failure::RouteService | Failure::SessionGone | Failure::Backend(_) => {
+                StatusCode::BAD_GATEWAY
+            }
             Failure::BackendTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -186,6 +198,8 @@ impl Failure {
             Failure::UnknownInstance { .. } => 18,
             Failure::NoRoutes => 19,
             Failure::TooManyHeaders => 20,
+            Failure::SessionGone => 21,
+            Failure::LimitReached { .. } => 22,
         }
     }
 
@@ -209,6 +223,8 @@ impl Failure {
             Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
             Failure::NoRoutes => "no_routes",
             Failure::NoEndpoints { .. } => "no_endpoints",
+            Failure::SessionGone => "endpoint_failure (No endpoints available)",
+            Failure::LimitReached { .. } => "Connection Limit Reached",
             Failure::RouteService => "route_service_unsupported",
             Failure::Backend(failure) => match failure {
                 BackendFailure::Refused => "endpoint_failure (connection refused)",
@@ -280,7 +296,7 @@ impl Failure {
         if let Some(value) = self.cache_control() {
             headers.insert(CACHE_CONTROL, HeaderValue::from_static(value));
         }
-        if *self == Failure::NoRoutes {
+        if matches!(self, Failure::NoRoutes | Failure::LimitReached { .. }) {
             headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         if *self == Failure::MethodNotAllowed {
@@ -324,6 +340,13 @@ impl fmt::Display for Failure {
             }
             Failure::NoEndpoints { host } => {
                 return write!(f, "Requested route ('{host}') has no available endpoints.");
+            }
+            Failure::SessionGone => "Registered endpoint failed to handle the request.",
+            Failure::LimitReached { host } => {
+                return write!(
+                    f,
+                    "Requested route ('{host}') has reached the connection limit."
+                );
             }
             Failure::RouteService => "Support for route services is disabled.",
             Failure::Backend(_) => "Registered endpoint failed to handle the request.",

@@ -1,8 +1,9 @@
 //! A request's attempts at getting a response from the backends of its pool.
 //!
-//! A request is tried on another backend if the connection failed, and sent once more if a kept-alive
-//! connection turned out to be closed and the request is unsent or safe to repeat; a request that a
-//! backend may have begun to act on is not repeated.
+//! A request is tried on another backend if the connection failed before it was sent, or closed before
+//! a response and the request is idempotent (RFC 9110 §9.2.2) and its body short; within the budget of
+//! its route. A kept-alive connection that turns out to be closed is no failure: it is replaced.
+//! A request that a backend may have begun to act on, and must not act on twice, is not repeated.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -11,32 +12,42 @@ use std::task::Poll;
 
 use http::header::HOST;
 use http::uri::{PathAndQuery, Scheme};
-use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::l7::backend::{Connection, RawBackend};
-use crate::l7::balance::PoolState;
-use crate::l7::body::RequestBody;
+use crate::l7::balance::{Choice, PoolState, Wanted};
+use crate::l7::body::{KeptBody, RequestBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::error::{BackendFailure, BackendTimeout, BadRequest, Failure};
+use crate::l7::forward;
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::validate::Findings;
 use crate::l7::worker::Worker;
 
+/// The client answers for a request being made twice (draft-ietf-httpapi-idempotency-key-header §2).
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const X_IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("x-idempotency-key");
+
 pub(super) struct Exchange<'a> {
     worker: &'a Rc<Worker>,
     client: &'a Client,
     progress: &'a Progress,
-    pool: &'a Rc<PoolState>,
+    pool: Rc<PoolState>,
     findings: &'a Findings,
     origin: &'a headers::Origin<'a>,
+    wanted: &'a Wanted,
     /// The request's headers are those for the backend.
     rewritten: bool,
-    /// The request as it went out on a kept-alive connection, which may turn out to be closed.
+    /// The request may be sent again after a backend has seen it.
+    is_idempotent: bool,
+    /// The request as it went out, if it may have to be sent again.
     repeatable: Option<Head>,
+    /// Its body, if there is one and it may be sent again.
+    body: Option<KeptBody>,
     /// The index of the target the request asks for.
     only: Option<usize>,
     /// Indexes of targets that failed.
@@ -60,12 +71,18 @@ impl<'a> Exchange<'a> {
     pub(super) fn new(
         client: &'a Client,
         progress: &'a Progress,
-        pool: &'a Rc<PoolState>,
+        pool: Rc<PoolState>,
         findings: &'a Findings,
         origin: &'a headers::Origin<'a>,
+        wanted: &'a Wanted,
         only: Option<usize>,
-        attempts: usize,
     ) -> Exchange<'a> {
+        let attempts = match only {
+            Some(_) => 1,
+            None => client
+                .worker
+                .settings(|settings| pool.attempts(settings.limits.attempts)),
+        };
         Exchange {
             worker: &client.worker,
             client,
@@ -73,8 +90,11 @@ impl<'a> Exchange<'a> {
             pool,
             findings,
             origin,
+            wanted,
             rewritten: false,
+            is_idempotent: false,
             repeatable: None,
+            body: None,
             only,
             tried: Vec::new(),
             attempts,
@@ -88,31 +108,32 @@ impl<'a> Exchange<'a> {
         mut self,
         mut request: Request<RequestBody>,
     ) -> Result<Exchanged, Failure> {
+        self.pool.budget.request(self.worker.now());
+        self.is_idempotent = !self.findings.upgrade && self.may_repeat(&request);
+        if self.is_idempotent && self.attempts > 1 {
+            let capacity = self
+                .worker
+                .settings(|settings| settings.retries.buffer_bytes);
+            self.body = request.body_mut().keep(capacity);
+        }
         loop {
-            let index = self
-                .only
-                .or_else(|| self.worker.pick(self.pool, &self.tried));
-            let Some(index) = index else {
-                return Err(Failure::NoEndpoints {
-                    host: self.findings.host_str().to_owned(),
-                });
-            };
-            let mut lease = Lease::new(self.worker, self.pool, index);
+            let (index, mut lease) = self.lease(request.uri()).await?;
             let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),
                 Some(Err(failure)) => {
-                    self.failed(index, &lease, failure)?;
+                    lease.backend().record_failure();
+                    self.go_on(index, failure)?;
                     continue;
                 }
                 None => return Err(Failure::BackendTimeout(BackendTimeout::Total)),
             }
             let (target, connection) = lease.connected();
             let reused = connection.reused();
-            self.repeatable = reused
-                .then(|| Head::of_repeatable(&request, self.rewritten))
-                .flatten();
+            self.repeatable = self
+                .may_be_needed_again(&request, reused)
+                .then(|| Head::of(&request, self.rewritten));
             if !self.rewritten {
                 headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
                 self.rewritten = true;
@@ -121,6 +142,7 @@ impl<'a> Exchange<'a> {
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
                 Ok(response) => {
+                    lease.answered(response.status());
                     return Ok(Exchanged {
                         response,
                         lease,
@@ -130,6 +152,114 @@ impl<'a> Exchange<'a> {
                 Err(error) => request = self.after(error, index, &lease, reused)?,
             }
         }
+    }
+
+    /// A backend for the next attempt, which may have to be waited for.
+    async fn lease(&mut self, uri: &Uri) -> Result<(usize, Lease), Failure> {
+        if self.pool.queue.is_empty()
+            && let Some(lease) = self.free_lease()?
+        {
+            return Ok(lease);
+        }
+        let (capacity, timeout) =
+            (self.worker).settings(|settings| (settings.limits.queue, settings.timeouts.queue));
+        let deadline = self.worker.now() + timeout;
+        let metrics = &self.worker.metrics;
+        let is_first = self.pool.queue.is_empty();
+        let Some(mut place) = self.pool.queue.join(capacity) else {
+            metrics.queue_full.add(1);
+            return Err(self.limit_reached());
+        };
+        metrics.queued.add(1);
+        self.pool.know_queue();
+        // Somebody may have left before the queue was known.
+        if is_first && let Some(lease) = self.free_lease()? {
+            return Ok(lease);
+        }
+        loop {
+            match self.until_expired(place.room(deadline)).await {
+                None => return Err(Failure::BackendTimeout(BackendTimeout::Total)),
+                Some(true) => {}
+                Some(false) => {
+                    metrics.queue_timeouts.add(1);
+                    return Err(self.limit_reached());
+                }
+            }
+            if let Some(pool) = self.newer_pool(uri)? {
+                self.pool = pool;
+                self.pool.know_queue();
+                place = match self.pool.queue.join(capacity) {
+                    Some(place) => place,
+                    None => return Err(self.limit_reached()),
+                };
+            }
+            if let Some(lease) = self.free_lease()? {
+                return Ok(lease);
+            }
+        }
+    }
+
+    /// `None` if all that may serve the request have as many as they may.
+    fn free_lease(&self) -> Result<Option<(usize, Lease)>, Failure> {
+        let choice = match self.only {
+            Some(index) => Choice::Target(index),
+            None => self.worker.pick(&self.pool, self.wanted, &self.tried),
+        };
+        match choice {
+            Choice::Target(index) => {
+                let lease = Lease::begin(self.worker, &self.pool, index);
+                Ok(lease.map(|lease| (index, lease)))
+            }
+            Choice::Full => Ok(None),
+            Choice::Nobody => Err(match &self.wanted.session {
+                Some(session) if session.required => Failure::SessionGone,
+                _ => Failure::NoEndpoints {
+                    host: self.findings.host_str().to_owned(),
+                },
+            }),
+        }
+    }
+
+    /// The route's pool if it was replaced while the request waited and had not been sent anywhere.
+    fn newer_pool(&self, uri: &Uri) -> Result<Option<Rc<PoolState>>, Failure> {
+        if !self.tried.is_empty() || self.only.is_some() {
+            return Ok(None);
+        }
+        let pool = forward::find_pool(self.worker, self.findings, uri)?;
+        Ok((!Rc::ptr_eq(&pool, &self.pool)).then_some(pool))
+    }
+
+    fn limit_reached(&self) -> Failure {
+        Failure::LimitReached {
+            host: self.findings.host_str().to_owned(),
+        }
+    }
+
+    /// Whether a backend may act on the request twice (RFC 9110 §9.2.2, or the client or the route says
+    /// so).
+    fn may_repeat(&self, request: &Request<RequestBody>) -> bool {
+        let method = request.method();
+        let idempotent = [
+            Method::GET,
+            Method::HEAD,
+            Method::OPTIONS,
+            Method::PUT,
+            Method::DELETE,
+        ];
+        let policy = self.pool.policy.as_ref();
+        idempotent.contains(method)
+            || policy.is_some_and(|policy| policy.retries.methods.contains(method))
+            || request.headers().contains_key(IDEMPOTENCY_KEY)
+            || request.headers().contains_key(X_IDEMPOTENCY_KEY)
+    }
+
+    /// Whether a copy of the request has to be made before it is sent.
+    fn may_be_needed_again(&self, request: &Request<RequestBody>, reused: bool) -> bool {
+        let others = self.pool.targets.len() > self.tried.len() + 1;
+        let has_body = !request.body().is_end_stream();
+        self.is_idempotent
+            && (reused || self.attempts > 1 && others)
+            && (!has_body || self.body.is_some())
     }
 
     /// The response, and where the raw connection comes if it is upgraded.
@@ -197,7 +327,7 @@ impl<'a> Exchange<'a> {
             SendError::Expired => {
                 let failure = self.expired();
                 if failure != Failure::ClientTimeout {
-                    lease.backend().record_failure();
+                    lease.failed(&failure);
                 }
                 return Err(failure);
             }
@@ -215,30 +345,45 @@ impl<'a> Exchange<'a> {
             self.worker.metrics.retries.add(1);
             return Ok(again);
         }
-        let Some(unsent) = unsent else {
-            lease.backend().record_failure();
-            return Err(Failure::Backend(failure));
+        let failed = Failure::Backend(failure);
+        lease.failed(&failed);
+        let again = match failure {
+            BackendFailure::Closed => unsent.or_else(|| self.repeat()),
+            _ => unsent,
         };
-        self.failed(index, lease, Failure::Backend(failure))?;
-        Ok(unsent)
+        let Some(again) = again else {
+            return Err(failed);
+        };
+        self.go_on(index, failed)?;
+        Ok(again)
     }
 
     /// The request once more, if it may be repeated.
     fn repeat(&mut self) -> Option<Request<RequestBody>> {
         let head = self.repeatable.take()?;
+        let body = match &self.body {
+            Some(body) => body.again()?,
+            None => RequestBody::empty(),
+        };
         self.rewritten = head.rewritten;
-        Some(head.into_request())
+        Some(head.with_body(body))
     }
 
-    /// Notes a failed backend.
+    /// Leaves a backend that has failed.
     ///
     /// # Errors
     /// That failure, if no other backend is to be tried.
-    fn failed(&mut self, index: usize, lease: &Lease, failure: Failure) -> Result<(), Failure> {
-        lease.backend().record_failure();
+    fn go_on(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
         self.tried.push(index);
         self.attempts -= 1;
         if self.attempts == 0 || self.tried.len() == self.pool.targets.len() {
+            return Err(failure);
+        }
+        let now = self.worker.now();
+        let budget = &self.pool.budget;
+        let granted = (self.worker).settings(|settings| budget.may_retry(now, &settings.retries));
+        if !granted {
+            self.worker.metrics.retries_refused.add(1);
             return Err(failure);
         }
         self.worker.metrics.retries.add(1);
@@ -264,7 +409,7 @@ enum SendError {
     Expired,
 }
 
-/// A request without a body, kept to be sent again: hyper consumes the one it sends.
+/// A request without its body, kept to be sent again: hyper consumes the one it sends.
 struct Head {
     method: Method,
     uri: Uri,
@@ -273,22 +418,17 @@ struct Head {
 }
 
 impl Head {
-    /// `None` if a backend that has seen the request might act on it twice (RFC 9110 §9.2.1).
-    fn of_repeatable(request: &Request<RequestBody>, rewritten: bool) -> Option<Head> {
-        let safe = matches!(
-            *request.method(),
-            Method::GET | Method::HEAD | Method::OPTIONS
-        );
-        (safe && request.body().is_end_stream()).then(|| Head {
+    fn of(request: &Request<RequestBody>, rewritten: bool) -> Head {
+        Head {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
             rewritten,
-        })
+        }
     }
 
-    fn into_request(self) -> Request<RequestBody> {
-        let mut request = Request::new(RequestBody::empty());
+    fn with_body(self, body: RequestBody) -> Request<RequestBody> {
+        let mut request = Request::new(body);
         *request.method_mut() = self.method;
         *request.uri_mut() = self.uri;
         *request.headers_mut() = self.headers;

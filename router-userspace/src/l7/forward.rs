@@ -5,7 +5,8 @@
 
 use std::rc::Rc;
 
-use http::header::{ALLOW, CONNECTION};
+use http::header::{ALLOW, CONNECTION, SET_COOKIE};
+use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -13,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::l7::backend::RawBackend;
-use crate::l7::balance::{PoolState, WantedInstance};
+use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_cert;
@@ -23,6 +24,7 @@ use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::router::{self, NoMatch};
+use crate::l7::sticky;
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -104,11 +106,7 @@ async fn forward(
     started: Instant,
 ) -> Result<Forwarded, Failure> {
     let worker = &client.worker;
-    let (findings, attempts) = worker.settings(|settings| {
-        let limits = &settings.limits;
-        (validate::inspect(&request, limits), limits.attempts)
-    });
-    let findings = findings?;
+    let findings = worker.settings(|settings| validate::inspect(&request, &settings.limits))?;
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
@@ -138,11 +136,51 @@ async fn forward(
         request_id: worker.new_request_id(),
     };
     let version = request.version();
+    let target = request.uri().path_and_query().cloned();
+    let wanted = worker
+        .settings(|settings| Wanted::new(&pool, request.headers(), client.peer.ip(), settings));
     let request = outgoing(progress, &findings, request);
-    let attempts = if only.is_some() { 1 } else { attempts };
-    let exchange = Exchange::new(client, progress, &pool, &findings, &origin, only, attempts);
-    let exchanged = exchange.run(request).await?;
+    let exchange = Exchange::new(client, progress, pool, &findings, &origin, &wanted, only);
+    let mut exchanged = exchange.run(request).await?;
+    if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, &findings, target.as_ref()) {
+        let headers = exchanged.response.headers_mut();
+        headers.append(SET_COOKIE, cookie);
+    }
     returned(exchanged, version, &findings, origin.request_id)
+}
+
+/// The cookie that tells the client which instance its session is with, if it has to be told.
+fn session_cookie(
+    worker: &Worker,
+    exchanged: &Exchanged,
+    wanted: &Wanted,
+    findings: &Findings,
+    target: Option<&PathAndQuery>,
+) -> Option<HeaderValue> {
+    let instance = exchanged.lease.target().instance_id.as_deref();
+    let session = wanted.session.as_ref();
+    if let Some(session) = session {
+        let found = instance == Some(&*session.instance);
+        let metrics = &worker.metrics;
+        let counter = if found {
+            &metrics.sticky_hits
+        } else {
+            &metrics.sticky_misses
+        };
+        counter.add(1);
+    }
+    let request = target.map_or("/", PathAndQuery::path);
+    let path = || {
+        worker.snapshot(|snapshot| {
+            let found = router::find(snapshot, findings.host_str(), request).ok();
+            found
+                .map_or("/", |found| sticky::cookie_path(request, found.path))
+                .to_owned()
+        })
+    };
+    let headers = exchanged.response.headers();
+    worker
+        .settings(|settings| sticky::set_cookie(headers, session, instance, path, &settings.sticky))
 }
 
 fn answer_options() -> Response<ResponseBody> {
@@ -151,10 +189,15 @@ fn answer_options() -> Response<ResponseBody> {
     response
 }
 
-fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolState>, Failure> {
+/// This worker's state of the pool that a request is for.
+pub(super) fn find_pool(
+    worker: &Worker,
+    findings: &Findings,
+    uri: &Uri,
+) -> Result<Rc<PoolState>, Failure> {
     let host = findings.host_str();
     worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
-        Ok(found) => Ok(worker.pool(found.pool)),
+        Ok(found) => Ok(worker.pool(&found)),
         Err(NoMatch::PathAboveRoot) => Err(Failure::Bad(BadRequest::PathAboveRoot)),
         Err(NoMatch::UnknownRoute) if snapshot.revision == 0 => Err(Failure::NoRoutes),
         Err(NoMatch::UnknownRoute) => Err(Failure::UnknownRoute {

@@ -2,13 +2,16 @@
 //! response's body or of the upgraded connection.
 
 use std::rc::Rc;
+use std::time::Duration;
 
+use http::StatusCode;
 use tokio::time::Instant;
 
 use crate::l7::backend::{BackendState, Connection};
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::client::Client;
-use crate::l7::error::{BackendTimeout, Failure};
+use crate::l7::error::{BackendTimeout, Failure, REASONS};
+use crate::l7::outlier;
 use crate::l7::proxy_protocol;
 use crate::l7::worker::Worker;
 
@@ -22,16 +25,27 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    pub(super) fn new(worker: &Rc<Worker>, pool: &Rc<PoolState>, index: usize) -> Lease {
-        let lease = Lease {
+    /// `None` if the route or the backend is at its limit.
+    pub(super) fn begin(worker: &Rc<Worker>, pool: &Rc<PoolState>, index: usize) -> Option<Lease> {
+        let limit = worker.settings(|settings| pool.limit(settings));
+        if let Some(route) = &pool.route
+            && !route.in_flight.try_enter(worker.index, pool.route_limit())
+        {
+            return None;
+        }
+        if !pool.targets[index].backend.begin_request(limit) {
+            if let Some(route) = &pool.route {
+                route.in_flight.leave(worker.index);
+            }
+            return None;
+        }
+        Some(Lease {
             worker: Rc::clone(worker),
             pool: Rc::clone(pool),
             index,
             connection: None,
             is_of_one_client: false,
-        };
-        lease.backend().begin_request();
-        lease
+        })
     }
 
     pub(super) fn target(&self) -> &Target {
@@ -91,9 +105,7 @@ impl Lease {
         upgrades: bool,
         proxy_header: Option<Vec<u8>>,
     ) -> Result<Connection, Failure> {
-        let (connect, ejection) = self
-            .worker
-            .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
+        let connect = self.worker.settings(|settings| settings.timeouts.connect);
         let tls = self.worker.tls.backend();
         let opening = self.backend().open(upgrades, tls, proxy_header);
         let opened = match tokio::time::timeout(connect, opening).await {
@@ -103,18 +115,60 @@ impl Lease {
         match &opened {
             Ok(_) => self.worker.metrics.backend_connections_opened.add(1),
             Err(Failure::Gateway(_)) => {}
-            Err(failure) => {
-                self.worker.metrics.ejections.add(1);
-                self.backend().eject(Instant::now() + ejection);
-                tracing::info!(
-                    backend = %self.backend().address(),
-                    %failure,
-                    reason = ?failure,
-                    "backend ejected"
-                );
-            }
+            Err(failure) => self.could_not_connect(failure),
         }
         opened
+    }
+
+    /// Nobody is there, or cannot be spoken to, which no share of the pool excuses.
+    fn could_not_connect(&self, failure: &Failure) {
+        let ejection = self.worker.settings(|settings| settings.ejection.clone());
+        if let Some(duration) = self.backend().outlier().eject(Instant::now(), &ejection) {
+            self.worker.metrics.ejections.add(1);
+            self.log_ejection(duration, REASONS[failure.reason()]);
+        }
+    }
+
+    /// The head of a response has come.
+    pub(super) fn answered(&self, status: StatusCode) {
+        match status {
+            StatusCode::BAD_GATEWAY
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT => self.answered_badly(status.as_str()),
+            _ => self.backend().outlier().succeeded(),
+        }
+    }
+
+    /// A response has not come, and the backend is at fault.
+    pub(super) fn failed(&self, failure: &Failure) {
+        self.backend().record_failure();
+        self.answered_badly(REASONS[failure.reason()]);
+    }
+
+    fn answered_badly(&self, reason: &str) {
+        let ejection = self.worker.settings(|settings| settings.ejection.clone());
+        let outlier = self.backend().outlier();
+        if !outlier.failed(&ejection) {
+            return;
+        }
+        let metrics = &self.worker.metrics;
+        let now = self.worker.now();
+        let count = self.pool.targets.len();
+        if !outlier::may_eject(self.pool.ejected(now), count, &ejection) {
+            metrics.ejections_refused.add(1);
+        } else if let Some(duration) = outlier.eject(now, &ejection) {
+            metrics.failure_ejections.add(1);
+            self.log_ejection(duration, reason);
+        }
+    }
+
+    fn log_ejection(&self, duration: Duration, reason: &str) {
+        tracing::info!(
+            backend = %self.backend().address(),
+            reason,
+            seconds = duration.as_secs_f64(),
+            "backend ejected"
+        );
     }
 
     /// The response has ended cleanly: the connection may carry another request.
@@ -133,5 +187,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.backend().end_request();
+        if let Some(route) = &self.pool.route {
+            route.in_flight.leave(self.worker.index);
+        }
     }
 }

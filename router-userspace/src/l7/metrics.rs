@@ -13,9 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 use crate::l7::handshake;
+use crate::l7::shared::SharedBackend;
 
 /// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
 pub const LATENCY_BOUNDS_US: [u64; 14] = [
@@ -95,7 +97,20 @@ pub struct L7Totals {
     /// Client connections closed for sending a request's head too slowly or being idle.
     pub connections_timed_out: u64,
     pub retries: u64,
+    /// Attempts that were not made, for the route's budget was spent.
+    pub retries_refused: u64,
+    /// Backends ejected: for a connection that failed, and for responses that were bad.
     pub ejections: u64,
+    pub failure_ejections: u64,
+    /// Backends not ejected for bad responses, for too many of their pool are.
+    pub ejections_refused: u64,
+    /// Requests of sessions that found their instance, and that did not.
+    pub sticky_hits: u64,
+    pub sticky_misses: u64,
+    /// Requests that waited for room below a limit; that found the queue full; that waited in vain.
+    pub queued: u64,
+    pub queue_full: u64,
+    pub queue_timeouts: u64,
     /// Attempts whose backend was chosen whatever its health, for too few of its pool are healthy.
     pub panic_picks: u64,
     /// Client connections that speak HTTP/2, and those that were ended for an error of the protocol.
@@ -121,8 +136,8 @@ pub struct L7BackendTotals {
     pub failures: u64,
     pub in_flight: u64,
     pub idle_connections: u64,
-    /// Workers that avoid it after a failed connection.
-    pub ejected_by: u64,
+    /// Avoided for what it did to requests.
+    pub is_ejected: bool,
 }
 
 impl L7Metrics {
@@ -140,15 +155,16 @@ impl L7Metrics {
 
     /// Backends that had a request lately, at most a second behind in which they are.
     pub fn backends(&self) -> BTreeMap<SocketAddr, L7BackendTotals> {
+        let now = Instant::now();
         let mut totals: BTreeMap<SocketAddr, L7BackendTotals> = BTreeMap::new();
         for worker in self.workers().iter() {
             for (address, counters) in worker.backends().iter() {
                 let total = totals.entry(*address).or_default();
                 total.requests += counters.requests.read();
                 total.failures += counters.failures.read();
-                total.in_flight += counters.in_flight.read();
+                total.in_flight += counters.in_flight();
                 total.idle_connections += counters.idle_connections.read();
-                total.ejected_by += counters.ejected.read();
+                total.is_ejected |= counters.shared.outlier.is_ejected(now);
             }
         }
         totals
@@ -184,7 +200,15 @@ pub(super) struct WorkerMetrics {
     pub handshake_failures: [Counter; handshake::REASONS.len()],
     pub connections_timed_out: Counter,
     pub retries: Counter,
+    pub retries_refused: Counter,
     pub ejections: Counter,
+    pub failure_ejections: Counter,
+    pub ejections_refused: Counter,
+    pub sticky_hits: Counter,
+    pub sticky_misses: Counter,
+    pub queued: Counter,
+    pub queue_full: Counter,
+    pub queue_timeouts: Counter,
     pub panic_picks: Counter,
     pub http2_connections: Counter,
     pub http2_errors: Counter,
@@ -199,15 +223,30 @@ pub(super) struct WorkerMetrics {
     backends: Mutex<Vec<(SocketAddr, Arc<BackendCounters>)>>,
 }
 
-/// What one worker counts of one backend.
-#[derive(Debug, Default)]
+/// What one worker counts of one backend, beside what it shares with the others.
+#[derive(Debug)]
 pub(super) struct BackendCounters {
     pub requests: Counter,
     pub failures: Counter,
-    pub in_flight: Counter,
     pub idle_connections: Counter,
-    /// 1 while avoided.
-    pub ejected: Counter,
+    pub shared: Arc<SharedBackend>,
+    worker: usize,
+}
+
+impl BackendCounters {
+    pub(super) fn new(worker: usize, shared: Arc<SharedBackend>) -> BackendCounters {
+        BackendCounters {
+            requests: Counter::default(),
+            failures: Counter::default(),
+            idle_connections: Counter::default(),
+            shared,
+            worker,
+        }
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.shared.in_flight.of_worker(self.worker)
+    }
 }
 
 impl WorkerMetrics {
@@ -260,7 +299,15 @@ impl WorkerMetrics {
         totals.tls_handshakes_full += self.tls_handshakes_full.read();
         totals.connections_timed_out += self.connections_timed_out.read();
         totals.retries += self.retries.read();
+        totals.retries_refused += self.retries_refused.read();
         totals.ejections += self.ejections.read();
+        totals.failure_ejections += self.failure_ejections.read();
+        totals.ejections_refused += self.ejections_refused.read();
+        totals.sticky_hits += self.sticky_hits.read();
+        totals.sticky_misses += self.sticky_misses.read();
+        totals.queued += self.queued.read();
+        totals.queue_full += self.queue_full.read();
+        totals.queue_timeouts += self.queue_timeouts.read();
         totals.panic_picks += self.panic_picks.read();
         totals.http2_connections += self.http2_connections.read();
         totals.http2_errors += self.http2_errors.read();

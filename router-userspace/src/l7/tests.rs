@@ -21,12 +21,15 @@ use crate::l7::metrics::L7Totals;
 use crate::route::{Backend, Origin, Pool};
 use crate::snapshot::Snapshot;
 
+mod balancing;
 mod bodies;
 mod failures;
 mod http2;
 mod lifecycle;
 mod refusals;
+mod retries;
 mod routing;
+mod sessions;
 mod tls;
 mod upgrades;
 

@@ -1,7 +1,7 @@
 //! One worker: a thread with its own runtime, listeners, backend connections and counters.
 //!
-//! Nothing here is shared with another worker but the published snapshot and settings, both read
-//! through a cached pointer. Tasks of a worker: one acceptor for each listener, one for each client
+//! It shares with other workers the published snapshot and settings, both read through a cached
+//! pointer, and [what they know together](crate::l7::shared) of backends. Tasks of a worker: one acceptor for each listener, one for each client
 //! connection, one for each backend connection, and a sweep about once a second. When told to
 //! drain it accepts what has already connected and no more, lets each connection end after its
 //! request, and leaves what is left at the deadline.
@@ -27,12 +27,13 @@ use tokio::time::Instant;
 
 use crate::l7::Settings;
 use crate::l7::backend::Backends;
-use crate::l7::balance::{Circumstances, PoolState};
+use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
 use crate::l7::metrics::WorkerMetrics;
+use crate::l7::router::RouteMatch;
+use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
-use crate::route::Pool;
 use crate::snapshot::{Published, Snapshot};
 
 /// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
@@ -50,9 +51,12 @@ const REQUEST_IDS_AT_ONCE: usize = 32;
 
 /// What a worker's thread is started with.
 pub(super) struct WorkerParts {
+    /// From 0 on.
+    pub index: usize,
     pub listeners: Vec<(std::net::TcpListener, ListenerKind)>,
     pub published: Published,
     pub settings: Arc<ArcSwap<Settings>>,
+    pub shared: Arc<Shared>,
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
     /// The time to end at, once it is set.
@@ -62,6 +66,8 @@ pub(super) struct WorkerParts {
 }
 
 pub(super) struct Worker {
+    /// From 0 on.
+    pub index: usize,
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
     handshakes: Handshakes,
@@ -91,12 +97,9 @@ struct RequestStart {
 ///
 /// # Errors
 /// The runtime cannot be built, or the thread not be started.
-pub(super) fn spawn(
-    index: usize,
-    parts: WorkerParts,
-) -> anyhow::Result<std::thread::JoinHandle<()>> {
+pub(super) fn spawn(parts: WorkerParts) -> anyhow::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new()
-        .name(format!("l7-worker-{index}"))
+        .name(format!("l7-worker-{}", parts.index))
         .spawn(move || match runtime() {
             Ok(runtime) => runtime.block_on(run(parts)),
             Err(error) => tracing::error!(error = format!("{error:#}"), "l7 worker did not start"),
@@ -114,15 +117,18 @@ fn runtime() -> anyhow::Result<LocalRuntime> {
 
 async fn run(parts: WorkerParts) {
     let WorkerParts {
+        index,
         listeners,
         published,
         settings,
+        shared,
         metrics,
         tls,
         mut stop,
         alive,
     } = parts;
-    let worker = Rc::new(Worker::new(published, settings, metrics, tls));
+    let backends = Backends::new(index, shared);
+    let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
     let acceptors: Vec<_> = listeners
         .into_iter()
         .filter_map(|(listener, kind)| match TcpListener::from_std(listener) {
@@ -240,8 +246,11 @@ async fn sweep(worker: Rc<Worker>) {
         // Also lets go of a snapshot that no request has replaced.
         worker.snapshot(|_| ());
         worker.forget_clock();
-        let backend_idle = worker.settings(|settings| settings.timeouts.backend_idle);
         let mut backends = worker.backends.borrow_mut();
+        let backend_idle = worker.settings(|settings| {
+            backends.set_zone(settings.zone.as_deref());
+            settings.timeouts.backend_idle
+        });
         backends.sweep(worker.now(), backend_idle);
         if let Some(counters) = backends.changed_counters() {
             worker.metrics.publish_backends(counters);
@@ -256,16 +265,18 @@ impl Worker {
     pub(super) fn new(
         published: Published,
         settings: Arc<ArcSwap<Settings>>,
+        backends: Backends,
         metrics: Arc<WorkerMetrics>,
         tls: Arc<Tls>,
     ) -> Worker {
         Worker {
             handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
+            index: backends.worker,
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),
             settings: RefCell::new(Cache::new(settings)),
-            backends: RefCell::default(),
+            backends: RefCell::new(backends),
             rng: RefCell::new(SmallRng::from_os_rng()),
             request_ids: RefCell::default(),
             clock: Cell::new(None),
@@ -286,33 +297,44 @@ impl Worker {
         read(self.settings.borrow_mut().load())
     }
 
-    /// This worker's state of a pool of the current snapshot.
-    pub(super) fn pool(&self, pool: &Arc<Pool>) -> Rc<PoolState> {
+    /// This worker's state of the pool of a route of the current snapshot.
+    pub(super) fn pool(&self, found: &RouteMatch<'_>) -> Rc<PoolState> {
         self.backends
             .borrow_mut()
-            .pool(pool, &mut *self.rng.borrow_mut())
+            .pool(found, self.now(), &mut *self.rng.borrow_mut())
     }
 
-    /// The index of the target for the next attempt.
-    pub(super) fn pick(&self, pool: &PoolState, tried: &[usize]) -> Option<usize> {
-        let balance = match &pool.balance {
-            Some(balance) => balance.clone(),
-            None => self.settings(|settings| settings.balance.clone()),
-        };
-        self.snapshot(|snapshot| {
-            let panic = pool.in_panic(snapshot);
-            if panic {
-                self.metrics.panic_picks.add(1);
-            }
-            let at = Circumstances {
-                balance: &balance,
-                now: self.now(),
-                unhealthy: &snapshot.unhealthy,
-                panic,
-                draining: &snapshot.draining,
-                tried,
-            };
-            pool.pick(&at, &mut *self.rng.borrow_mut())
+    /// The target for the next attempt.
+    pub(super) fn pick(&self, pool: &PoolState, wanted: &Wanted, tried: &[usize]) -> Choice {
+        self.settings(|settings| {
+            self.snapshot(|snapshot| {
+                let panic = pool.in_panic(snapshot);
+                let at = Circumstances {
+                    balance: wanted.balance(pool, settings),
+                    key: wanted.key,
+                    now: self.now(),
+                    unhealthy: &snapshot.unhealthy,
+                    panic,
+                    draining: &snapshot.draining,
+                    tried,
+                    prefer_local: settings.prefer_zone && tried.is_empty(),
+                    slow_start: settings.slow_start,
+                    limit: pool.limit(settings),
+                };
+                if let Some(session) = &wanted.session
+                    && (session.required || tried.is_empty())
+                {
+                    match pool.pick_instance(&session.instance, &at) {
+                        Some(index) => return Choice::Target(index),
+                        None if session.required => return Choice::Nobody,
+                        None => {}
+                    }
+                }
+                if panic {
+                    self.metrics.panic_picks.add(1);
+                }
+                pool.pick(&at, &mut *self.rng.borrow_mut())
+            })
         })
     }
 

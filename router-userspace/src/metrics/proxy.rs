@@ -79,9 +79,29 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.retries,
         ),
         (
-            "viaduct_http_ejections",
-            "Backends avoided for a while",
-            totals.ejections,
+            "viaduct_http_retries_refused",
+            "Attempts that were not made, for the budget of the route was spent",
+            totals.retries_refused,
+        ),
+        (
+            "viaduct_http_ejections_refused",
+            "Failures after which a backend was not ejected, for too many of its pool are",
+            totals.ejections_refused,
+        ),
+        (
+            "viaduct_http_queued",
+            "Requests that waited for a route or backend below its limit",
+            totals.queued,
+        ),
+        (
+            "viaduct_http_queue_full",
+            "Requests that found no room to wait",
+            totals.queue_full,
+        ),
+        (
+            "viaduct_http_queue_timeouts",
+            "Requests that waited in vain",
+            totals.queue_timeouts,
         ),
         (
             "viaduct_http_panic_picks",
@@ -136,6 +156,22 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
     ] {
         page.counter(name, help, count)?;
     }
+    page.counters(
+        "viaduct_http_ejections",
+        "Backends avoided for a while, by what they did",
+        [
+            ([("reason", "connection")], totals.ejections),
+            ([("reason", "responses")], totals.failure_ejections),
+        ],
+    )?;
+    page.counters(
+        "viaduct_http_sessions",
+        "Requests of sticky sessions by whether their instance served them",
+        [
+            ([("result", "kept")], totals.sticky_hits),
+            ([("result", "moved")], totals.sticky_misses),
+        ],
+    )?;
     let (opened, reused) = (
         totals.backend_connections_opened,
         totals.backend_connections_reused,

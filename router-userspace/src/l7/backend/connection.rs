@@ -226,12 +226,16 @@ impl<F: Future + 'static> Executor<F> for LocalTasks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::l7::shared::Shared;
     use crate::l7::tests::backend;
 
     #[tokio::test]
     async fn a_backend_that_vanishes_is_noticed() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let state = BackendState::new(&backend(listener.local_addr().unwrap()));
+        let backend = backend(listener.local_addr().unwrap());
+        let key = (backend.address, None, backend.protocol);
+        let shared = Shared::new(1).backend(&key, tokio::time::Instant::now());
+        let state = BackendState::new(&backend, 0, shared);
         let stream = connect(&state).await.unwrap();
         assert!(SockRef::from(&stream).keepalive().unwrap());
     }

@@ -5,43 +5,60 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::*;
+use crate::config::HttpEjection;
 use crate::l7::backend::Backends;
+use crate::l7::router::RouteMatch;
+use crate::l7::shared::Shared;
 use crate::l7::tests::backend;
+
+mod hashing;
+mod joining;
+
+fn published(backends: impl IntoIterator<Item = Backend>) -> Arc<Pool> {
+    Arc::new(Pool {
+        backends: backends.into_iter().map(Arc::new).collect(),
+        ..Pool::default()
+    })
+}
+
+fn found(pool: &Arc<Pool>) -> RouteMatch<'_> {
+    RouteMatch {
+        host: "a.com",
+        path: "",
+        pool,
+    }
+}
 
 /// The state of a pool with these weights; backend `i` is 10.0.0.1:(i + 1).
 fn pool(weights: &[u16]) -> (Rc<PoolState>, SmallRng) {
+    let weighted = |(i, &weight): (usize, &u16)| Backend {
+        weight,
+        ..backend(address(i))
+    };
+    state(weights.iter().enumerate().map(weighted))
+}
+
+fn state(backends: impl IntoIterator<Item = Backend>) -> (Rc<PoolState>, SmallRng) {
     let mut rng = SmallRng::seed_from_u64(7);
-    let backends = weights
-        .iter()
-        .enumerate()
-        .map(|(i, &weight)| {
-            Arc::new(Backend {
-                weight,
-                ..backend(address(i))
-            })
-        })
-        .collect();
-    let pool = Arc::new(Pool {
-        backends,
-        balance: None,
-        route_service_url: None,
-        policy: None,
-    });
-    (Backends::default().pool(&pool, &mut rng), rng)
+    let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
+    let pool = published(backends);
+    (worker.pool(&found(&pool), Instant::now(), &mut rng), rng)
+}
+
+fn eject(pool: &PoolState, index: usize, now: Instant) {
+    let config = HttpEjection::default();
+    let ejected = pool.targets[index].backend.outlier().eject(now, &config);
+    assert_eq!(ejected, Some(Duration::from_secs(30)));
 }
 
 #[test]
 fn a_pool_that_is_not_published_is_forgotten_by_every_worker() {
     let mut rng = SmallRng::seed_from_u64(7);
-    let pool = Arc::new(Pool {
-        backends: vec![Arc::new(backend(address(0)))],
-        balance: None,
-        route_service_url: None,
-        policy: None,
-    });
-    let mut workers = [Backends::default(), Backends::default()];
+    let pool = published([backend(address(0))]);
+    let shared = Arc::new(Shared::new(2));
+    let mut workers = [0, 1].map(|index| Backends::new(index, Arc::clone(&shared)));
     for worker in &mut workers {
-        worker.pool(&pool, &mut rng);
+        worker.pool(&found(&pool), Instant::now(), &mut rng);
         assert_eq!(worker.changed_counters().map(|list| list.len()), Some(1));
     }
     drop(pool);
@@ -55,19 +72,45 @@ fn address(i: usize) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, 1], u16::try_from(i).unwrap() + 1))
 }
 
-fn pick(pool: &PoolState, rng: &mut SmallRng, balance: &Balance, tried: &[usize]) -> Option<usize> {
-    let unhealthy = imbl::HashSet::new();
-    pool.pick(
-        &Circumstances {
+/// Nothing known of health, and nothing configured.
+struct Calm {
+    unhealthy: imbl::HashSet<SocketAddr>,
+    draining: imbl::HashSet<SocketAddr>,
+}
+
+impl Calm {
+    fn new() -> Calm {
+        Calm {
+            unhealthy: imbl::HashSet::new(),
+            draining: imbl::HashSet::new(),
+        }
+    }
+
+    fn at<'a>(&'a self, balance: &'a Balance, tried: &'a [usize]) -> Circumstances<'a> {
+        Circumstances {
             balance,
+            key: None,
             now: Instant::now(),
-            unhealthy: &unhealthy,
+            unhealthy: &self.unhealthy,
             panic: false,
-            draining: &imbl::HashSet::new(),
+            draining: &self.draining,
             tried,
-        },
-        rng,
-    )
+            prefer_local: false,
+            slow_start: Duration::ZERO,
+            limit: 0,
+        }
+    }
+}
+
+fn pick(pool: &PoolState, rng: &mut SmallRng, balance: &Balance, tried: &[usize]) -> Option<usize> {
+    target(pool.pick(&Calm::new().at(balance, tried), rng))
+}
+
+fn target(choice: Choice) -> Option<usize> {
+    match choice {
+        Choice::Target(index) => Some(index),
+        Choice::Full | Choice::Nobody => None,
+    }
 }
 
 #[test]
@@ -87,22 +130,16 @@ fn a_backend_of_weight_0_gets_nothing() {
 #[test]
 fn a_backend_that_an_operator_drains_gets_nothing() {
     let (pool, mut rng) = pool(&[100, 100]);
-    let unhealthy = imbl::HashSet::new();
-    let draining = imbl::HashSet::unit(pool.targets[0].backend.address());
+    let mut calm = Calm::new();
+    calm.draining.insert(pool.targets[0].backend.address());
     for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
-        let mut at = Circumstances {
-            balance,
-            now: Instant::now(),
-            unhealthy: &unhealthy,
-            panic: true,
-            draining: &draining,
-            tried: &[],
-        };
+        let mut at = calm.at(balance, &[]);
+        at.panic = true;
         for _ in 0..20 {
-            assert_eq!(pool.pick(&at, &mut rng), Some(1));
+            assert_eq!(pool.pick(&at, &mut rng), Choice::Target(1));
         }
         at.tried = &[1];
-        assert_eq!(pool.pick(&at, &mut rng), None);
+        assert_eq!(pool.pick(&at, &mut rng), Choice::Nobody);
     }
 }
 
@@ -141,30 +178,24 @@ fn tried_backends_are_not_picked_again() {
 fn unhealthy_and_ejected_backends_are_avoided_until_all_are_out() {
     let (pool, mut rng) = pool(&[100, 100, 100]);
     let now = Instant::now();
-    let unhealthy = imbl::HashSet::unit(address(0));
-    pool.targets[1].backend.eject(now + Duration::from_secs(30));
+    let mut calm = Calm::new();
+    calm.unhealthy.insert(address(0));
+    eject(&pool, 1, now);
     for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
-        let mut at = Circumstances {
-            balance,
-            now,
-            unhealthy: &unhealthy,
-            panic: false,
-            draining: &imbl::HashSet::new(),
-            tried: &[],
-        };
+        let mut at = calm.at(balance, &[]);
         for _ in 0..8 {
-            assert_eq!(pool.pick(&at, &mut rng), Some(2));
+            assert_eq!(pool.pick(&at, &mut rng), Choice::Target(2));
         }
         at.tried = &[2];
-        assert!(pool.pick(&at, &mut rng).is_some());
+        assert!(target(pool.pick(&at, &mut rng)).is_some());
     }
 }
 
 #[test]
 fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
     let (pool, mut rng) = pool(&[100, 100, 100]);
-    let now = Instant::now();
-    pool.targets[1].backend.eject(now + Duration::from_secs(30));
+    eject(&pool, 1, Instant::now());
+    let calm = Calm::new();
     let mut snapshot = Snapshot {
         unhealthy: [0, 2].into_iter().map(address).collect(),
         panic_threshold: 33,
@@ -177,16 +208,13 @@ fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
     assert!(pool.in_panic(&snapshot));
     for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
         let at = Circumstances {
-            balance,
-            now,
             unhealthy: &snapshot.unhealthy,
             panic: true,
-            draining: &imbl::HashSet::new(),
-            tried: &[],
+            ..calm.at(balance, &[])
         };
         let mut picked = [0; 3];
         for _ in 0..64 {
-            picked[pool.pick(&at, &mut rng).unwrap()] += 1;
+            picked[target(pool.pick(&at, &mut rng)).unwrap()] += 1;
         }
         assert!(
             picked[0] > 0 && picked[1] == 0 && picked[2] > 0,
@@ -196,20 +224,116 @@ fn in_panic_the_unhealthy_are_used_and_the_ejected_still_avoided() {
 }
 
 #[test]
-fn an_ejection_ends() {
-    let (pool, _) = pool(&[100]);
-    let now = Instant::now();
-    pool.targets[0].backend.eject(now + Duration::from_secs(30));
-    assert!(
-        pool.targets[0]
-            .backend
-            .is_ejected(now + Duration::from_secs(29))
-    );
-    assert!(
-        !pool.targets[0]
-            .backend
-            .is_ejected(now + Duration::from_secs(30))
-    );
+fn least_connections_sees_what_other_workers_have_in_flight() {
+    let (pool, mut rng) = pool(&[100, 100]);
+    let busy = pool.targets[0].backend.in_flight();
+    busy.try_enter(0, 0);
+    for _ in 0..20 {
+        assert_eq!(
+            pick(&pool, &mut rng, &Balance::LeastConnections, &[]),
+            Some(1)
+        );
+    }
+}
+
+#[test]
+fn least_connections_counts_by_weight() {
+    let (pool, mut rng) = pool(&[100, 1000]);
+    let heavy = pool.targets[1].backend.in_flight();
+    for _ in 0..8 {
+        heavy.try_enter(0, 0);
+    }
+    for _ in 0..20 {
+        assert_eq!(
+            pick(&pool, &mut rng, &Balance::LeastConnections, &[]),
+            Some(1)
+        );
+    }
+}
+
+#[test]
+fn a_backend_at_its_limit_gets_nothing_and_a_pool_of_them_is_full() {
+    let calm = Calm::new();
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
+        let (pool, mut rng) = pool(&[100, 100, 0]);
+        let at = Circumstances {
+            limit: 2,
+            ..calm.at(balance, &[])
+        };
+        for _ in 0..2 {
+            pool.targets[0].backend.in_flight().try_enter(0, 2);
+        }
+        for _ in 0..20 {
+            assert_eq!(pool.pick(&at, &mut rng), Choice::Target(1));
+        }
+        for _ in 0..2 {
+            pool.targets[1].backend.in_flight().try_enter(0, 2);
+        }
+        assert_eq!(pool.pick(&at, &mut rng), Choice::Full);
+        let at = Circumstances {
+            tried: &[0, 1],
+            ..at
+        };
+        assert_eq!(pool.pick(&at, &mut rng), Choice::Nobody);
+    }
+}
+
+#[test]
+fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
+    let zoned = |(i, zone): (usize, &str)| Backend {
+        availability_zone: Some(zone.into()),
+        ..backend(address(i))
+    };
+    let mut rng = SmallRng::seed_from_u64(7);
+    let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
+    worker.set_zone(Some("z1"));
+    let published = published(["z1", "z2", "z1", "z2"].into_iter().enumerate().map(zoned));
+    let pool = worker.pool(&found(&published), Instant::now(), &mut rng);
+    let mut calm = Calm::new();
+    for balance in &[Balance::RoundRobin, Balance::LeastConnections] {
+        let mut picked = [0; 4];
+        for _ in 0..100 {
+            let mut at = calm.at(balance, &[]);
+            at.prefer_local = true;
+            picked[target(pool.pick(&at, &mut rng)).unwrap()] += 1;
+        }
+        assert_eq!((picked[1], picked[3]), (0, 0), "{picked:?}");
+        assert!(picked[0] > 20 && picked[2] > 20, "{picked:?}");
+    }
+    calm.unhealthy.extend([address(0), address(2)]);
+    let mut at = calm.at(&Balance::RoundRobin, &[]);
+    at.prefer_local = true;
+    let index = target(pool.pick(&at, &mut rng)).unwrap();
+    assert!(index == 1 || index == 3);
+
+    worker.set_zone(Some("z2"));
+    let pool = worker.pool(&found(&published), Instant::now(), &mut rng);
+    at.unhealthy = at.draining;
+    let index = target(pool.pick(&at, &mut rng)).unwrap();
+    assert!(index == 1 || index == 3, "of another zone after a reload");
+}
+
+#[test]
+fn a_session_finds_its_instance_unless_that_is_not_to_be_used() {
+    let instance = |i: usize| Backend {
+        instance_id: Some(format!("instance-{i}").into()),
+        ..backend(address(i))
+    };
+    let (pool, _) = state([0, 1, 2].map(instance));
+    let mut calm = Calm::new();
+    calm.draining.insert(address(2));
+    let at = Circumstances {
+        limit: 1,
+        ..calm.at(&Balance::RoundRobin, &[])
+    };
+    assert_eq!(pool.pick_instance("instance-1", &at), Some(1));
+    assert_eq!(pool.pick_instance("instance-2", &at), None, "drained");
+    assert_eq!(pool.pick_instance("instance-3", &at), None);
+    assert_eq!(pool.pick_instance("", &at), None);
+    pool.targets[1].backend.in_flight().try_enter(0, 1);
+    assert_eq!(pool.pick_instance("instance-1", &at), None, "full");
+    eject(&pool, 0, at.now);
+    assert_eq!(pool.pick_instance("instance-0", &at), None, "ejected");
 }
 
 proptest! {
