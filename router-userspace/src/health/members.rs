@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
+use crate::route::conditions::Conditions;
 use crate::route::{Backend, HttpProtocol, Pool, Proto};
 use crate::snapshot::{HostRoutes, Snapshot};
 
@@ -96,11 +97,12 @@ struct Count<'a> {
 
 impl Count<'_> {
     fn host(&mut self, old: Option<&HostRoutes>, new: Option<&HostRoutes>) {
-        let paths = |routes| Option::into_iter(routes).flat_map(|r: &HostRoutes| &r.paths);
-        let mut added: HashMap<&str, &Arc<Pool>> =
-            paths(new).map(|(path, pool)| (&**path, pool)).collect();
-        for (path, old) in paths(old) {
-            self.pool(Some(old), added.remove(&**path), of_route);
+        let routes = |routes| Option::into_iter(routes).flat_map(HostRoutes::iter);
+        let mut added: HashMap<(&Arc<str>, Option<&Arc<Conditions>>), &Arc<Pool>> = routes(new)
+            .map(|(path, conditions, pool)| ((path, conditions), pool))
+            .collect();
+        for (path, conditions, old) in routes(old) {
+            self.pool(Some(old), added.remove(&(path, conditions)), of_route);
         }
         for new in added.into_values() {
             self.pool(None, Some(new), of_route);

@@ -100,8 +100,8 @@ impl PoolState {
         };
         PoolState {
             pool: Arc::downgrade(pool),
-            balance: pool.balance.clone(),
-            has_route_service: pool.route_service_url.is_some(),
+            balance: pool.balance().cloned(),
+            has_route_service: pool.route_service_url().is_some(),
             targets,
             cumulative_weights,
             cursor: Cell::new(rng.random()),

@@ -23,7 +23,7 @@ use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::connection::ClientState;
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
-use crate::l7::router::{self, NoMatch};
+use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::tunnel::Switch;
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -84,7 +84,7 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
-    let pool = find_pool(worker, &findings, request.uri())?;
+    let pool = find_pool(worker, &findings, &request)?;
     if pool.has_route_service {
         return Err(Failure::RouteService);
     }
@@ -119,9 +119,20 @@ fn answer_options() -> Response<ResponseBody> {
     response
 }
 
-fn find_pool(worker: &Worker, findings: &Findings, uri: &Uri) -> Result<Rc<PoolState>, Failure> {
+fn find_pool(
+    worker: &Worker,
+    findings: &Findings,
+    request: &Request<Incoming>,
+) -> Result<Rc<PoolState>, Failure> {
     let host = findings.host_str();
-    worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
+    let lookup = Lookup {
+        host,
+        path: request.uri().path(),
+        query: request.uri().query(),
+        method: request.method(),
+        headers: request.headers(),
+    };
+    worker.snapshot(|snapshot| match router::find(snapshot, &lookup) {
         Ok(found) => Ok(worker.pool(found.pool)),
         Err(NoMatch::PathAboveRoot) => Err(Failure::Bad(BadRequest::PathAboveRoot)),
         Err(NoMatch::UnknownRoute) if snapshot.revision == 0 => Err(Failure::NoRoutes),

@@ -162,6 +162,7 @@ pub fn parse_uri(uri: &str) -> Result<HttpMatch, &'static str> {
     Ok(HttpMatch {
         host: lower_case(host),
         path: lower_case(path),
+        conditions: None,
     })
 }
 
