@@ -33,6 +33,7 @@ mod backend;
 mod balance;
 mod body;
 mod connection;
+pub mod edits;
 pub mod error;
 mod forward;
 mod headers;

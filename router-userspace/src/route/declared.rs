@@ -419,3 +419,6 @@ impl<'de> Deserialize<'de> for Weight {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@
 //! it. Everything is valid by construction, as in [`crate::route`]: made by
 //! [`declared`](crate::route::declared), which has the bounds.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,12 +135,15 @@ pub struct Rate {
     pub burst: u32,
 }
 
+/// Of [`HashKey::balance_percent`].
+pub const BALANCE_PERCENT: RangeInclusive<u32> = 110..=1000;
+
 /// What a request is hashed by, for [`Balance::Hash`](crate::route::Balance::Hash).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HashKey {
     pub of: HashOf,
-    /// How much of the average load a backend may carry, in percent, 110..=1000; the next in the
-    /// ring takes the rest. `None`: no bound. (Mirrokni et al., "Consistent hashing with bounded
+    /// How much of the average load a backend may carry, in percent; the next in the ring takes the
+    /// rest. `None`: no bound. (Mirrokni et al., "Consistent hashing with bounded
     /// loads", 2016.)
     pub balance_percent: Option<u32>,
 }

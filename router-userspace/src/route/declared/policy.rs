@@ -13,13 +13,10 @@ use crate::route::declared::{
     MAX_ATTEMPTS, MAX_HEADER_EDITS, check_count, check_text, read_methods, read_name, read_value,
 };
 use crate::route::policy::{
-    HashKey, HashOf, HeaderEdits, HttpPolicy, PathRewrite, Rate, Redirect, Rewrite, RouteLimits,
-    RouteRetries, RouteTimeouts,
+    BALANCE_PERCENT, HashKey, HashOf, HeaderEdits, HttpPolicy, PathRewrite, Rate, Redirect,
+    Rewrite, RouteLimits, RouteRetries, RouteTimeouts,
 };
 use crate::route::{Balance, Origin, wire};
-
-/// Of [`HashKey::balance_percent`].
-pub const BALANCE_PERCENT: std::ops::RangeInclusive<u32> = 110..=1000;
 
 pub struct Policy {
     pub balance: Option<BalanceName>,
