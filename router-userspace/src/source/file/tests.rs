@@ -174,3 +174,91 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
         );
     }
 }
+
+/// The example of docs/routes.md.
+fn example() -> &'static str {
+    let (_, from) = include_str!("../../../../docs/routes.md")
+        .split_once("```toml\n")
+        .unwrap();
+    from.split_once("```").unwrap().0
+}
+
+#[test]
+fn the_documented_example_is_valid_and_has_every_key() {
+    let content = parse(example(), &ranges()).unwrap();
+    assert_eq!(content.registrations.len(), 5);
+    assert_eq!(content.declarations.len(), 5);
+    for key in [
+        "uris",
+        "vips",
+        "methods",
+        "headers",
+        "query",
+        "balance",
+        "hash",
+        "redirect",
+        "rewrite",
+        "request_headers",
+        "response_headers",
+        "timeouts",
+        "retries",
+        "limits",
+        "compression",
+        "zone",
+        "app",
+        "instance_id",
+        "instance_index",
+        "tls",
+        "protocol",
+        "weight",
+    ] {
+        assert!(
+            example().contains(&format!("{key} = "))
+                || example().contains(&format!("route.{key}]")),
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn routes_that_contradict_each_other_are_refused() {
+    let route = |asks: &str| format!("[[route]]\nuris = [\"a.x\"]\n{asks}\n");
+    let same = route("compression = true").repeat(2);
+    assert_eq!(parse(&same, &ranges()).unwrap().declarations.len(), 2);
+    let other = route("compression = true") + &route("balance = \"round-robin\"");
+    let error = parse(&other, &ranges()).unwrap_err().to_string();
+    assert!(
+        error.starts_with("line 4: route[1].uris: ") && error.contains("a.x"),
+        "{error}"
+    );
+}
+
+#[test]
+fn policies_come_before_their_backends_and_go_after_them() {
+    let announced = |text: &str| {
+        let content = parse(text, &ranges()).unwrap();
+        let known = Known {
+            content,
+            ..Known::default()
+        };
+        wanted(&BTreeMap::from([(PathBuf::from("routes.toml"), known)]))
+    };
+    let told = |from: &Announced, to: &Announced| -> Vec<String> {
+        let event = |event| match event {
+            RouteEvent::Register(new) => format!("+{}", new.routes[0]),
+            RouteEvent::Unregister(gone) => format!("-{}", gone.routes[0]),
+            RouteEvent::Declare(new) => format!("declare {}", new.route),
+            RouteEvent::Withdraw(gone) => format!("withdraw {}", gone.route),
+        };
+        differences(from, to).map(event).collect()
+    };
+    let backend = "backend = [{ address = \"10.0.0.1:80\" }]\n";
+    let route = format!("[[route]]\nuris = [\"a.x\"]\nmethods = [\"GET\"]\n{backend}");
+    let (none, plain) = (Announced::default(), announced(&route));
+    let asks = announced(&format!("{route}compression = true\n"));
+    assert_eq!(told(&none, &asks), ["declare a.x GET", "+a.x GET"]);
+    assert_eq!(told(&asks, &asks), [""; 0]);
+    assert_eq!(told(&asks, &plain), ["withdraw a.x GET"]);
+    assert_eq!(told(&plain, &asks), ["declare a.x GET"]);
+    assert_eq!(told(&asks, &none), ["-a.x GET", "withdraw a.x GET"]);
+}
