@@ -9,7 +9,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 pub use crate::snapshot::hosts::Hosts;
-pub use crate::snapshot::routes::{ConditionalRoute, HostRoutes};
+pub use crate::snapshot::routes::{ConditionalRoute, HostRoute, HostRoutes};
 
 use crate::health::state::in_panic;
 use crate::route::{Pool, Vip};

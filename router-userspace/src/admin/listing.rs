@@ -109,9 +109,10 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
     });
     let mut page = Smallest::new(request, after)?;
     for (host, routes) in snapshot.hosts.iter() {
-        for (path, conditions, pool) in routes.iter() {
-            let conditions = conditions.map(ToString::to_string).unwrap_or_default();
-            page.offer((&**host, &**path, conditions), || pool);
+        for route in routes.iter() {
+            let conditions = route.conditions.map(ToString::to_string);
+            let key = (&**host, &**route.path, conditions.unwrap_or_default());
+            page.offer(key, || route.pool);
         }
     }
     Ok(page.finish(

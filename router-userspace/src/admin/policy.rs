@@ -155,3 +155,53 @@ fn limits(limits: &RouteLimits) -> Vec<String> {
     say(&mut parts, "client_rate", limits.client_rate.map(rate));
     parts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route::Origin;
+    use crate::route::declared::DeclaredRoute;
+
+    #[test]
+    fn everything_a_route_asks_for_is_told() {
+        let route: DeclaredRoute = toml::from_str(
+            r#"
+            uris = ["a.x"]
+            balance = "hash"
+            hash = { cookie = "session", balance_percent = 125 }
+            route_service_url = "https://r"
+            redirect = { status = 301, scheme = "https", authority = "b.x", prefix = "/" }
+            rewrite = { host = "c.x", path = "/p" }
+            request_headers = { remove = ["x-a"], set = { x-b = "1" }, add = { x-c = "1" } }
+            response_headers = { remove = ["server"] }
+            timeouts = { response_headers = "5s", body_idle = "1m", total = "100ms" }
+            retries = { attempts = 3, methods = ["PUT"] }
+            compression = true
+            [limits]
+            request_body_bytes = 1
+            requests_per_backend = 2
+            requests = 3
+            rate = { per_second = 4, burst = 5 }
+            client_rate = { per_second = 6 }
+            "#,
+        )
+        .unwrap();
+        let declared = route.read(Origin::File, &[]).unwrap().declarations;
+        assert_eq!(
+            asks(&declared[0].policy),
+            [
+                "balance hash of cookie session up to 125 % of the average",
+                "route service https://r",
+                "redirect 301: scheme https, authority b.x, prefix /",
+                "rewrite host c.x, path /p",
+                "request headers remove x-a, set x-b, add x-c",
+                "response headers remove server",
+                "timeouts response_headers 5s, body_idle 1m, total 100ms",
+                "retries attempts 3, repeat PUT",
+                "limits request_body_bytes 1, requests_per_backend 2, requests 3, \
+                 rate 4/s burst 5, client_rate 6/s burst 6",
+                "compression",
+            ]
+        );
+    }
+}

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use crate::route::conditions::Conditions;
 use crate::route::{Backend, HttpProtocol, Pool, Proto};
 use crate::snapshot::{HostRoutes, Snapshot};
 
@@ -98,11 +97,12 @@ struct Count<'a> {
 impl Count<'_> {
     fn host(&mut self, old: Option<&HostRoutes>, new: Option<&HostRoutes>) {
         let routes = |routes| Option::into_iter(routes).flat_map(HostRoutes::iter);
-        let mut added: HashMap<(&Arc<str>, Option<&Arc<Conditions>>), &Arc<Pool>> = routes(new)
-            .map(|(path, conditions, pool)| ((path, conditions), pool))
+        let mut added: HashMap<_, &Arc<Pool>> = routes(new)
+            .map(|route| ((route.path, route.conditions), route.pool))
             .collect();
-        for (path, conditions, old) in routes(old) {
-            self.pool(Some(old), added.remove(&(path, conditions)), of_route);
+        for old in routes(old) {
+            let new = added.remove(&(old.path, old.conditions));
+            self.pool(Some(old.pool), new, of_route);
         }
         for new in added.into_values() {
             self.pool(None, Some(new), of_route);

@@ -501,11 +501,11 @@ impl RouteTable {
         self.next.hosts.add(Arc::clone(&http.host));
         let (host, routes) = self.next.hosts.get(&http.host).expect("just added");
         let host = Arc::clone(host);
-        if let Some((path, conditions, _)) = routes.get(&http.path, http.conditions.as_deref()) {
+        if let Some(known) = routes.get(&http.path, http.conditions.as_deref()) {
             return RouteKey::Http(HttpMatch {
                 host,
-                path: Arc::clone(path),
-                conditions: conditions.cloned(),
+                path: Arc::clone(known.path),
+                conditions: known.conditions.cloned(),
             });
         }
         let pool = Pool {
@@ -807,8 +807,8 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
 
 fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {
     let (_, routes) = snapshot.hosts.get(&route.host)?;
-    let (_, _, pool) = routes.get(&route.path, route.conditions.as_deref())?;
-    Some(pool)
+    let known = routes.get(&route.path, route.conditions.as_deref())?;
+    Some(known.pool)
 }
 
 fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut Pool> {

@@ -24,6 +24,14 @@ pub struct ConditionalRoute {
     pub pool: Arc<Pool>,
 }
 
+/// A route with or without conditions, as it is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRoute<'a> {
+    pub path: &'a Arc<str>,
+    pub conditions: Option<&'a Arc<Conditions>>,
+    pub pool: &'a Arc<Pool>,
+}
+
 impl HostRoutes {
     pub fn conditional(&self) -> &[ConditionalRoute] {
         self.conditional.as_deref().map_or(&[], Vec::as_slice)
@@ -34,33 +42,25 @@ impl HostRoutes {
         self.paths.len() + self.conditional().len()
     }
 
-    /// All routes: path, conditions and pool.
-    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, Option<&Arc<Conditions>>, &Arc<Pool>)> {
-        let conditional = self.conditional().iter();
-        let conditional = conditional.map(|r| (&r.path, Some(&r.conditions), &r.pool));
-        let plain = self.paths.iter().map(|(path, pool)| (path, None, pool));
-        conditional.chain(plain)
+    /// All routes, those with conditions first.
+    pub fn iter(&self) -> impl Iterator<Item = HostRoute<'_>> {
+        let conditional = self.conditional().iter().map(HostRoute::from);
+        conditional.chain(self.paths.iter().map(HostRoute::from))
     }
 
     pub fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
-        self.iter().map(|(_, _, pool)| pool)
+        self.iter().map(|route| route.pool)
     }
 
-    /// Path and conditions as they are kept, and the pool.
-    pub fn get(
-        &self,
-        path: &str,
-        conditions: Option<&Conditions>,
-    ) -> Option<(&Arc<str>, Option<&Arc<Conditions>>, &Arc<Pool>)> {
+    pub fn get(&self, path: &str, conditions: Option<&Conditions>) -> Option<HostRoute<'_>> {
         match conditions {
             None => {
-                let (path, pool) = &self.paths[self.place(path).ok()?];
-                Some((path, None, pool))
+                let at = self.place(path).ok()?;
+                Some(HostRoute::from(&self.paths[at]))
             }
             Some(conditions) => {
                 let at = self.conditional_place(path, conditions).ok()?;
-                let route = &self.conditional()[at];
-                Some((&route.path, Some(&route.conditions), &route.pool))
+                Some(HostRoute::from(&self.conditional()[at]))
             }
         }
     }
@@ -139,6 +139,26 @@ impl HostRoutes {
         self.conditional().binary_search_by(|known| {
             order(&known.path, path).then_with(|| known.conditions.order(conditions))
         })
+    }
+}
+
+impl<'a> From<&'a (Arc<str>, Arc<Pool>)> for HostRoute<'a> {
+    fn from((path, pool): &'a (Arc<str>, Arc<Pool>)) -> HostRoute<'a> {
+        HostRoute {
+            path,
+            conditions: None,
+            pool,
+        }
+    }
+}
+
+impl<'a> From<&'a ConditionalRoute> for HostRoute<'a> {
+    fn from(route: &'a ConditionalRoute) -> HostRoute<'a> {
+        HostRoute {
+            path: &route.path,
+            conditions: Some(&route.conditions),
+            pool: &route.pool,
+        }
     }
 }
 

@@ -220,8 +220,11 @@ fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
     let mut content = Announcement::default();
     let mut policies: BTreeMap<HttpMatch, Arc<HttpPolicy>> = BTreeMap::new();
     for (i, route) in file.route.into_iter().enumerate() {
-        let line = 1 + text[..route.span().start].matches('\n').count();
-        let refused = |why| anyhow!("line {line}: route[{i}].{why:#}");
+        let start = route.span().start;
+        let refused = |why| {
+            let line = 1 + text[..start].matches('\n').count();
+            anyhow!("line {line}: route[{i}].{why:#}")
+        };
         let read = route.into_inner().read(Origin::File, vip_ranges);
         let read = read.map_err(refused)?;
         for Declaration { route, policy } in &read.declarations {

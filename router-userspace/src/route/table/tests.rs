@@ -60,14 +60,14 @@ fn served(table: &RouteTable) -> Vec<String> {
     };
     let mut lines = Vec::new();
     for (host, routes) in table.next.hosts.iter() {
-        for (path, conditions, members) in routes.iter() {
+        for known in routes.iter() {
             let route = HttpMatch {
                 host: Arc::clone(host),
-                path: Arc::clone(path),
-                conditions: conditions.cloned(),
+                path: Arc::clone(known.path),
+                conditions: known.conditions.cloned(),
             };
-            let policy = members.policy.as_deref().map(named).unwrap_or_default();
-            lines.push(format!("{route} {}{policy}", pool(members)));
+            let policy = known.pool.policy.as_deref().map(named).unwrap_or_default();
+            lines.push(format!("{route} {}{policy}", pool(known.pool)));
         }
     }
     for (vip, members) in &table.next.vips {
