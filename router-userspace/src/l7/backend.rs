@@ -95,7 +95,7 @@ impl Backends {
             .entry(name)
             .or_insert_with(|| Rc::new(RetryBudget::new(now)));
         let (zone, budget) = (self.zone.as_deref(), Rc::clone(budget));
-        let state = PoolState::new(pool, zone, route, budget, state_of, now, rng);
+        let state = PoolState::new(found, zone, route, budget, state_of, now, rng);
         let state = Rc::new(state);
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state

@@ -22,10 +22,11 @@ use crate::l7::admission::Queue;
 use crate::l7::backend::BackendState;
 use crate::l7::balance::turns::Turns;
 use crate::l7::retry_budget::RetryBudget;
+use crate::l7::router::RouteMatch;
 use crate::l7::shared::SharedRoute;
 use crate::l7::sticky::{self, Session};
 use crate::route::policy::HttpPolicy;
-use crate::route::{Backend, Balance, Pool};
+use crate::route::{Backend, Balance, HttpMatch, Pool};
 use crate::snapshot::Snapshot;
 
 pub(super) mod hash;
@@ -45,6 +46,8 @@ const LOAD_AGE: Duration = Duration::from_millis(1);
 pub(super) struct PoolState {
     /// Tells whether the pool is still published. Weak, for each worker has a state of it.
     pub pool: Weak<Pool>,
+    /// What its requests match.
+    pub matched: HttpMatch,
     pub balance: Option<Balance>,
     pub policy: Option<Arc<HttpPolicy>>,
     pub has_route_service: bool,
@@ -168,7 +171,7 @@ impl Wanted {
 
 impl PoolState {
     pub(super) fn new(
-        pool: &Arc<Pool>,
+        found: &RouteMatch<'_>,
         zone: Option<&str>,
         route: Option<Arc<SharedRoute>>,
         budget: Rc<RetryBudget>,
@@ -176,6 +179,7 @@ impl PoolState {
         now: Instant,
         rng: &mut impl Rng,
     ) -> PoolState {
+        let pool = found.pool;
         let targets: Box<[Target]> = pool
             .backends
             .iter()
@@ -189,9 +193,14 @@ impl PoolState {
         let met = || targets.iter().map(|target| target.backend.since());
         PoolState {
             pool: Arc::downgrade(pool),
-            balance: pool.balance.clone(),
+            matched: HttpMatch {
+                host: found.host.into(),
+                path: found.path.into(),
+                conditions: found.conditions.cloned().map(Arc::new),
+            },
+            balance: pool.balance().cloned(),
             policy: pool.policy.clone(),
-            has_route_service: pool.route_service_url.is_some(),
+            has_route_service: pool.route_service_url().is_some(),
             route,
             queue: Arc::default(),
             budget,

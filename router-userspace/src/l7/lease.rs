@@ -48,6 +48,10 @@ impl Lease {
         })
     }
 
+    pub(super) fn pool(&self) -> &PoolState {
+        &self.pool
+    }
+
     pub(super) fn target(&self) -> &Target {
         &self.pool.targets[self.index]
     }

@@ -57,10 +57,10 @@ pub(super) fn weighted(score: u64, weight: f64) -> f64 {
 }
 
 /// How many requests a backend may carry, this one included, where `total` are in flight and its
-/// weight is `weight` of `weights`: `percent` above its share (Mirrokni, Thorup and Zadimoghaddam,
+/// weight is `weight` of `weights`: `percent` of its share (Mirrokni, Thorup and Zadimoghaddam,
 /// "Consistent hashing with bounded loads", SODA 2018, §2).
 pub(super) fn capacity(total: u64, weight: u64, weights: u64, percent: u32) -> u64 {
-    let share = u128::from(total + 1) * u128::from(weight) * (100 + u128::from(percent));
+    let share = u128::from(total + 1) * u128::from(weight) * u128::from(percent);
     let capacity = share.div_ceil(u128::from(weights.max(1)) * 100);
     u64::try_from(capacity).unwrap_or(u64::MAX)
 }

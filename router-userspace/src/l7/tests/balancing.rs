@@ -27,7 +27,7 @@ async fn a_header_leads_to_the_same_backend_each_time() {
     let mut pool = pool(backends.iter().map(|it| backend(it.address)));
     pool.balance = Some(Balance::Hash(Arc::new(HashKey {
         of: HashOf::Header("x-user".into()),
-        balance_percent: Some(25),
+        balance_percent: Some(125),
     })));
     let gateway = Gateway::start(snapshot([("a.com", pool)]));
     let get = async |user: usize| {
@@ -176,7 +176,7 @@ async fn a_route_has_a_limit_of_its_own_over_all_its_backends() {
             requests: Some(1),
             ..RouteLimits::default()
         },
-        ..HttpPolicy::default()
+        ..HttpPolicy::new(Origin::File)
     }));
     let mut config = config();
     config.limits.queue = 0;
