@@ -47,6 +47,7 @@ mod drain;
 mod explain;
 mod flows;
 pub mod listing;
+mod policy;
 pub mod ready;
 
 /// Connections at once. Scrapers and operators are few.

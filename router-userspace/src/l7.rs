@@ -42,6 +42,7 @@ mod client;
 mod client_cert;
 mod client_io;
 mod connection;
+pub mod edits;
 pub mod error;
 mod exchange;
 mod forward;

@@ -11,8 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{L4Config, PortRange};
+use crate::route::conditions::Conditions;
 use crate::route::policy::{HashKey, HttpPolicy};
 
+pub mod conditions;
+pub mod declared;
 pub mod expiry;
 pub mod policy;
 pub mod table;
@@ -38,7 +41,7 @@ pub struct Vip {
     pub ports: PortRange,
 }
 
-/// What an HTTP request must match: a host and a path prefix by whole segments.
+/// What an HTTP request must match: a host, a path prefix by whole segments, and conditions if any.
 ///
 /// `host` is lower case without port or trailing dot; a wildcard is written `*.example.com` and
 /// matches one or more labels in the place of `*`. `path` is empty or starts with `/`, is lower
@@ -47,6 +50,8 @@ pub struct Vip {
 pub struct HttpMatch {
     pub host: Arc<str>,
     pub path: Arc<str>,
+    /// Of a declared route; never empty ones.
+    pub conditions: Option<Arc<Conditions>>,
 }
 
 /// What a route matches.
@@ -136,12 +141,28 @@ pub enum Balance {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
     pub backends: Vec<Arc<Backend>>,
-    /// `None`: the gateway's default.
+    /// As registrations have it; [`Pool::balance`] is what holds.
     pub balance: Option<Balance>,
-    /// Starts with `https`; requests go there first.
+    /// As registrations have it; [`Pool::route_service_url`] is what holds.
     pub route_service_url: Option<Arc<str>>,
-    /// `None`: all as the gateway's defaults.
+    /// What is declared of the route. `None`: all as the gateway's defaults.
     pub policy: Option<Arc<HttpPolicy>>,
+}
+
+impl Pool {
+    /// How requests are balanced: as declared, or else as registered. `None`: the gateway's default.
+    pub fn balance(&self) -> Option<&Balance> {
+        let declared = self.policy.as_ref();
+        let declared = declared.and_then(|policy| policy.balance.as_ref());
+        declared.or(self.balance.as_ref())
+    }
+
+    /// Where requests go first: as declared, or else as registered.
+    pub fn route_service_url(&self) -> Option<&Arc<str>> {
+        let declared = self.policy.as_ref();
+        let declared = declared.and_then(|policy| policy.route_service_url.as_ref());
+        declared.or(self.route_service_url.as_ref())
+    }
 }
 
 /// One instance's announcement: the same backend for every route it names.
@@ -163,11 +184,29 @@ pub struct Unregistration {
     pub origin: Origin,
 }
 
+/// How a source wants a route to be served, whoever registers its backends. Stays until withdrawn.
+///
+/// A route that is declared before its backends are registered is never served otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Declaration {
+    pub route: HttpMatch,
+    pub policy: Arc<HttpPolicy>,
+}
+
+/// The end of a source's [`Declaration`]. The route's backends stay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Withdrawal {
+    pub route: HttpMatch,
+    pub origin: Origin,
+}
+
 /// One change announced by a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteEvent {
     Register(Registration),
     Unregister(Unregistration),
+    Declare(Declaration),
+    Withdraw(Withdrawal),
 }
 
 impl RouteKey {
@@ -311,9 +350,14 @@ fn parse_ports(text: &str) -> Option<PortRange> {
     }
 }
 
+/// `app.example.com/shop`, and behind a space its conditions.
 impl fmt::Display for HttpMatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.host, self.path)
+        write!(f, "{}{}", self.host, self.path)?;
+        match &self.conditions {
+            Some(conditions) => write!(f, " {conditions}"),
+            None => Ok(()),
+        }
     }
 }
 

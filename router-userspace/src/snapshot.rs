@@ -9,11 +9,13 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 pub use crate::snapshot::hosts::Hosts;
+pub use crate::snapshot::routes::{ConditionalRoute, HostRoute, HostRoutes};
 
 use crate::health::state::in_panic;
 use crate::route::{Pool, Vip};
 
 mod hosts;
+mod routes;
 
 /// Routes and health at one revision.
 #[derive(Clone, Debug, Default)]
@@ -44,13 +46,6 @@ impl Snapshot {
         let addresses = pool.backends.iter().map(|backend| backend.address);
         in_panic(addresses, &self.unhealthy, self.panic_threshold)
     }
-}
-
-/// The routes of one host, longest path first and equally long ones in byte order: the most specific
-/// that matches is the first, and a path can be found by binary search.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HostRoutes {
-    pub paths: Vec<(Arc<str>, Arc<Pool>)>,
 }
 
 /// The place where the agent publishes and everyone else reads.

@@ -8,17 +8,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::extract::{Query, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
 use axum::response::{IntoResponse, Json, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use crate::admin::policy::{PolicyRow, policy};
 use crate::admin::{Admin, LAYER_4_IS_OFF, refuse};
 use crate::config::HttpBalance;
 use crate::event::Event;
 use crate::l4::explain::Question;
 use crate::l4::probe::Probe;
-use crate::l7::router::{self, NoMatch};
+use crate::l7::router::{self, Lookup, NoMatch};
 use crate::route::{Pool, Vip};
 use crate::snapshot::Snapshot;
 
@@ -31,6 +32,10 @@ pub(super) struct ExplainRequest {
     /// Whether a TCP segment is in the middle of a connection.
     #[serde(default)]
     established: bool,
+    /// Of a request; `GET` if absent.
+    method: Option<String>,
+    /// Of a request, `NAME: VALUE` on a line each.
+    headers: Option<String>,
 }
 
 pub(super) async fn explain(
@@ -40,7 +45,7 @@ pub(super) async fn explain(
     if request.what.contains("://") {
         let snapshot = admin.scrape.published.load_full();
         let balance = admin.config.borrow().http.balance;
-        return match explain_request(&snapshot, &request.what, balance) {
+        return match explain_request(&snapshot, &request, balance) {
             Ok(explanation) => Json(explanation).into_response(),
             Err(error) => refuse(StatusCode::BAD_REQUEST, error),
         };
@@ -96,6 +101,10 @@ struct RequestExplanation {
     steps: Vec<String>,
     /// Host and path of the route; null if there is none.
     route: Option<String>,
+    /// What the request is beside, as the route wants it.
+    conditions: Option<String>,
+    /// What is declared of the route.
+    policy: Option<PolicyRow>,
     balance: Option<&'static str>,
     /// Whether so few backends are healthy that all are used.
     panic: bool,
@@ -124,13 +133,24 @@ enum Standing {
 
 fn explain_request(
     snapshot: &Snapshot,
-    url: &str,
+    request: &ExplainRequest,
     balance: HttpBalance,
 ) -> Result<RequestExplanation, String> {
-    let uri: Uri = url.parse().map_err(|error| format!("what: {error}"))?;
+    let uri: Uri = request
+        .what
+        .parse()
+        .map_err(|error| format!("what: {error}"))?;
     let host = uri.host().ok_or("what: a URL with a host")?;
     let path = uri.path();
-    let found = match router::find(snapshot, host, path) {
+    let method = request.method.as_deref().unwrap_or("GET");
+    let lookup = Lookup {
+        host,
+        path,
+        query: uri.query(),
+        method: &method.parse().map_err(|error| format!("method: {error}"))?,
+        headers: &headers(request.headers.as_deref().unwrap_or_default())?,
+    };
+    let found = match router::find(snapshot, &lookup) {
         Ok(found) => found,
         Err(reason) => {
             let step = match reason {
@@ -140,6 +160,8 @@ fn explain_request(
             return Ok(RequestExplanation {
                 steps: vec![step],
                 route: None,
+                conditions: None,
+                policy: None,
                 balance: None,
                 panic: false,
                 backends: Vec::new(),
@@ -148,15 +170,23 @@ fn explain_request(
     };
     let pool = found.pool;
     let panic = snapshot.in_panic(pool);
-    let balance = match (&pool.balance, balance) {
+    let balance = match (pool.balance(), balance) {
         (Some(balance), _) => balance.as_str(),
         (None, HttpBalance::RoundRobin) => "round-robin",
         (None, HttpBalance::LeastConnections) => "least-connections",
     };
     let route = format!("{}{}", found.host, found.path);
+    let conditions = found.conditions.map(ToString::to_string);
+    let policy = policy(pool);
     let backends = candidates(snapshot, pool, panic);
     let mut steps = vec![format!("{host}{path} is of route {route}")];
-    if let Some(url) = &pool.route_service_url {
+    if let Some(conditions) = &conditions {
+        steps.push(format!("which is for requests with {conditions}"));
+    }
+    if let Some(PolicyRow { origin, asks }) = &policy {
+        steps.extend(asks.iter().map(|ask| format!("{origin} declares: {ask}")));
+    }
+    if let Some(url) = pool.route_service_url() {
         steps.push(format!(
             "its route service is {url}, which is not supported: 502"
         ));
@@ -174,10 +204,30 @@ fn explain_request(
     Ok(RequestExplanation {
         steps,
         route: Some(route),
+        conditions,
+        policy,
         balance: Some(balance),
         panic,
         backends,
     })
+}
+
+fn headers(lines: &str) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    for line in lines.lines() {
+        let (name, value) = line
+            .split_once(':')
+            .ok_or_else(|| format!("headers: {line:?} is not NAME: VALUE"))?;
+        let name = HeaderName::try_from(name.trim());
+        let value = HeaderValue::try_from(value.trim());
+        let (Ok(name), Ok(value)) = (name, value) else {
+            return Err(format!("headers: {line:?} is not a header"));
+        };
+        if headers.try_append(name, value).is_err() {
+            return Err("headers: too many".to_owned());
+        }
+    }
+    Ok(headers)
 }
 
 fn candidates(snapshot: &Snapshot, pool: &Pool, panic: bool) -> Vec<Candidate> {
@@ -232,9 +282,10 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::route::RouteEvent;
+    use crate::route::declared::DeclaredRoute;
     use crate::route::table::RouteTable;
     use crate::route::wire;
+    use crate::route::{Origin, RouteEvent};
 
     fn snapshot() -> Snapshot {
         let now = Instant::now();
@@ -251,8 +302,18 @@ mod tests {
         table.snapshot()
     }
 
+    fn request(what: &str, from: Option<&str>) -> ExplainRequest {
+        ExplainRequest {
+            what: what.to_owned(),
+            from: from.map(|from| from.parse().unwrap()),
+            established: false,
+            method: None,
+            headers: None,
+        }
+    }
+
     fn explain(url: &str) -> RequestExplanation {
-        explain_request(&snapshot(), url, HttpBalance::RoundRobin).unwrap()
+        explain_request(&snapshot(), &request(url, None), HttpBalance::RoundRobin).unwrap()
     }
 
     #[test]
@@ -277,16 +338,50 @@ mod tests {
     fn a_request_without_a_route_is_told_so() {
         assert_eq!(explain("http://b.x/").steps, ["no route matches b.x/: 404"]);
         assert!(explain("http://a.x/other").route.is_none());
-        assert!(explain_request(&snapshot(), "http://", HttpBalance::RoundRobin).is_err());
+        let url = request("http://", None);
+        assert!(explain_request(&snapshot(), &url, HttpBalance::RoundRobin).is_err());
+    }
+
+    #[test]
+    fn a_declared_route_is_told_with_its_conditions_and_what_it_asks_for() {
+        let now = Instant::now();
+        let mut table = RouteTable::new(Duration::from_secs(120), now);
+        let route: DeclaredRoute = toml::from_str(
+            "uris = [\"a.x\"]\nmethods = [\"POST\"]\nheaders = { x-a = \"1\" }\n\
+             redirect = { scheme = \"https\" }",
+        )
+        .unwrap();
+        for declaration in route.read(Origin::File, &[]).unwrap().declarations {
+            table.apply(RouteEvent::Declare(declaration), now);
+        }
+        let snapshot = table.snapshot();
+        let explain = |method: &str, headers: &str| {
+            let request = ExplainRequest {
+                method: Some(method.to_owned()),
+                headers: Some(headers.to_owned()),
+                ..request("http://a.x/p", None)
+            };
+            explain_request(&snapshot, &request, HttpBalance::RoundRobin)
+        };
+        let found = explain("POST", "Host: a.x\nX-A: 1").unwrap();
+        assert_eq!(
+            found.steps,
+            [
+                "a.x/p is of route a.x",
+                "which is for requests with POST x-a=1",
+                "file declares: redirect 307: scheme https",
+                "0 of 0 backends get requests, by round-robin",
+            ]
+        );
+        assert_eq!(explain("GET", "X-A: 1").unwrap().route, None);
+        for (method, headers, parameter) in [("P T", "", "method"), ("POST", "x", "headers")] {
+            let error = explain(method, headers).unwrap_err();
+            assert!(error.starts_with(parameter), "{error}");
+        }
     }
 
     #[test]
     fn a_packet_needs_a_client_of_the_vips_family() {
-        let request = |what: &str, from: Option<&str>| ExplainRequest {
-            what: what.to_owned(),
-            from: from.map(|from| from.parse().unwrap()),
-            established: false,
-        };
         let client = Some("198.51.100.7:40000");
         let good = probe(&request("tcp/192.0.2.10:443", client)).unwrap();
         assert_eq!(good.destination, "192.0.2.10:443".parse().unwrap());

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use router_common::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::admin::policy::{PolicyRow, policy};
 use crate::l4::{MemberState, Views, mode_name, scheduler_name};
 use crate::route::{Backend, Balance, HttpProtocol, Pool, Vip};
 use crate::snapshot::Snapshot;
@@ -37,6 +38,10 @@ pub struct Page<R> {
 pub struct RouteRow {
     /// Host and path.
     pub route: String,
+    /// What a request must be beside.
+    pub conditions: Option<String>,
+    /// What is declared of it.
+    pub policy: Option<PolicyRow>,
     pub balance: Option<&'static str>,
     pub route_service_url: Option<String>,
     /// Whether so few backends are healthy that all are used.
@@ -95,24 +100,33 @@ pub struct BackendRow {
     pub vips: u64,
 }
 
+/// The cursor is that of a route as it is [shown](crate::route::HttpMatch).
 pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRow>, String> {
     let after = request.after.as_deref().map(|after| {
-        let (host, path) = after.split_at(after.find('/').unwrap_or(after.len()));
-        (host, path)
+        let (route, conditions) = after.split_once(' ').unwrap_or((after, ""));
+        let (host, path) = route.split_at(route.find('/').unwrap_or(route.len()));
+        (host, path, conditions.to_owned())
     });
     let mut page = Smallest::new(request, after)?;
     for (host, routes) in snapshot.hosts.iter() {
-        for (path, pool) in &routes.paths {
-            page.offer((&**host, &**path), || pool);
+        for route in routes.iter() {
+            let conditions = route.conditions.map(ToString::to_string);
+            let key = (&**host, &**route.path, conditions.unwrap_or_default());
+            page.offer(key, || route.pool);
         }
     }
     Ok(page.finish(
         snapshot,
-        |(host, path)| format!("{host}{path}"),
-        |(host, path), pool| RouteRow {
+        |(host, path, conditions)| match &**conditions {
+            "" => format!("{host}{path}"),
+            conditions => format!("{host}{path} {conditions}"),
+        },
+        |(host, path, conditions), pool| RouteRow {
             route: format!("{host}{path}"),
-            balance: pool.balance.as_ref().map(Balance::as_str),
-            route_service_url: text(&pool.route_service_url),
+            conditions: (!conditions.is_empty()).then_some(conditions),
+            policy: policy(pool),
+            balance: pool.balance().map(Balance::as_str),
+            route_service_url: pool.route_service_url().map(ToString::to_string),
             panic: snapshot.in_panic(pool),
             backends: members(snapshot, pool),
         },
@@ -182,7 +196,7 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
         }
     };
     for (_, routes) in snapshot.hosts.iter() {
-        routes.paths.iter().for_each(|(_, pool)| count(pool, 1, 0));
+        routes.pools().for_each(|pool| count(pool, 1, 0));
     }
     snapshot.vips.values().for_each(|pool| count(pool, 0, 1));
     Ok(page.finish(snapshot, SocketAddr::to_string, |_, row| row))
@@ -196,7 +210,7 @@ struct Smallest<K, V> {
     more: bool,
 }
 
-impl<K: Ord + Copy, V> Smallest<K, V> {
+impl<K: Ord, V> Smallest<K, V> {
     fn new(request: &PageRequest, after: Option<K>) -> Result<Smallest<K, V>, String> {
         let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
         if !(1..=MAX_LIMIT).contains(&limit) {
@@ -212,7 +226,7 @@ impl<K: Ord + Copy, V> Smallest<K, V> {
 
     /// Keeps the key if it belongs to the page. What does not belong now never will.
     fn offer(&mut self, key: K, value: impl FnOnce() -> V) -> Option<&mut V> {
-        if self.after.is_some_and(|after| key <= after) {
+        if self.after.as_ref().is_some_and(|after| key <= *after) {
             return None;
         }
         if self.rows.len() == self.limit && !self.rows.contains_key(&key) {

@@ -5,8 +5,9 @@ use crate::admin::listing::{BackendRow, Page};
 use crate::l4::{Views, VipView};
 use crate::l7::metrics::L7Metrics;
 use crate::metrics::Metrics;
+use crate::route::declared::DeclaredRoute;
 use crate::route::table::RouteTable;
-use crate::route::{RouteEvent, wire};
+use crate::route::{Origin, RouteEvent, wire};
 use crate::snapshot::{Published, Snapshot};
 
 fn snapshot() -> Snapshot {
@@ -66,6 +67,52 @@ fn pages_together_hold_every_row_once_and_in_order() {
         .filter(|row| !row.healthy)
         .map(|row| row.address.to_string());
     assert_eq!(down.collect::<Vec<_>>(), ["10.0.0.3:80"]);
+}
+
+#[test]
+fn routes_of_one_path_are_listed_each_with_its_conditions_and_policy() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(Duration::from_secs(120), now);
+    for (conditions, asks) in [
+        ("", "compression = true"),
+        ("headers = { x-a = \"1\" }", "redirect = { path = \"/b\" }"),
+        ("methods = [\"GET\"]", "rewrite = { host = \"b\" }"),
+    ] {
+        let text = format!(
+            "uris = [\"a.x/p\"]\n{conditions}\n{asks}\nbackend = [{{ address = \"10.0.0.1:80\" }}]"
+        );
+        let route: DeclaredRoute = toml::from_str(&text).unwrap();
+        let read = route.read(Origin::File, &[]).unwrap();
+        let declared = read.declarations.into_iter().map(RouteEvent::Declare);
+        let registered = read.registrations.into_iter().map(RouteEvent::Register);
+        for event in declared.chain(registered) {
+            table.apply(event, now);
+        }
+    }
+    let snapshot = table.snapshot();
+    let mut request = PageRequest {
+        limit: Some(1),
+        after: None,
+    };
+    for (conditions, asks, next) in [
+        (None, "compression", Some("a.x/p")),
+        (Some("GET"), "rewrite host b", Some("a.x/p GET")),
+        (Some("x-a=1"), "redirect 307: path /b", None),
+    ] {
+        let page = listing::routes(&snapshot, &request).unwrap();
+        let row = &page.rows[0];
+        assert_eq!(
+            (&*row.route, row.conditions.as_deref()),
+            ("a.x/p", conditions)
+        );
+        let policy = row.policy.as_ref().unwrap();
+        assert_eq!(
+            (policy.origin, &*policy.asks),
+            ("file", &[asks.to_owned()][..])
+        );
+        assert_eq!((row.backends.len(), page.next.as_deref()), (1, next));
+        request.after = page.next;
+    }
 }
 
 #[test]

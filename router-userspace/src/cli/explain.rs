@@ -21,6 +21,12 @@ pub struct Options {
     /// A TCP segment in the middle of a connection
     #[arg(long)]
     ack: bool,
+    /// The method of a request [default: GET]
+    #[arg(long)]
+    method: Option<String>,
+    /// A header of a request; may be given several times
+    #[arg(long, value_name = "NAME: VALUE")]
+    header: Vec<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -36,6 +42,13 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     }
     if options.ack {
         path.push_str("&established=true");
+    }
+    if let Some(method) = &options.method {
+        path.push_str(&format!("&method={}", client::escape(method)));
+    }
+    if !options.header.is_empty() {
+        let headers = client::escape(&options.header.join("\n"));
+        path.push_str(&format!("&headers={headers}"));
     }
     let explanation = block_on(client::get_json(&admin, &path))?;
     if options.json {

@@ -16,10 +16,10 @@ pub struct Options {
 }
 
 pub fn routes(options: &Options) -> Result<(), Failure> {
-    let headings = ["ROUTE", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP"];
-    list(options, "/v1/routes", headings, |route| {
-        members(route, "route")
-    })
+    let headings = [
+        "ROUTE", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP", "POLICY",
+    ];
+    list(options, "/v1/routes", headings, route_members)
 }
 
 pub fn vips(options: &Options) -> Result<(), Failure> {
@@ -71,6 +71,32 @@ fn list<const N: usize>(
     };
     let admin = options.admin.address()?;
     Ok(block_on(client::pages(&admin, path, print_page))?)
+}
+
+/// As [`members`], with conditions behind the name and, on the first, what is declared of the route.
+fn route_members(route: &Value) -> Vec<[String; 7]> {
+    let asks = route["policy"]["asks"].as_array().into_iter().flatten();
+    let asks: Vec<String> = asks.map(cell).collect();
+    let mut policy = match route["policy"].is_null() {
+        true => "-".to_owned(),
+        false => asks.join("; "),
+    };
+    let mut backends = members(route, "route");
+    if backends.is_empty() {
+        // The gateway answers itself.
+        let mut alone = [(); 6].map(|()| "-".to_owned());
+        alone[0] = cell(&route["route"]);
+        alone[4] = cell(&route["policy"]["origin"]);
+        backends.push(alone);
+    }
+    if let Some(conditions) = route["conditions"].as_str() {
+        backends[0][0].push_str(&format!(" [{conditions}]"));
+    }
+    let row = |[route, backend, weight, health, origin, app]: [String; 6]| {
+        let policy = std::mem::take(&mut policy);
+        [route, backend, weight, health, origin, app, policy]
+    };
+    backends.into_iter().map(row).collect()
 }
 
 /// A row for each backend of a pool; the name stands on the first.
@@ -151,6 +177,40 @@ mod tests {
         let rows = vip_members(&row);
         assert_eq!(rows.len(), 1);
         assert_eq!(rows[0][..3], ["tcp/192.0.2.1:80", "l7", "-"]);
+    }
+
+    #[test]
+    fn a_declared_route_is_listed_with_its_conditions_and_what_it_asks_for() {
+        let row = json!({
+            "route": "a.x/p", "conditions": "GET x-a=1",
+            "policy": { "origin": "file", "asks": ["compression", "timeouts total 5s"] },
+            "backends": [{ "address": "1", "origin": "nats" }, { "address": "2" }],
+        });
+        let rows = route_members(&row);
+        assert_eq!(rows[0][..2], ["a.x/p [GET x-a=1]", "1"]);
+        assert_eq!(
+            rows[0][4..],
+            ["nats", "-", "compression; timeouts total 5s"]
+        );
+        assert_eq!((&*rows[1][0], &*rows[1][6]), ("", ""));
+        let row = json!({
+            "route": "a.x", "conditions": null, "backends": [],
+            "policy": { "origin": "file", "asks": ["redirect 308: scheme https"] },
+        });
+        let rows = route_members(&row);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(
+            rows[0],
+            [
+                "a.x",
+                "-",
+                "-",
+                "-",
+                "file",
+                "-",
+                "redirect 308: scheme https"
+            ]
+        );
     }
 
     #[test]

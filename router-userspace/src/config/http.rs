@@ -11,12 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ensure_at_least_one, ensure_positive};
 
-pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
-
-pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
-
 mod balance;
 mod tls;
+
+pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -42,10 +41,10 @@ pub struct HttpConfig {
     pub forwarded_client_cert_format: ClientCertFormat,
     pub timeouts: HttpTimeouts,
     pub limits: HttpLimits,
+    pub tls: HttpTlsConfig,
     pub retries: HttpRetries,
     pub ejection: HttpEjection,
     pub sticky: HttpSticky,
-    pub tls: HttpTlsConfig,
     pub backend_tls: BackendTlsConfig,
 }
 
@@ -177,10 +176,10 @@ impl Default for HttpConfig {
             forwarded_client_cert_format: ClientCertFormat::Base64,
             timeouts: HttpTimeouts::default(),
             limits: HttpLimits::default(),
+            tls: HttpTlsConfig::default(),
             retries: HttpRetries::default(),
             ejection: HttpEjection::default(),
             sticky: HttpSticky::default(),
-            tls: HttpTlsConfig::default(),
             backend_tls: BackendTlsConfig::default(),
         }
     }
@@ -263,17 +262,17 @@ impl HttpConfig {
             "http.limits.request_header_bytes must be at least 8192"
         );
         ensure!(
-            self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
-            "http.balance_zone needs http.zone"
-        );
-        ensure!(
             self.proxy_protocol == ProxyProtocol::Off || !self.trusted_proxies.is_empty(),
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"
         );
+        self.tls.validate()?;
+        self.backend_tls.validate()?;
+        ensure!(
+            self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
+            "http.balance_zone needs http.zone"
+        );
         self.retries.validate()?;
         self.ejection.validate()?;
-        self.sticky.validate()?;
-        self.tls.validate()?;
-        self.backend_tls.validate()
+        self.sticky.validate()
     }
 }

@@ -96,11 +96,13 @@ struct Count<'a> {
 
 impl Count<'_> {
     fn host(&mut self, old: Option<&HostRoutes>, new: Option<&HostRoutes>) {
-        let paths = |routes| Option::into_iter(routes).flat_map(|r: &HostRoutes| &r.paths);
-        let mut added: HashMap<&str, &Arc<Pool>> =
-            paths(new).map(|(path, pool)| (&**path, pool)).collect();
-        for (path, old) in paths(old) {
-            self.pool(Some(old), added.remove(&**path), of_route);
+        let routes = |routes| Option::into_iter(routes).flat_map(HostRoutes::iter);
+        let mut added: HashMap<_, &Arc<Pool>> = routes(new)
+            .map(|route| ((route.path, route.conditions), route.pool))
+            .collect();
+        for old in routes(old) {
+            let new = added.remove(&(old.path, old.conditions));
+            self.pool(Some(old.pool), new, of_route);
         }
         for new in added.into_values() {
             self.pool(None, Some(new), of_route);

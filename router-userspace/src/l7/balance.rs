@@ -26,7 +26,7 @@ use crate::l7::router::RouteMatch;
 use crate::l7::shared::SharedRoute;
 use crate::l7::sticky::{self, Session};
 use crate::route::policy::HttpPolicy;
-use crate::route::{Backend, Balance, Pool};
+use crate::route::{Backend, Balance, HttpMatch, Pool};
 use crate::snapshot::Snapshot;
 
 pub(super) mod hash;
@@ -46,8 +46,8 @@ const LOAD_AGE: Duration = Duration::from_millis(1);
 pub(super) struct PoolState {
     /// Tells whether the pool is still published. Weak, for each worker has a state of it.
     pub pool: Weak<Pool>,
-    /// The prefix of paths that leads to it, lower case.
-    pub path: Box<str>,
+    /// What its requests match.
+    pub matched: HttpMatch,
     pub balance: Option<Balance>,
     pub policy: Option<Arc<HttpPolicy>>,
     pub has_route_service: bool,
@@ -193,10 +193,14 @@ impl PoolState {
         let met = || targets.iter().map(|target| target.backend.since());
         PoolState {
             pool: Arc::downgrade(pool),
-            path: found.path.into(),
-            balance: pool.balance.clone(),
+            matched: HttpMatch {
+                host: found.host.into(),
+                path: found.path.into(),
+                conditions: found.conditions.cloned().map(Arc::new),
+            },
+            balance: pool.balance().cloned(),
             policy: pool.policy.clone(),
-            has_route_service: pool.route_service_url.is_some(),
+            has_route_service: pool.route_service_url().is_some(),
             route,
             queue: Arc::default(),
             budget,

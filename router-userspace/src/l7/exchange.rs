@@ -11,8 +11,8 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use http::header::HOST;
-use http::uri::{PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, Version};
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::TrySendError;
 use tokio::sync::oneshot;
@@ -21,8 +21,8 @@ use crate::l7::backend::{Connection, RawBackend};
 use crate::l7::balance::{Choice, PoolState, Wanted};
 use crate::l7::body::{KeptBody, RequestBody};
 use crate::l7::client::{Client, Progress};
+use crate::l7::edits;
 use crate::l7::error::{BackendFailure, BackendTimeout, BadRequest, Failure};
-use crate::l7::forward;
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::validate::Findings;
@@ -117,7 +117,7 @@ impl<'a> Exchange<'a> {
             self.body = request.body_mut().keep(capacity);
         }
         loop {
-            let (index, mut lease) = self.lease(request.uri()).await?;
+            let (index, mut lease) = self.lease().await?;
             let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
@@ -136,6 +136,7 @@ impl<'a> Exchange<'a> {
                 .then(|| Head::of(&request, self.rewritten));
             if !self.rewritten {
                 headers::rewrite_request(request.headers_mut(), self.findings, self.origin);
+                self.edit(&mut request)?;
                 self.rewritten = true;
             }
             headers::set_instance(request.headers_mut(), &target.instance);
@@ -154,8 +155,23 @@ impl<'a> Exchange<'a> {
         }
     }
 
+    /// What the route has its requests changed to.
+    fn edit(&self, request: &mut Request<RequestBody>) -> Result<(), Failure> {
+        let Some(policy) = &self.pool.policy else {
+            return Ok(());
+        };
+        let matched = &self.pool.matched.path;
+        let mut uri = std::mem::take(request.uri_mut());
+        let headers = request.headers_mut();
+        edits::rewrite_request(&mut uri, headers, matched, &policy.rewrite)
+            .map_err(|_| Failure::UriTooLong)?;
+        edits::apply(&policy.request_headers, headers);
+        *request.uri_mut() = uri;
+        Ok(())
+    }
+
     /// A backend for the next attempt, which may have to be waited for.
-    async fn lease(&mut self, uri: &Uri) -> Result<(usize, Lease), Failure> {
+    async fn lease(&mut self) -> Result<(usize, Lease), Failure> {
         if self.pool.queue.is_empty()
             && let Some(lease) = self.free_lease()?
         {
@@ -185,7 +201,7 @@ impl<'a> Exchange<'a> {
                     return Err(self.limit_reached());
                 }
             }
-            if let Some(pool) = self.newer_pool(uri)? {
+            if let Some(pool) = self.newer_pool()? {
                 self.pool = pool;
                 self.pool.know_queue();
                 place = match self.pool.queue.join(capacity) {
@@ -221,11 +237,14 @@ impl<'a> Exchange<'a> {
     }
 
     /// The route's pool if it was replaced while the request waited and had not been sent anywhere.
-    fn newer_pool(&self, uri: &Uri) -> Result<Option<Rc<PoolState>>, Failure> {
+    fn newer_pool(&self) -> Result<Option<Rc<PoolState>>, Failure> {
         if !self.tried.is_empty() || self.only.is_some() {
             return Ok(None);
         }
-        let pool = forward::find_pool(self.worker, self.findings, uri)?;
+        let pool = self.worker.newer_pool(&self.pool.matched);
+        let pool = pool.ok_or_else(|| Failure::UnknownRoute {
+            host: self.findings.host_str().to_owned(),
+        })?;
         Ok((!Rc::ptr_eq(&pool, &self.pool)).then_some(pool))
     }
 
@@ -439,10 +458,12 @@ impl Head {
 /// The target in origin form and the host in its header (RFC 9112 §3.2.1).
 fn to_http1(request: &mut Request<RequestBody>, findings: &Findings) {
     *request.version_mut() = Version::HTTP_11;
-    if !request.headers().contains_key(HOST)
-        && let Some(host) = &findings.host
-    {
-        request.headers_mut().insert(HOST, host.clone());
+    if !request.headers().contains_key(HOST) {
+        let authority = request.uri().authority().map(Authority::as_str);
+        let known = authority.and_then(|host| HeaderValue::from_str(host).ok());
+        if let Some(host) = known.or_else(|| findings.host.clone()) {
+            request.headers_mut().insert(HOST, host);
+        }
     }
     if request.uri().scheme().is_some() {
         let target = request.uri().path_and_query().cloned();
@@ -453,7 +474,11 @@ fn to_http1(request: &mut Request<RequestBody>, findings: &Findings) {
 /// The host as the target's authority (RFC 9113 §8.3.1).
 fn to_http2(request: &mut Request<RequestBody>, findings: &Findings, secure: bool) {
     *request.version_mut() = Version::HTTP_2;
-    request.headers_mut().remove(HOST);
+    // The route may have its own.
+    let host = request.headers_mut().remove(HOST);
+    let host = host.as_ref().and_then(|host| host.to_str().ok());
+    let known = request.uri().authority().map(Authority::as_str);
+    let host = host.or(known).unwrap_or(findings.host_str()).to_owned();
     let scheme = if secure { Scheme::HTTPS } else { Scheme::HTTP };
     let target = request
         .uri()
@@ -462,7 +487,7 @@ fn to_http2(request: &mut Request<RequestBody>, findings: &Findings, secure: boo
         .unwrap_or(PathAndQuery::from_static("/"));
     let uri = Uri::builder()
         .scheme(scheme)
-        .authority(findings.host_str())
+        .authority(host)
         .path_and_query(target)
         .build();
     // The host was checked to be one, so this does not fail; hyper refuses what is left as it was.

@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use http::header::{ALLOW, CONNECTION, SET_COOKIE};
+use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
@@ -18,12 +18,13 @@ use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_cert;
+use crate::l7::edits::{self, RequestUrl};
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
-use crate::l7::router::{self, NoMatch};
+use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::sticky;
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::validate::{self, Findings};
@@ -110,7 +111,10 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
-    let pool = find_pool(worker, &findings, request.uri())?;
+    let pool = find_pool(worker, &findings, &request)?;
+    if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
+        return Ok(Forwarded::Response(response));
+    }
     if pool.has_route_service {
         return Err(Failure::RouteService);
     }
@@ -168,13 +172,36 @@ fn session_cookie(
         };
         counter.add(1);
     }
-    let path = || {
-        let request = target.map_or("/", PathAndQuery::path);
-        sticky::cookie_path(request, &exchanged.lease.pool().path)
-    };
+    let request = target.map_or("/", PathAndQuery::path);
+    let matched = &exchanged.lease.pool().matched.path;
+    let path = || sticky::cookie_path(request, matched).to_owned();
     let headers = exchanged.response.headers();
     worker
         .settings(|settings| sticky::set_cookie(headers, session, instance, path, &settings.sticky))
+}
+
+/// The answer that leads elsewhere, if the route has one and the request is not there already.
+fn redirected(
+    client: &Client,
+    pool: &PoolState,
+    findings: &Findings,
+    uri: &Uri,
+) -> Option<Response<ResponseBody>> {
+    let redirect = pool.policy.as_ref()?.redirect.as_ref()?;
+    let url = RequestUrl {
+        scheme: match client.tls {
+            Some(_) => "https",
+            None => "http",
+        },
+        authority: findings.host_str(),
+        path: uri.path(),
+        query: uri.query(),
+    };
+    let location = edits::location(redirect, &pool.matched.path, &url)?;
+    let mut response = Response::new(ResponseBody::empty());
+    *response.status_mut() = redirect.status;
+    response.headers_mut().insert(LOCATION, location);
+    Some(response)
 }
 
 fn answer_options() -> Response<ResponseBody> {
@@ -184,13 +211,20 @@ fn answer_options() -> Response<ResponseBody> {
 }
 
 /// This worker's state of the pool that a request is for.
-pub(super) fn find_pool(
+fn find_pool(
     worker: &Worker,
     findings: &Findings,
-    uri: &Uri,
+    request: &Request<Incoming>,
 ) -> Result<Rc<PoolState>, Failure> {
     let host = findings.host_str();
-    worker.snapshot(|snapshot| match router::find(snapshot, host, uri.path()) {
+    let lookup = Lookup {
+        host,
+        path: request.uri().path(),
+        query: request.uri().query(),
+        method: request.method(),
+        headers: request.headers(),
+    };
+    worker.snapshot(|snapshot| match router::find(snapshot, &lookup) {
         Ok(found) => Ok(worker.pool(&found)),
         Err(NoMatch::PathAboveRoot) => Err(Failure::Bad(BadRequest::PathAboveRoot)),
         Err(NoMatch::UnknownRoute) if snapshot.revision == 0 => Err(Failure::NoRoutes),
@@ -266,6 +300,9 @@ fn returned(
     };
     let trailers = findings.te_trailers || version == Version::HTTP_2;
     headers::rewrite_response(&mut parts.headers, request_id, switching, trailers);
+    if let Some(policy) = &lease.pool().policy {
+        edits::apply(&policy.response_headers, &mut parts.headers);
+    }
     if !switching {
         let body = ResponseBody::backend(body, lease);
         return Ok(Forwarded::Response(Response::from_parts(parts, body)));

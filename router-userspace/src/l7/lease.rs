@@ -48,12 +48,12 @@ impl Lease {
         })
     }
 
-    pub(super) fn target(&self) -> &Target {
-        &self.pool.targets[self.index]
-    }
-
     pub(super) fn pool(&self) -> &PoolState {
         &self.pool
+    }
+
+    pub(super) fn target(&self) -> &Target {
+        &self.pool.targets[self.index]
     }
 
     pub(super) fn backend(&self) -> &Rc<BackendState> {

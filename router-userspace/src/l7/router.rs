@@ -1,25 +1,44 @@
-//! Which route a request belongs to: a pure function of the snapshot, the `Host` and the path.
+//! Which route a request belongs to: a pure function of the snapshot and the request's head.
 //!
 //! An exact host wins over a wildcard, a wildcard with more labels over one with fewer, and within
-//! a host the longest path prefix. A host whose paths do not match falls through to the wildcards
-//! above it. Called once a request; it allocates only for paths with dot segments.
+//! a host the longest path prefix; of one path, a route whose conditions hold over the one without,
+//! in the [order](Conditions::order) of their conditions. A path of which no route's conditions hold
+//! falls through to shorter ones, a host whose paths do not match to the wildcards above it. Called
+//! once a request; it allocates only for paths with dot segments.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::sync::Arc;
 
+use http::{HeaderMap, Method};
+
 use crate::route::Pool;
-use crate::snapshot::Snapshot;
+use crate::route::conditions::Conditions;
+use crate::snapshot::{HostRoutes, Snapshot};
 
 /// Longest host name looked up: 253 octets (RFC 1035 §2.3.4) and a trailing dot.
 pub const MAX_HOST_LEN: usize = 254;
 
+/// What of a request decides its route.
+#[derive(Clone, Copy, Debug)]
+pub struct Lookup<'r> {
+    /// The `Host`, with or without port, in any case.
+    pub host: &'r str,
+    /// Of the request target, in any case.
+    pub path: &'r str,
+    pub query: Option<&'r str>,
+    pub method: &'r Method,
+    pub headers: &'r HeaderMap,
+}
+
 /// The pool that serves a request, and the match that led to it.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct RouteMatch<'a> {
     /// Exact, or `*.`-wildcard.
     pub host: &'a str,
     /// The prefix that matched; empty for the whole host.
     pub path: &'a str,
+    pub conditions: Option<&'a Conditions>,
     pub pool: &'a Arc<Pool>,
 }
 
@@ -31,18 +50,21 @@ pub enum NoMatch {
     PathAboveRoot,
 }
 
-/// Finds the route for a `Host` header value, with or without port, and the path of a request
-/// target, without query. Neither needs to be lower case.
+/// Finds the route of a request.
 ///
 /// # Errors
 /// Says why the request has no route.
-pub fn find<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Result<RouteMatch<'a>, NoMatch> {
-    let path = without_dot_segments(path).ok_or(NoMatch::PathAboveRoot)?;
-    find_resolved(snapshot, host, &path).ok_or(NoMatch::UnknownRoute)
+pub fn find<'a>(snapshot: &'a Snapshot, request: &Lookup<'_>) -> Result<RouteMatch<'a>, NoMatch> {
+    let path = without_dot_segments(request.path).ok_or(NoMatch::PathAboveRoot)?;
+    let resolved = Lookup {
+        path: &path,
+        ..*request
+    };
+    find_resolved(snapshot, &resolved).ok_or(NoMatch::UnknownRoute)
 }
 
-fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
-    let name = strip_port(host);
+fn find_resolved<'a>(snapshot: &'a Snapshot, request: &Lookup<'_>) -> Option<RouteMatch<'a>> {
+    let name = strip_port(request.host);
     let name = name.strip_suffix('.').unwrap_or(name);
     if name.is_empty() || name.len() > MAX_HOST_LEN {
         return None;
@@ -51,7 +73,7 @@ fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<R
     let key = &mut buffer[..name.len()];
     key.copy_from_slice(name.as_bytes());
     key.make_ascii_lowercase();
-    if let Some(found) = find_in_host(snapshot, as_str(key)?, path) {
+    if let Some(found) = find_in_host(snapshot, as_str(key)?, request) {
         return Some(found);
     }
     if key[0] == b'[' {
@@ -64,7 +86,7 @@ fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<R
         let dot = label_start + len;
         if len > 0 {
             key[dot - 1] = b'*';
-            if let Some(found) = find_in_host(snapshot, as_str(&key[dot - 1..])?, path) {
+            if let Some(found) = find_in_host(snapshot, as_str(&key[dot - 1..])?, request) {
                 return Some(found);
             }
         }
@@ -73,41 +95,67 @@ fn find_resolved<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<R
     None
 }
 
-fn find_in_host<'a>(snapshot: &'a Snapshot, host: &str, path: &str) -> Option<RouteMatch<'a>> {
+/// The route of the longest path that covers the request's by whole segments: a search for each place
+/// where a segment of it ends.
+fn find_in_host<'a>(
+    snapshot: &'a Snapshot,
+    host: &str,
+    request: &Lookup<'_>,
+) -> Option<RouteMatch<'a>> {
     let (host, routes) = snapshot.hosts.get(host)?;
-    let (prefix, pool) = longest_prefix(&routes.paths, path)?;
-    Some(RouteMatch {
-        host,
-        path: prefix,
-        pool,
-    })
-}
-
-/// The longest of the paths, lower case and sorted as in [`HostRoutes`](crate::snapshot::HostRoutes), that covers `path` by whole
-/// segments: a binary search for each place where a segment of `path` ends.
-fn longest_prefix<'a>(
-    paths: &'a [(Arc<str>, Arc<Pool>)],
-    path: &str,
-) -> Option<&'a (Arc<str>, Arc<Pool>)> {
-    let path = path.as_bytes();
+    let path = request.path.as_bytes();
     let before = |end: usize| path[..end].iter().rposition(|&byte| byte == b'/');
-    let longest = paths.first()?.0.len();
+    let longest = longest_path(routes)?;
     let mut end = if path.len() <= longest {
         path.len()
     } else {
         before(longest + 1)?
     };
     loop {
-        let wanted = path[..end].iter().map(u8::to_ascii_lowercase);
-        let found = paths.binary_search_by(|(known, _)| {
-            end.cmp(&known.len())
-                .then_with(|| known.bytes().cmp(wanted.clone()))
-        });
-        match found {
-            Ok(at) => return Some(&paths[at]),
-            Err(_) => end = before(end)?,
+        let found = of_path(routes, &path[..end], request);
+        if let Some((path, conditions, pool)) = found {
+            return Some(RouteMatch {
+                host,
+                path,
+                conditions,
+                pool,
+            });
         }
+        end = before(end)?;
     }
+}
+
+fn longest_path(routes: &HostRoutes) -> Option<usize> {
+    let plain = routes.paths.first().map(|(path, _)| path.len());
+    let conditional = routes.conditional().first().map(|route| route.path.len());
+    plain.max(conditional)
+}
+
+/// The first route of just this path whose conditions hold.
+fn of_path<'a>(
+    routes: &'a HostRoutes,
+    path: &[u8],
+    request: &Lookup<'_>,
+) -> Option<(&'a str, Option<&'a Conditions>, &'a Arc<Pool>)> {
+    // As `HostRoutes` are sorted, the request's path read in lower case.
+    let order = |known: &str| -> Ordering {
+        let wanted = path.iter().map(u8::to_ascii_lowercase);
+        let by_length = path.len().cmp(&known.len());
+        by_length.then_with(|| known.bytes().cmp(wanted))
+    };
+    let conditional = routes.conditional();
+    let first = conditional.partition_point(|route| order(&route.path).is_lt());
+    let mut beside = conditional[first..]
+        .iter()
+        .take_while(|route| order(&route.path).is_eq());
+    let holds =
+        |conditions: &Conditions| conditions.hold(request.method, request.headers, request.query);
+    if let Some(route) = beside.find(|route| holds(&route.conditions)) {
+        return Some((&route.path, Some(&route.conditions), &route.pool));
+    }
+    let plain = routes.paths.binary_search_by(|(known, _)| order(known));
+    let (path, pool) = &routes.paths[plain.ok()?];
+    Some((path, None, pool))
 }
 
 /// The host of `host[:port]`, where an IPv6 literal keeps its brackets.
@@ -122,7 +170,7 @@ fn strip_port(host: &str) -> &str {
 
 /// The path with `.` and `..` segments resolved, `%2e` read as a dot (RFC 3986 §5.2.4), so that the
 /// route is the one of the resource that the backend will serve. `None` if it climbs above the root.
-fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
+pub(super) fn without_dot_segments(path: &str) -> Option<Cow<'_, str>> {
     let may_have_dots = |pair: &[u8]| pair == b"/." || pair == b"/%";
     if !path.as_bytes().windows(2).any(may_have_dots) {
         return Some(Cow::Borrowed(path));

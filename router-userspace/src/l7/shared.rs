@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn routes_of_one_policy_share_its_part() {
         let shared = Shared::new(1);
-        let [one, other] = [(); 2].map(|()| Arc::new(HttpPolicy::default()));
+        let [one, other] = [(); 2].map(|()| Arc::new(HttpPolicy::new(crate::route::Origin::File)));
         let part = shared.route(&one);
         assert!(Arc::ptr_eq(&part, &shared.route(&one)));
         assert!(!Arc::ptr_eq(&part, &shared.route(&other)));

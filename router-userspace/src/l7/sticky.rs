@@ -50,11 +50,11 @@ pub(super) fn session(headers: &HeaderMap, config: &HttpSticky) -> Option<Sessio
 ///
 /// `instance` is the `private_instance_id` of the backend that answered, and `path` makes the
 /// [`cookie_path`].
-pub(super) fn set_cookie<'a>(
+pub(super) fn set_cookie(
     response: &HeaderMap,
     session: Option<&Session>,
     instance: Option<&str>,
-    path: impl FnOnce() -> &'a str,
+    path: impl FnOnce() -> String,
     config: &HttpSticky,
 ) -> Option<HeaderValue> {
     let negotiation = config.auth_negotiate && asks_to_negotiate(response);
@@ -87,7 +87,7 @@ pub(super) fn set_cookie<'a>(
         attributes.same_site.get_or_insert("Strict");
     }
     attributes.secure |= config.secure;
-    attributes.value(instance, path())
+    attributes.value(instance, &path())
 }
 
 /// The part of a request's path that led to its route, as the client wrote it, since clients compare

@@ -34,6 +34,7 @@ use crate::l7::metrics::WorkerMetrics;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
+use crate::route::HttpMatch;
 use crate::snapshot::{Published, Snapshot};
 
 /// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
@@ -270,8 +271,8 @@ impl Worker {
         tls: Arc<Tls>,
     ) -> Worker {
         Worker {
-            index: backends.worker,
             handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
+            index: backends.worker,
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),
@@ -302,6 +303,20 @@ impl Worker {
         self.backends
             .borrow_mut()
             .pool(found, self.now(), &mut *self.rng.borrow_mut())
+    }
+
+    /// The same for what a pool's requests match, `None` if that is no longer published.
+    pub(super) fn newer_pool(&self, matched: &HttpMatch) -> Option<Rc<PoolState>> {
+        self.snapshot(|snapshot| {
+            let (host, routes) = snapshot.hosts.get(&matched.host)?;
+            let route = routes.get(&matched.path, matched.conditions.as_deref())?;
+            Some(self.pool(&RouteMatch {
+                host,
+                path: route.path,
+                conditions: route.conditions.map(|conditions| &**conditions),
+                pool: route.pool,
+            }))
+        })
     }
 
     /// The target for the next attempt.

@@ -1,43 +1,26 @@
-//! What a declared route may ask for beyond its host, path and pool.
+//! What a declared route may ask for beyond its match and pool.
 //!
 //! A routes file declares it, a registration over NATS carries none but its balance; layer 7 acts on
-//! it. Everything is valid by construction, as in [`crate::route`]: names are header names, statuses are
-//! redirects, bounds are within what `http.limits` says.
+//! it. Everything is valid by construction, as in [`crate::route`]: made by
+//! [`declared`](crate::route::declared), which has the bounds.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 
-/// What a request must be, beside host and path, to be on a route. All of them must hold; a route
-/// with more of them is tried before one with fewer on the same host and path.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Conditions {
-    /// One of these; empty is any.
-    pub methods: Vec<Arc<str>>,
-    pub headers: Vec<Condition>,
-    /// Of the query's `name=value` pairs, as they stand there, percent-encoding and all.
-    pub query: Vec<Condition>,
-}
-
-/// A header or query parameter that must be there.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Condition {
-    /// Of a header: lower case.
-    pub name: Arc<str>,
-    pub value: ValueMatch,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ValueMatch {
-    Present,
-    Exact(Arc<str>),
-    Prefix(Arc<str>),
-}
+use crate::route::{Balance, Origin};
 
 /// How requests of one route are served where it differs from the gateway's defaults.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpPolicy {
+    /// Who declared it.
+    pub origin: Origin,
+    /// Whatever registrations say, as [`Self::route_service_url`].
+    pub balance: Option<Balance>,
+    /// Starts with `https`; requests go there first.
+    pub route_service_url: Option<Arc<str>>,
     /// The gateway answers itself; the pool may then be empty.
     pub redirect: Option<Redirect>,
     pub rewrite: Rewrite,
@@ -50,7 +33,32 @@ pub struct HttpPolicy {
     pub compression: bool,
 }
 
-/// An answer that leads elsewhere. What is not given stays as the client asked for it.
+impl HttpPolicy {
+    /// One that asks for nothing.
+    pub fn new(origin: Origin) -> HttpPolicy {
+        HttpPolicy {
+            origin,
+            balance: None,
+            route_service_url: None,
+            redirect: None,
+            rewrite: Rewrite::default(),
+            request_headers: HeaderEdits::default(),
+            response_headers: HeaderEdits::default(),
+            timeouts: RouteTimeouts::default(),
+            retries: RouteRetries::default(),
+            limits: RouteLimits::default(),
+            compression: false,
+        }
+    }
+
+    /// Whether requests get an answer though the pool is empty.
+    pub fn answers_alone(&self) -> bool {
+        self.redirect.is_some()
+    }
+}
+
+/// An answer that leads elsewhere. What is not given stays as the client asked for it; a request that
+/// is there already is served by the pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Redirect {
     /// 301, 302, 303, 307 or 308.
@@ -73,9 +81,10 @@ pub struct Rewrite {
 /// The query stays.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PathRewrite {
-    /// The whole path.
+    /// The whole path; starts with `/`.
     Full(Arc<str>),
-    /// The prefix that the route matched; what follows it stays.
+    /// The prefix that the route matched; what follows it stays. Empty, or starts with `/` and does
+    /// not end in one.
     Prefix(Arc<str>),
 }
 
@@ -125,6 +134,9 @@ pub struct Rate {
     pub per_second: u32,
     pub burst: u32,
 }
+
+/// Of [`HashKey::balance_percent`].
+pub const BALANCE_PERCENT: RangeInclusive<u32> = 110..=1000;
 
 /// What a request is hashed by, for [`Balance::Hash`](crate::route::Balance::Hash).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

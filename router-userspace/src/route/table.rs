@@ -9,6 +9,10 @@
 //! An entry belongs to the source that announced it. Only that source changes, withdraws or expires
 //! it, with two exceptions: an adopted entry goes to whoever speaks of it first, and a routes file
 //! takes an address over from NATS.
+//!
+//! A source may also declare how a route is served. That holds for whatever backends the route has
+//! until the source withdraws it, is kept beside the entries, and makes a route without backends only
+//! if it answers alone.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,13 +21,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hashbrown::{DefaultHashBuilder, HashTable};
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use crate::config::PortRange;
 use crate::route::expiry::{self, Expiry, Tick};
+use crate::route::policy::HttpPolicy;
 use crate::route::{
-    Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
-    Unregistration, Vip,
+    Backend, Balance, Declaration, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent,
+    RouteKey, Unregistration, Vip, Withdrawal,
 };
 use crate::snapshot::{HostRoutes, Snapshot};
 
@@ -31,8 +36,12 @@ use crate::snapshot::{HostRoutes, Snapshot};
 pub const MAX_ENTRIES: usize = 4_000_000;
 /// Backends of one route. A change copies the list of its pool.
 pub const MAX_POOL_BACKENDS: usize = 4096;
-/// Paths of one host. A change copies the list of its host.
+/// Routes of one host. A change copies the list of its host.
 pub const MAX_HOST_PATHS: usize = 4096;
+/// Routes with conditions of one host and path. Each is looked at until one holds.
+pub const MAX_PATH_CONDITIONS: usize = 64;
+/// Routes that are declared, with or without backends.
+pub const MAX_DECLARED: usize = 262_144;
 
 /// Backends that operators have drained, at all or for a VIP.
 pub const MAX_DRAINING: usize = 4096;
@@ -69,12 +78,16 @@ pub enum Bound {
     PoolBackends,
     /// [`MAX_HOST_PATHS`].
     HostPaths,
+    /// [`MAX_PATH_CONDITIONS`].
+    PathConditions,
+    /// [`MAX_DECLARED`].
+    Declared,
 }
 
 /// How much the table holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// Pairs of host and path.
+    /// By host, path and conditions.
     pub http_routes: usize,
     pub vips: usize,
     /// Backends of routes by [`Origin`], in the order of its variants.
@@ -90,6 +103,8 @@ pub struct RouteTable {
     hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
     by_origin: [usize; 3],
+    /// What each source declares of a route, in the order of [`Origin`]'s variants.
+    declared: HashMap<HttpMatch, Declared>,
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
@@ -102,6 +117,11 @@ pub struct RouteTable {
     /// What the next [`Self::snapshot`] holds.
     next: Snapshot,
 }
+
+type Declared = [Option<Arc<HttpPolicy>>; 3];
+
+/// Whose declaration of a route holds if several sources have one: the first of these.
+const RANKS: [Origin; 3] = [Origin::File, Origin::Nats, Origin::Adopted];
 
 /// One backend of one route.
 struct Entry {
@@ -137,6 +157,7 @@ impl RouteTable {
             index: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             by_origin: [0; 3],
+            declared: HashMap::new(),
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             sources: [Source {
@@ -158,6 +179,8 @@ impl RouteTable {
                 self.register(registration, now, &mut change);
             }
             RouteEvent::Unregister(unregistration) => self.unregister(unregistration, &mut change),
+            RouteEvent::Declare(declaration) => self.declare(declaration, &mut change),
+            RouteEvent::Withdraw(withdrawal) => self.withdraw(&withdrawal, &mut change),
         }
         change
     }
@@ -364,21 +387,12 @@ impl RouteTable {
         for route in new() {
             let pool = match route {
                 RouteKey::Vip(vip) => self.next.vips.get(vip),
-                RouteKey::Http(HttpMatch { host, path }) => {
-                    let Some((_, known)) = self.next.hosts.get(host) else {
-                        continue;
-                    };
-                    match find_path(known, path) {
-                        Ok(at) => Some(&known.paths[at].1),
-                        Err(_) if known.paths.len() + count <= MAX_HOST_PATHS => None,
-                        Err(_)
-                            if known.paths.len() + new_paths(known, host, new())
-                                <= MAX_HOST_PATHS =>
-                        {
-                            None
-                        }
-                        Err(_) => return Err(Bound::HostPaths),
+                RouteKey::Http(http) => {
+                    let pool = find_pool(&self.next, http);
+                    if pool.is_none() {
+                        check_host(&self.next, http, count, new)?;
                     }
+                    pool
                 }
             };
             if pool.is_some_and(|pool| pool.backends.len() >= MAX_POOL_BACKENDS) {
@@ -486,29 +500,113 @@ impl RouteTable {
     /// Makes sure of a pool for `route`, and returns the route in the strings that the snapshot holds
     /// already.
     fn make_pool(&mut self, route: RouteKey) -> RouteKey {
-        let HttpMatch { host, path } = match route {
+        let http = match route {
             RouteKey::Http(http) => http,
             RouteKey::Vip(vip) => {
                 let pool = self.next.vips.entry(vip);
-                pool.or_insert_with(|| Arc::new(empty_pool()));
+                pool.or_insert_with(|| Arc::new(Pool::default()));
                 return route;
             }
         };
-        self.next.hosts.add(Arc::clone(&host));
-        let (known, routes) = self.next.hosts.get(&host).expect("just added");
-        let host = Arc::clone(known);
-        let path = match find_path(routes, &path) {
-            Ok(at) => Arc::clone(&routes.paths[at].0),
-            Err(at) => {
-                let pool = (Arc::clone(&path), Arc::new(empty_pool()));
-                let routes = self.next.hosts.get_mut(&host).expect("just added");
-                routes.paths.reserve_exact(1);
-                routes.paths.insert(at, pool);
-                self.http_routes += 1;
-                path
-            }
+        self.next.hosts.add(Arc::clone(&http.host));
+        let (host, routes) = self.next.hosts.get(&http.host).expect("just added");
+        let host = Arc::clone(host);
+        if let Some(known) = routes.get(&http.path, http.conditions.as_deref()) {
+            return RouteKey::Http(HttpMatch {
+                host,
+                path: Arc::clone(known.path),
+                conditions: known.conditions.cloned(),
+            });
+        }
+        let pool = Pool {
+            policy: self.declared(&http).cloned(),
+            ..Pool::default()
         };
-        RouteKey::Http(HttpMatch { host, path })
+        let HttpMatch {
+            path, conditions, ..
+        } = http;
+        let routes = self.next.hosts.get_mut(&host).expect("just added");
+        routes.insert(Arc::clone(&path), conditions.clone(), Arc::new(pool));
+        self.http_routes += 1;
+        RouteKey::Http(HttpMatch {
+            host,
+            path,
+            conditions,
+        })
+    }
+
+    /// What holds of all that is declared of a route.
+    fn declared(&self, route: &HttpMatch) -> Option<&Arc<HttpPolicy>> {
+        if self.declared.is_empty() {
+            return None;
+        }
+        let declared = self.declared.get(route)?;
+        RANKS
+            .iter()
+            .find_map(|origin| declared[*origin as usize].as_ref())
+    }
+
+    /// Takes in a declaration, if there is room.
+    fn declare(&mut self, declaration: Declaration, change: &mut Change) {
+        let Declaration { route, policy } = declaration;
+        let key = RouteKey::Http(route.clone());
+        let makes_pool = policy.answers_alone() && find_pool(&self.next, &route).is_none();
+        let room = if !self.declared.contains_key(&route) && self.declared.len() >= MAX_DECLARED {
+            Err(Bound::Declared)
+        } else if makes_pool {
+            check_host(&self.next, &route, 1, || std::iter::once(&key))
+        } else {
+            Ok(())
+        };
+        if let Err(bound) = room {
+            change.full += 1;
+            change.bound = Some(bound);
+            return;
+        }
+        let declared = self.declared.entry(route.clone()).or_default();
+        let said = &mut declared[policy.origin as usize];
+        if said.as_ref() == Some(&policy) {
+            change.refreshed += 1;
+            return;
+        }
+        match said.replace(policy) {
+            None => change.added += 1,
+            Some(_) => change.updated += 1,
+        }
+        self.follow_declared(&route, change);
+    }
+
+    fn withdraw(&mut self, gone: &Withdrawal, change: &mut Change) {
+        let Some(declared) = self.declared.get_mut(&gone.route) else {
+            return;
+        };
+        if declared[gone.origin as usize].take().is_none() {
+            return;
+        }
+        if declared.iter().all(Option::is_none) {
+            self.declared.remove(&gone.route);
+        }
+        change.removed += 1;
+        self.follow_declared(&gone.route, change);
+    }
+
+    /// Brings the pool of a route in line with what is declared of it.
+    fn follow_declared(&mut self, route: &HttpMatch, change: &mut Change) {
+        let policy = self.declared(route).cloned();
+        let alone = policy.as_ref().is_some_and(|policy| policy.answers_alone());
+        let key = RouteKey::Http(route.clone());
+        match find_pool(&self.next, route) {
+            None if !alone => return,
+            // It is made with its policy.
+            None => drop(self.make_pool(key.clone())),
+            Some(pool) if pool.policy == policy => return,
+            Some(pool) if pool.backends.is_empty() && !alone => self.remove_pool(&key),
+            Some(_) => {
+                let pool = pool_mut(&mut self.next, &key).expect("just found");
+                pool.policy = policy;
+            }
+        }
+        change.touch(&key);
     }
 
     fn remove(&mut self, id: u32, change: &mut Change) {
@@ -528,7 +626,11 @@ impl RouteTable {
             .binary_search_by_key(&address, |backend| backend.address);
         pool.backends
             .remove(at.expect("an entry's backend is in its pool"));
-        let empty = pool.backends.is_empty();
+        let alone = pool
+            .policy
+            .as_ref()
+            .is_some_and(|policy| policy.answers_alone());
+        let empty = pool.backends.is_empty() && !alone;
         if let RouteKey::Vip(vip) = &entry.route {
             self.vips_of.remove(&(address, *vip));
         }
@@ -539,23 +641,19 @@ impl RouteTable {
     }
 
     fn remove_pool(&mut self, route: &RouteKey) {
-        let HttpMatch { host, path } = match route {
+        let http = match route {
             RouteKey::Http(http) => http,
             RouteKey::Vip(vip) => {
                 self.next.vips.remove(vip);
                 return;
             }
         };
-        let routes = self
-            .next
-            .hosts
-            .get_mut(host)
-            .expect("a pool's host is there");
-        let at = find_path(routes, path).expect("a pool's path is there");
-        if routes.paths.len() == 1 {
-            self.next.hosts.remove(host);
+        let routes = self.next.hosts.get_mut(&http.host);
+        let routes = routes.expect("a pool's host is there");
+        if routes.count() == 1 {
+            self.next.hosts.remove(&http.host);
         } else {
-            routes.paths.remove(at);
+            routes.remove(&http.path, http.conditions.as_deref());
         }
         self.http_routes -= 1;
     }
@@ -623,25 +721,52 @@ impl fmt::Display for Bound {
         match self {
             Bound::Entries => write!(f, "{MAX_ENTRIES} backends over all routes"),
             Bound::PoolBackends => write!(f, "{MAX_POOL_BACKENDS} backends of one route"),
-            Bound::HostPaths => write!(f, "{MAX_HOST_PATHS} paths of one host"),
+            Bound::HostPaths => write!(f, "{MAX_HOST_PATHS} routes of one host"),
+            Bound::PathConditions => {
+                write!(
+                    f,
+                    "{MAX_PATH_CONDITIONS} routes with conditions of one path"
+                )
+            }
+            Bound::Declared => write!(f, "{MAX_DECLARED} declared routes"),
         }
     }
 }
 
-/// How many paths of `host` stand in `routes` and not in `known`.
-fn new_paths<'r>(
-    known: &HostRoutes,
-    host: &str,
-    routes: impl Iterator<Item = &'r RouteKey>,
-) -> usize {
-    let paths = routes.filter_map(|route| match route {
-        RouteKey::Http(http) if *http.host == *host => Some(&*http.path),
-        RouteKey::Http(_) | RouteKey::Vip(_) => None,
-    });
-    let new: BTreeSet<&str> = paths
-        .filter(|path| find_path(known, path).is_err())
-        .collect();
-    new.len()
+/// Whether the host of `route`, which is new, has room for it and the rest of `new`, `count` in all.
+fn check_host<'r, I: Iterator<Item = &'r RouteKey>>(
+    snapshot: &Snapshot,
+    route: &HttpMatch,
+    count: usize,
+    new: impl Fn() -> I,
+) -> Result<(), Bound> {
+    let known = snapshot.hosts.get(&route.host).map(|(_, routes)| routes);
+    let added = |wanted: &dyn Fn(&HttpMatch) -> bool| {
+        let routes = new().filter_map(|route| match route {
+            RouteKey::Http(http) if wanted(http) && find_pool(snapshot, http).is_none() => {
+                Some(http)
+            }
+            RouteKey::Http(_) | RouteKey::Vip(_) => None,
+        });
+        routes.collect::<BTreeSet<&HttpMatch>>().len()
+    };
+    let of_host = known.map_or(0, HostRoutes::count);
+    if of_host + count > MAX_HOST_PATHS
+        && of_host + added(&|http| http.host == route.host) > MAX_HOST_PATHS
+    {
+        return Err(Bound::HostPaths);
+    }
+    if route.conditions.is_some() {
+        let is_beside = |http: &HttpMatch| {
+            http.conditions.is_some() && (&http.host, &http.path) == (&route.host, &route.path)
+        };
+        let known = known.into_iter().flat_map(HostRoutes::conditional);
+        let of_path = known.filter(|known| known.path == route.path).count();
+        if of_path + added(&is_beside) > MAX_PATH_CONDITIONS {
+            return Err(Bound::PathConditions);
+        }
+    }
+    Ok(())
 }
 
 /// Whether a source may change what another announced.
@@ -690,29 +815,21 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
     pool.route_service_url.clone_from(&policy.route_service_url);
 }
 
+fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {
+    let (_, routes) = snapshot.hosts.get(&route.host)?;
+    let known = routes.get(&route.path, route.conditions.as_deref())?;
+    Some(known.pool)
+}
+
 fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut Pool> {
     let pool = match route {
         RouteKey::Vip(vip) => snapshot.vips.get_mut(vip)?,
         RouteKey::Http(http) => {
             let routes = snapshot.hosts.get_mut(&http.host)?;
-            let at = find_path(routes, &http.path).ok()?;
-            &mut routes.paths[at].1
+            routes.get_mut(&http.path, http.conditions.as_deref())?
         }
     };
     Some(Arc::make_mut(pool))
-}
-
-/// Where a path is, or belongs: longest first, equally long ones in their own order.
-fn find_path(routes: &HostRoutes, path: &str) -> Result<usize, usize> {
-    routes.paths.binary_search_by(|(known, _)| {
-        path.len()
-            .cmp(&known.len())
-            .then_with(|| (**known).cmp(path))
-    })
-}
-
-fn empty_pool() -> Pool {
-    Pool::default()
 }
 
 fn entry_hash(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, id: u32) -> u64 {

@@ -17,10 +17,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::HeaderName;
 use ipnet::IpNet;
-use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use crate::route::policy::{BALANCE_PERCENT, HashKey, HashOf};
 use crate::route::{
     Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Origin, Registration, RouteKey,
     Unregistration, Vip,
@@ -59,6 +61,8 @@ pub enum Reason {
     VipRange,
     Weight,
     RouteServiceUrl,
+    /// What hashing needs.
+    Options,
     /// A list or string longer than its bound.
     TooLong,
     /// Neither `uris` nor `vips`.
@@ -124,7 +128,10 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
         routes,
         backend: Arc::new(backend),
         stale_after: stale_after(message.stale_threshold_in_seconds),
-        balance: message.options.and_then(|options| options.balance),
+        balance: match &message.options {
+            Some(options) => options.balance()?,
+            None => None,
+        },
         route_service_url,
     })
 }
@@ -162,6 +169,7 @@ pub fn parse_uri(uri: &str) -> Result<HttpMatch, &'static str> {
     Ok(HttpMatch {
         host: lower_case(host),
         path: lower_case(path),
+        conditions: None,
     })
 }
 
@@ -187,7 +195,7 @@ pub fn check_backend_address(address: IpAddr) -> Result<(), &'static str> {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 13] = [
         Reason::Size,
         Reason::Syntax,
         Reason::Type,
@@ -198,6 +206,7 @@ impl Reason {
         Reason::VipRange,
         Reason::Weight,
         Reason::RouteServiceUrl,
+        Reason::Options,
         Reason::TooLong,
         Reason::NoRoute,
     ];
@@ -214,6 +223,7 @@ impl Reason {
             Reason::VipRange => "vip_range",
             Reason::Weight => "weight",
             Reason::RouteServiceUrl => "route_service_url",
+            Reason::Options => "options",
             Reason::TooLong => "too_long",
             Reason::NoRoute => "no_route",
         }
@@ -247,7 +257,7 @@ struct Message<'a> {
     tags: Option<Tags<'a>>,
     protocol: Option<Text<'a>>,
     availability_zone: Option<Text<'a>>,
-    options: Option<Options>,
+    options: Option<Options<'a>>,
 }
 
 impl Message<'_> {
@@ -611,39 +621,123 @@ impl<'de> Deserialize<'de> for Tags<'de> {
     }
 }
 
-/// `options`: an unknown algorithm says nothing, so the pool keeps what it had.
-struct Options {
-    balance: Option<Balance>,
+/// `options`, of which gorouter's route policies are not read.
+#[derive(Default)]
+struct Options<'a> {
+    loadbalancing: Option<Text<'a>>,
+    hash_header: Option<Text<'a>>,
+    hash_balance: Option<HashBalance>,
 }
 
-impl<'de> Deserialize<'de> for Options {
-    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Options, D::Error> {
+impl Options<'_> {
+    /// An unknown algorithm says nothing, so the pool keeps what it had.
+    fn balance(&self) -> Result<Option<Balance>, Reject> {
+        match self.loadbalancing.as_deref() {
+            Some("round-robin") => Ok(Some(Balance::RoundRobin)),
+            Some("least-connection") => Ok(Some(Balance::LeastConnections)),
+            Some("hash") => self.hash().map(|key| Some(Balance::Hash(Arc::new(key)))),
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    fn hash(&self) -> Result<HashKey, Reject> {
+        let reject = |message| Reject {
+            reason: Reason::Options,
+            message,
+        };
+        let header = self.hash_header.as_deref().unwrap_or_default();
+        check_length("options.hash_header", header.len(), MAX_TEXT_BYTES, "bytes")?;
+        let name = HeaderName::from_bytes(header.as_bytes()).map_err(|_| {
+            let header = shown(header);
+            reject(format!(
+                "options.hash_header: {header} is not the name of a header"
+            ))
+        })?;
+        let balance_percent = match &self.hash_balance {
+            None => None,
+            Some(HashBalance(0.0)) => None,
+            Some(HashBalance(factor)) => {
+                let percent = (factor * 100.0).round() as u32;
+                if !BALANCE_PERCENT.contains(&percent) {
+                    let message = format!("options.hash_balance: {factor} is not 0 or 1.1 to 10");
+                    return Err(reject(message));
+                }
+                Some(percent)
+            }
+        };
+        Ok(HashKey {
+            of: HashOf::Header(name.as_str().into()),
+            balance_percent,
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Options<'de> {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Options<'de>, D::Error> {
         struct OptionsVisitor;
         impl<'de> Visitor<'de> for OptionsVisitor {
-            type Value = Options;
+            type Value = Options<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Options, A::Error> {
-                let mut algorithm = None;
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Options<'de>, A::Error> {
+                let mut options = Options::default();
                 while let Some(Text(key)) = map.next_key()? {
                     if key.eq_ignore_ascii_case("loadbalancing") {
-                        read(&mut map, &mut algorithm)?;
+                        read(&mut map, &mut options.loadbalancing)?;
+                    } else if key.eq_ignore_ascii_case("hash_header") {
+                        read(&mut map, &mut options.hash_header)?;
+                    } else if key.eq_ignore_ascii_case("hash_balance") {
+                        read(&mut map, &mut options.hash_balance)?;
                     } else {
                         map.next_value::<IgnoredAny>()?;
                     }
                 }
-                let balance = match algorithm.as_ref().map(|Text(name)| &**name) {
-                    Some("round-robin") => Some(Balance::RoundRobin),
-                    Some("least-connection") => Some(Balance::LeastConnections),
-                    Some(_) | None => None,
-                };
-                Ok(Options { balance })
+                Ok(options)
             }
         }
         json.deserialize_map(OptionsVisitor)
+    }
+}
+
+/// A number, or a string of one as Cloud Controller keeps it; the empty one is 0.
+struct HashBalance(f64);
+
+impl<'de> Deserialize<'de> for HashBalance {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<HashBalance, D::Error> {
+        struct NumberVisitor;
+        impl Visitor<'_> for NumberVisitor {
+            type Value = HashBalance;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number")
+            }
+
+            fn visit_f64<E: de::Error>(self, number: f64) -> Result<HashBalance, E> {
+                Ok(HashBalance(number))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<HashBalance, E> {
+                Ok(HashBalance(number as f64))
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<HashBalance, E> {
+                Ok(HashBalance(number as f64))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<HashBalance, E> {
+                match text {
+                    "" => Ok(HashBalance(0.0)),
+                    text => text
+                        .parse()
+                        .map(HashBalance)
+                        .map_err(|_| E::invalid_value(de::Unexpected::Str(text), &"a number")),
+                }
+            }
+        }
+        json.deserialize_any(NumberVisitor)
     }
 }
 

@@ -1,18 +1,4 @@
-//! Static routes from TOML files, the same in content as a registration over NATS.
-//!
-//! ```toml
-//! [[route]]
-//! uris = ["app.example.com/shop"]        # either may be left out
-//! vips = ["tcp/192.0.2.10:9090"]
-//! balance = "least-connections"          # round-robin
-//! route_service_url = "https://..."
-//!
-//! [[route.backend]]
-//! address = "10.0.0.1:8080"
-//! weight = 100
-//! protocol = "http2"                     # http1
-//! tls = { server_name = "app.internal" } # {} checks the certificate against the address
-//! ```
+//! Static routes from TOML files: `[[route]]` after `[[route]]`, each as in docs/routes.md.
 //!
 //! One task looks at the files' size and time of change, and reads one again when either differs or
 //! the configuration is reloaded; a file that is being written is left until two looks find it the
@@ -26,16 +12,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 use toml::Spanned;
 
-use crate::config::HttpBalance;
 use crate::event::Event;
+use crate::route::declared::{Announcement, DeclaredRoute};
+use crate::route::policy::HttpPolicy;
 use crate::route::{
-    Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Origin, Registration, RouteEvent,
-    RouteKey, Unregistration, wire,
+    Declaration, HttpMatch, Origin, Registration, RouteEvent, RouteKey, Unregistration, Withdrawal,
 };
 use crate::source::Context;
 
@@ -45,7 +31,7 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Watches the files of the configuration until the process ends.
 pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
-    let mut announced = Announced::new();
+    let mut announced = Announced::default();
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         let mut changed = files.len();
@@ -58,10 +44,12 @@ pub async fn run(mut context: Context) {
                 continue;
             };
             let error = match read {
-                Ok(registrations) => {
+                Ok(content) => {
                     let path = path.display();
-                    tracing::info!(%path, registrations = registrations.len(), "routes file read");
-                    known.registrations = registrations;
+                    let registrations = content.registrations.len();
+                    let declarations = content.declarations.len();
+                    tracing::info!(%path, registrations, declarations, "routes file read");
+                    known.content = content;
                     changed += 1;
                     None
                 }
@@ -80,7 +68,9 @@ pub async fn run(mut context: Context) {
             known.error = error;
         }
         // The agent dropped what a reload left outside.
-        announced.retain(|(route, _), _| route.is_allowed(&config.l4));
+        announced
+            .backends
+            .retain(|(route, _), _| route.is_allowed(&config.l4));
         if changed > 0 {
             let wanted = wanted(&files);
             for event in differences(&announced, &wanted) {
@@ -110,10 +100,10 @@ async fn look(
     path: &Path,
     known: &mut Known,
     vip_ranges: &[IpNet],
-) -> Option<anyhow::Result<Vec<Registration>>> {
+) -> Option<anyhow::Result<Announcement>> {
     let before = version(path);
     // Without routes there are none that half a file could withdraw.
-    let settled = known.seen == before || known.registrations.is_empty();
+    let settled = known.seen == before || known.content.is_empty();
     known.seen = before;
     if before.is_some() && (known.read == before || !settled) {
         return None;
@@ -138,32 +128,51 @@ async fn look(
     }
 }
 
-/// What the files announce together; the last word on an address of a route counts.
+/// What the files announce together; the last word on an address of a route counts, and on its policy.
 fn wanted(files: &BTreeMap<PathBuf, Known>) -> Announced {
-    let mut wanted = Announced::new();
-    for registration in files.values().flat_map(|file| &file.registrations) {
+    let mut wanted = Announced::default();
+    for registration in files.values().flat_map(|file| &file.content.registrations) {
         for route in &registration.routes {
             let one = Registration {
                 routes: vec![route.clone()],
                 ..registration.clone()
             };
-            wanted.insert((route.clone(), registration.backend.address), one);
+            let key = (route.clone(), registration.backend.address);
+            wanted.backends.insert(key, one);
         }
+    }
+    for declared in files.values().flat_map(|file| &file.content.declarations) {
+        let (route, policy) = (declared.route.clone(), Arc::clone(&declared.policy));
+        wanted.policies.insert(route, policy);
     }
     wanted
 }
 
+/// Policies come before the backends they are for and go after them, so that no request finds one
+/// without the other.
 fn differences<'a>(
     from: &'a Announced,
     to: &'a Announced,
 ) -> impl Iterator<Item = RouteEvent> + 'a {
-    let added = to
+    let declared = to
+        .policies
         .iter()
-        .filter(|(key, registration)| from.get(key) != Some(registration))
+        .filter(|(route, policy)| from.policies.get(route) != Some(policy))
+        .map(|(route, policy)| {
+            RouteEvent::Declare(Declaration {
+                route: route.clone(),
+                policy: Arc::clone(policy),
+            })
+        });
+    let added = to
+        .backends
+        .iter()
+        .filter(|(key, registration)| from.backends.get(key) != Some(registration))
         .map(|(_, registration)| RouteEvent::Register(registration.clone()));
     let removed = from
+        .backends
         .keys()
-        .filter(|key| !to.contains_key(key))
+        .filter(|key| !to.backends.contains_key(key))
         .map(|(route, address)| {
             RouteEvent::Unregister(Unregistration {
                 routes: vec![route.clone()],
@@ -171,14 +180,24 @@ fn differences<'a>(
                 origin: Origin::File,
             })
         });
-    added.chain(removed)
+    let withdrawn = from
+        .policies
+        .keys()
+        .filter(|route| !to.policies.contains_key(route))
+        .map(|route| {
+            RouteEvent::Withdraw(Withdrawal {
+                route: route.clone(),
+                origin: Origin::File,
+            })
+        });
+    declared.chain(added).chain(removed).chain(withdrawn)
 }
 
 /// Reads a routes file. VIPs are held against `vip_ranges`, as those of registrations are.
 ///
 /// # Errors
 /// One message with the file, line and key.
-pub fn load(path: &Path, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
+pub fn load(path: &Path, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
     parse_file(path, &read(path)?, vip_ranges)
 }
 
@@ -192,50 +211,43 @@ fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("read {name}"))
 }
 
-fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
+fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
     parse(text, vip_ranges).with_context(|| format!("routes file {}", path.display()))
 }
 
-fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Vec<Registration>> {
+fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
     let file: File = toml::from_str(text)?;
-    let mut registrations = Vec::new();
+    let mut content = Announcement::default();
+    let mut policies: BTreeMap<HttpMatch, Arc<HttpPolicy>> = BTreeMap::new();
     for (i, route) in file.route.into_iter().enumerate() {
-        let mut routes: Vec<RouteKey> = route
-            .uris
-            .into_iter()
-            .map(|Uri(http)| http.into())
-            .collect();
-        for (j, vip) in route.vips.iter().enumerate() {
-            let line = 1 + text[..vip.span().start].matches('\n').count();
-            let vip = wire::parse_vip(vip.as_ref(), Some(vip_ranges));
-            let vip = vip
-                .map_err(|(_, why)| anyhow::anyhow!("line {line}: route[{i}].vips[{j}]: {why}"))?;
-            routes.push(RouteKey::Vip(vip));
+        let start = route.span().start;
+        let refused = |why| {
+            let line = 1 + text[..start].matches('\n').count();
+            anyhow!("line {line}: route[{i}].{why:#}")
+        };
+        let read = route.into_inner().read(Origin::File, vip_ranges);
+        let read = read.map_err(refused)?;
+        for Declaration { route, policy } in &read.declarations {
+            let before = policies.insert(route.clone(), Arc::clone(policy));
+            ensure!(
+                before.is_none_or(|before| before == *policy),
+                refused(anyhow!(
+                    "uris: an earlier route asks for something else for {route}"
+                ))
+            );
         }
-        if routes.is_empty() {
-            bail!("route[{i}]: neither uris nor vips");
-        }
-        for backend in route.backend {
-            registrations.push(Registration {
-                routes: routes.clone(),
-                backend: Arc::new(backend.into()),
-                stale_after: None,
-                balance: route.balance.map(|balance| match balance {
-                    HttpBalance::RoundRobin => Balance::RoundRobin,
-                    HttpBalance::LeastConnections => Balance::LeastConnections,
-                }),
-                route_service_url: route
-                    .route_service_url
-                    .as_ref()
-                    .map(|Https(url)| url.clone()),
-            });
-        }
+        content.registrations.extend(read.registrations);
+        content.declarations.extend(read.declarations);
     }
-    Ok(registrations)
+    Ok(content)
 }
 
-/// Registrations of one route each.
-type Announced = BTreeMap<(RouteKey, SocketAddr), Registration>;
+/// What was sent to the agent: registrations of one route each, and policies.
+#[derive(Default)]
+struct Announced {
+    backends: BTreeMap<(RouteKey, SocketAddr), Registration>,
+    policies: BTreeMap<HttpMatch, Arc<HttpPolicy>>,
+}
 
 #[derive(Default)]
 struct Known {
@@ -243,7 +255,7 @@ struct Known {
     seen: Option<Version>,
     /// Whose content was taken or refused; `None`: to be read again.
     read: Option<Version>,
-    registrations: Vec<Registration>,
+    content: Announcement,
     error: Option<String>,
 }
 
@@ -260,117 +272,7 @@ fn version(path: &Path) -> Option<Version> {
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
-    route: Vec<Route>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Route {
-    #[serde(default)]
-    uris: Vec<Uri>,
-    #[serde(default)]
-    vips: Vec<Spanned<String>>,
-    balance: Option<HttpBalance>,
-    route_service_url: Option<Https>,
-    backend: Vec<FileBackend>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileBackend {
-    address: Address,
-    #[serde(default)]
-    weight: Weight,
-    tls: Option<FileTls>,
-    #[serde(default)]
-    protocol: FileProtocol,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileTls {
-    server_name: Option<Arc<str>>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum FileProtocol {
-    #[default]
-    Http1,
-    Http2,
-}
-
-struct Uri(HttpMatch);
-struct Https(Arc<str>);
-struct Address(SocketAddr);
-struct Weight(u16);
-
-impl Default for Weight {
-    fn default() -> Weight {
-        Weight(wire::DEFAULT_WEIGHT)
-    }
-}
-
-impl From<HttpMatch> for RouteKey {
-    fn from(http: HttpMatch) -> RouteKey {
-        RouteKey::Http(http)
-    }
-}
-
-impl From<FileBackend> for Backend {
-    fn from(backend: FileBackend) -> Backend {
-        Backend {
-            weight: backend.weight.0,
-            tls: backend.tls.map(|tls| BackendTls {
-                server_name: tls.server_name,
-            }),
-            protocol: match backend.protocol {
-                FileProtocol::Http1 => HttpProtocol::Http1,
-                FileProtocol::Http2 => HttpProtocol::Http2,
-            },
-            ..Backend::new(backend.address.0, Origin::File)
-        }
-    }
-}
-
-// Checked while the file is read, so that TOML's errors point at the line.
-impl<'de> Deserialize<'de> for Uri {
-    fn deserialize<D: Deserializer<'de>>(toml: D) -> Result<Uri, D::Error> {
-        let uri = String::deserialize(toml)?;
-        wire::parse_uri(&uri).map(Uri).map_err(de::Error::custom)
-    }
-}
-
-impl<'de> Deserialize<'de> for Https {
-    fn deserialize<D: Deserializer<'de>>(toml: D) -> Result<Https, D::Error> {
-        let url = String::deserialize(toml)?;
-        match url.starts_with("https") {
-            true => Ok(Https(url.into())),
-            false => Err(de::Error::custom("a route service starts with https")),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Address {
-    fn deserialize<D: Deserializer<'de>>(toml: D) -> Result<Address, D::Error> {
-        let address = SocketAddr::deserialize(toml)?;
-        wire::check_backend_address(address.ip()).map_err(de::Error::custom)?;
-        match address.port() {
-            0 => Err(de::Error::custom("port 0 is not a port")),
-            1.. => Ok(Address(address)),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Weight {
-    fn deserialize<D: Deserializer<'de>>(toml: D) -> Result<Weight, D::Error> {
-        match u16::deserialize(toml)? {
-            weight @ 0..=wire::MAX_WEIGHT => Ok(Weight(weight)),
-            weight => Err(de::Error::custom(format!(
-                "weight {weight} is not in 0..=1000"
-            ))),
-        }
-    }
+    route: Vec<Spanned<DeclaredRoute>>,
 }
 
 #[cfg(test)]

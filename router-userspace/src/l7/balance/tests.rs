@@ -23,6 +23,7 @@ fn published(backends: impl IntoIterator<Item = Backend>) -> Arc<Pool> {
 
 fn found(pool: &Arc<Pool>) -> RouteMatch<'_> {
     RouteMatch {
+        conditions: None,
         host: "a.com",
         path: "",
         pool,

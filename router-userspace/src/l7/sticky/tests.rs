@@ -90,8 +90,8 @@ fn a_negotiation_is_with_one_instance_only() {
     assert_eq!(session(&fields, &config()), None, "its first request");
 }
 
-fn root() -> &'static str {
-    "/"
+fn root() -> String {
+    "/".to_owned()
 }
 
 fn answer(set_cookies: &[&str], session: Option<&str>) -> Option<String> {
@@ -104,7 +104,7 @@ fn answer(set_cookies: &[&str], session: Option<&str>) -> Option<String> {
         &headers(&fields),
         session.as_ref(),
         Some("abc"),
-        || "/App",
+        || "/App".to_owned(),
         &config(),
     );
     value.map(|value| value.to_str().unwrap().to_owned())

@@ -176,7 +176,7 @@ async fn a_route_has_a_limit_of_its_own_over_all_its_backends() {
             requests: Some(1),
             ..RouteLimits::default()
         },
-        ..HttpPolicy::default()
+        ..HttpPolicy::new(Origin::File)
     }));
     let mut config = config();
     config.limits.queue = 0;

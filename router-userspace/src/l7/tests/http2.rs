@@ -268,7 +268,7 @@ async fn a_stream_whose_time_is_up_ends_alone() {
             total: Some(Duration::from_millis(50)),
             ..RouteTimeouts::default()
         },
-        ..HttpPolicy::default()
+        ..HttpPolicy::new(Origin::File)
     };
     let slow = Pool {
         policy: Some(Arc::new(policy)),

@@ -107,7 +107,7 @@ async fn a_route_may_have_other_methods_repeated_and_attempts_of_its_own() {
                 attempts,
                 methods: vec![http::Method::POST],
             },
-            ..HttpPolicy::default()
+            ..HttpPolicy::new(Origin::File)
         })
     };
     let request =

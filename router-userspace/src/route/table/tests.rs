@@ -3,7 +3,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
+use crate::route::policy::Redirect;
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
@@ -18,6 +20,7 @@ fn http(host: &str, path: &str) -> RouteKey {
     RouteKey::Http(HttpMatch {
         host: host.into(),
         path: path.into(),
+        conditions: None,
     })
 }
 
@@ -57,8 +60,14 @@ fn served(table: &RouteTable) -> Vec<String> {
     };
     let mut lines = Vec::new();
     for (host, routes) in table.next.hosts.iter() {
-        for (path, members) in &routes.paths {
-            lines.push(format!("{host}{path} {}", pool(members)));
+        for known in routes.iter() {
+            let route = HttpMatch {
+                host: Arc::clone(host),
+                path: Arc::clone(known.path),
+                conditions: known.conditions.cloned(),
+            };
+            let policy = known.pool.policy.as_deref().map(named).unwrap_or_default();
+            lines.push(format!("{route} {}{policy}", pool(known.pool)));
         }
     }
     for (vip, members) in &table.next.vips {
@@ -66,6 +75,58 @@ fn served(table: &RouteTable) -> Vec<String> {
     }
     lines.sort();
     lines
+}
+
+/// A policy that can be told from others; one that `redirects` answers alone.
+fn policy(origin: Origin, attempts: usize, redirects: bool) -> Arc<HttpPolicy> {
+    let mut policy = HttpPolicy::new(origin);
+    policy.retries.attempts = Some(attempts);
+    policy.redirect = redirects.then(|| Redirect {
+        status: http::StatusCode::FOUND,
+        scheme: Some("https".into()),
+        authority: None,
+        path: None,
+    });
+    Arc::new(policy)
+}
+
+fn named(policy: &HttpPolicy) -> String {
+    let attempts = policy.retries.attempts.unwrap();
+    format!(
+        "#{}{attempts}{}",
+        policy.origin.as_str(),
+        policy.answers_alone()
+    )
+}
+
+fn declare(route: &RouteKey, policy: &Arc<HttpPolicy>) -> RouteEvent {
+    RouteEvent::Declare(Declaration {
+        route: of_requests(route),
+        policy: Arc::clone(policy),
+    })
+}
+
+fn withdraw(route: &RouteKey, origin: Origin) -> RouteEvent {
+    RouteEvent::Withdraw(Withdrawal {
+        route: of_requests(route),
+        origin,
+    })
+}
+
+fn of_requests(route: &RouteKey) -> HttpMatch {
+    match route {
+        RouteKey::Http(http) => http.clone(),
+        RouteKey::Vip(vip) => panic!("{vip}"),
+    }
+}
+
+/// The route with a condition on its method.
+fn only(method: &str, route: &RouteKey) -> RouteKey {
+    let conditions = Conditions::new(vec![method.into()], Vec::new(), Vec::new());
+    RouteKey::Http(HttpMatch {
+        conditions: Some(Arc::new(conditions)),
+        ..of_requests(route)
+    })
 }
 
 #[test]
@@ -187,6 +248,161 @@ fn the_policy_of_a_pool_is_that_of_the_latest_registration() {
     assert_eq!(policy(&table), (Some(Balance::LeastConnections), None));
     let change = table.apply(RouteEvent::Register(first), now);
     assert_eq!((change.refreshed, change.changed), (1, false));
+}
+
+#[test]
+fn a_policy_is_that_of_its_declaration_whoever_registers_the_backends() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a.x", "");
+    let nats = backend("10.0.0.1:80", 1, Origin::Nats);
+    let change = table.apply(declare(&route, &policy(Origin::File, 3, false)), now);
+    assert_eq!(
+        (change.added, change.changed),
+        (1, false),
+        "nobody serves it"
+    );
+    table.apply(register(&[route.clone(), http("b.x", "")], &nats), now);
+    assert_eq!(
+        served(&table),
+        [
+            "a.x 10.0.0.1:80*1@nats#file3false",
+            "b.x 10.0.0.1:80*1@nats"
+        ]
+    );
+    let repeated = table.apply(declare(&route, &policy(Origin::File, 3, false)), now);
+    assert_eq!((repeated.refreshed, repeated.changed), (1, false));
+    let change = table.apply(declare(&route, &policy(Origin::Nats, 4, false)), now);
+    assert_eq!(
+        (change.added, change.changed),
+        (1, false),
+        "a file has precedence"
+    );
+    let change = table.apply(withdraw(&route, Origin::File), now);
+    assert_eq!((change.removed, change.changed), (1, true));
+    assert_eq!(served(&table)[0], "a.x 10.0.0.1:80*1@nats#nats4false");
+    assert!(table.apply(withdraw(&route, Origin::Nats), now).changed);
+    assert_eq!(served(&table)[0], "a.x 10.0.0.1:80*1@nats");
+    assert_eq!(
+        table.apply(withdraw(&route, Origin::Nats), now),
+        Change::default()
+    );
+    assert!(table.declared.is_empty());
+    check_invariants(&table);
+}
+
+#[test]
+fn what_is_declared_holds_over_what_is_registered() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a.x", "");
+    let mut declared = HttpPolicy::new(Origin::File);
+    declared.balance = Some(Balance::RoundRobin);
+    declared.route_service_url = Some("https://declared".into());
+    table.apply(declare(&route, &Arc::new(declared)), now);
+    let mut registered = registration(
+        std::slice::from_ref(&route),
+        &backend("10.0.0.1:80", 1, Origin::Nats),
+    );
+    registered.balance = Some(Balance::LeastConnections);
+    table.apply(RouteEvent::Register(registered), now);
+    let holds = |table: &RouteTable| {
+        let pool = find_pool(&table.next, &of_requests(&route)).unwrap();
+        (pool.balance().cloned(), pool.route_service_url().cloned())
+    };
+    let declared = (Some(Balance::RoundRobin), Some("https://declared".into()));
+    assert_eq!(holds(&table), declared);
+    table.apply(withdraw(&route, Origin::File), now);
+    assert_eq!(holds(&table), (Some(Balance::LeastConnections), None));
+}
+
+#[test]
+fn a_route_that_answers_alone_needs_no_backends() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a.x", "/old");
+    let redirects = policy(Origin::File, 1, true);
+    assert!(table.apply(declare(&route, &redirects), now).changed);
+    assert_eq!(served(&table), ["a.x/old #file1true"]);
+    let nats = backend("10.0.0.1:80", 1, Origin::Nats);
+    table.apply(register(std::slice::from_ref(&route), &nats), now);
+    table.apply(withdrawal(std::slice::from_ref(&route), &nats), now);
+    assert_eq!(served(&table), ["a.x/old #file1true"]);
+    table.apply(declare(&route, &policy(Origin::File, 1, false)), now);
+    assert_eq!(
+        served(&table),
+        [""; 0],
+        "it has to be served by somebody again"
+    );
+    assert!(table.apply(declare(&route, &redirects), now).changed);
+    assert!(table.apply(withdraw(&route, Origin::File), now).changed);
+    assert_eq!(served(&table), [""; 0]);
+    check_invariants(&table);
+}
+
+#[test]
+fn routes_of_one_path_under_different_conditions_have_pools_of_their_own() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a.x", "");
+    let file = backend("10.0.0.1:80", 1, Origin::File);
+    table.apply(
+        register(&[only("GET", &route), only("PUT", &route)], &file),
+        now,
+    );
+    let nats = backend("10.0.0.1:80", 2, Origin::Nats);
+    table.apply(register(std::slice::from_ref(&route), &nats), now);
+    assert_eq!(
+        served(&table),
+        [
+            "a.x 10.0.0.1:80*2@nats",
+            "a.x GET 10.0.0.1:80*1@file",
+            "a.x PUT 10.0.0.1:80*1@file",
+        ]
+    );
+    assert_eq!(table.size().http_routes, 3);
+    check_invariants(&table);
+}
+
+#[test]
+fn declarations_and_conditions_are_bounded() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a.x", "");
+    let file = backend("10.0.0.1:80", 1, Origin::File);
+    for number in 0..MAX_PATH_CONDITIONS {
+        let route = only(&format!("M{number}"), &route);
+        let event = match number % 2 {
+            0 => register(&[route], &file),
+            _ => declare(&route, &policy(Origin::File, 1, true)),
+        };
+        assert!(table.apply(event, now).changed);
+    }
+    for event in [
+        register(&[only("MORE", &route)], &file),
+        declare(&only("MORE", &route), &policy(Origin::File, 1, true)),
+    ] {
+        let change = table.apply(event, now);
+        assert_eq!(
+            (change.changed, change.full, change.bound),
+            (false, 1, Some(Bound::PathConditions))
+        );
+    }
+    let beside: Vec<RouteKey> = (0..=MAX_PATH_CONDITIONS)
+        .map(|number| only(&format!("M{number}"), &http("b.x", "")))
+        .collect();
+    let change = table.apply(register(&beside, &file), now);
+    assert_eq!(change.bound, Some(Bound::PathConditions));
+    assert!(table.apply(register(&[route], &file), now).changed);
+
+    let asks = policy(Origin::File, 1, false);
+    while table.declared.len() < MAX_DECLARED {
+        let route = http(&format!("{}.x", table.declared.len()), "");
+        table.apply(declare(&route, &asks), now);
+    }
+    let change = table.apply(declare(&http("c.x", ""), &asks), now);
+    assert_eq!((change.full, change.bound), (1, Some(Bound::Declared)));
+    check_invariants(&table);
 }
 
 #[test]
@@ -480,10 +696,7 @@ fn check_invariants(table: &RouteTable) {
                 vips_of.insert((address, *vip));
                 Arc::clone(&table.next.vips[vip])
             }
-            RouteKey::Http(http) => {
-                let routes = table.next.hosts.get(&http.host).unwrap().1;
-                Arc::clone(&routes.paths[find_path(routes, &http.path).unwrap()].1)
-            }
+            RouteKey::Http(http) => Arc::clone(find_pool(&table.next, http).unwrap()),
         };
         assert!(
             pool.backends
@@ -509,27 +722,33 @@ fn check_invariants(table: &RouteTable) {
     assert_eq!(table.size().entries, by_origin);
     assert!(table.expiry.count() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
-    let http = table
-        .next
-        .hosts
-        .iter()
-        .flat_map(|(_, routes)| &routes.paths)
-        .map(|(_, pool)| pool);
-    let http: Vec<&Arc<Pool>> = http.collect();
+    let hosts = table.next.hosts.iter();
+    let http: Vec<&Arc<Pool>> = hosts.flat_map(|(_, routes)| routes.pools()).collect();
     assert_eq!(http.len(), table.http_routes);
     let mut members = 0;
     for pool in http.into_iter().chain(table.next.vips.values()) {
         members += pool.backends.len();
-        assert!(!pool.backends.is_empty());
+        let alone = pool.policy.as_ref().is_some_and(|p| p.answers_alone());
+        assert!(!pool.backends.is_empty() || alone);
         assert!(pool.backends.is_sorted_by(|a, b| a.address < b.address));
     }
     assert_eq!(members, live);
     for (_, routes) in table.next.hosts.iter() {
+        assert!(routes.count() > 0);
         assert!(
             routes
                 .paths
                 .is_sorted_by(|(a, _), (b, _)| (b.len(), a) < (a.len(), b))
         );
+        assert!(routes.conditional().is_sorted_by(|a, b| {
+            let paths = (b.path.len(), &a.path).cmp(&(a.path.len(), &b.path));
+            paths
+                .then_with(|| a.conditions.order(&b.conditions))
+                .is_lt()
+        }));
+    }
+    for declared in table.declared.values() {
+        assert!(declared.iter().any(Option::is_some));
     }
 }
 
@@ -537,6 +756,7 @@ fn check_invariants(table: &RouteTable) {
 #[derive(Default)]
 struct Model {
     entries: BTreeMap<(RouteKey, SocketAddr), ModelEntry>,
+    declared: BTreeMap<(RouteKey, Origin), Arc<HttpPolicy>>,
     away: bool,
 }
 
@@ -596,9 +816,23 @@ impl Model {
             let backend = format!("{address}*{}@{}", entry.weight, entry.origin.as_str());
             pools.entry(route.to_string()).or_default().push(backend);
         }
+        let mut policies: BTreeMap<String, String> = BTreeMap::new();
+        for origin in [Origin::Adopted, Origin::Nats, Origin::File] {
+            for ((route, by), policy) in &self.declared {
+                if *by == origin {
+                    policies.insert(route.to_string(), named(policy));
+                }
+            }
+        }
+        for (route, policy) in &policies {
+            if policy.ends_with("true") {
+                pools.entry(route.clone()).or_default();
+            }
+        }
+        let policy = |route| policies.get(route).map_or("", String::as_str);
         let mut lines: Vec<String> = pools
             .iter()
-            .map(|(route, backends)| format!("{route} {}", backends.join(" ")))
+            .map(|(route, backends)| format!("{route} {}{}", backends.join(" "), policy(route)))
             .collect();
         lines.sort();
         lines
@@ -629,6 +863,16 @@ enum Step {
         address: u8,
         healthy: bool,
     },
+    Declare {
+        route: usize,
+        origin: Origin,
+        attempts: usize,
+        redirects: bool,
+    },
+    Withdraw {
+        route: usize,
+        origin: Origin,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -646,22 +890,36 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0u32..40).prop_map(|ticks| Step::Wait { ticks }),
         1 => any::<bool>().prop_map(|connected| Step::Connected { connected }),
         1 => (1u8..5, any::<bool>()).prop_map(|(address, healthy)| Step::Health { address, healthy }),
+        3 => (0..HTTP_ROUTES, declarer(), 1usize..3, any::<bool>()).prop_map(
+            |(route, origin, attempts, redirects)| Step::Declare { route, origin, attempts, redirects }),
+        2 => (0..HTTP_ROUTES, declarer())
+            .prop_map(|(route, origin)| Step::Withdraw { route, origin }),
     ]
 }
 
-const ROUTES: [&str; 6] = [
+fn declarer() -> impl Strategy<Value = Origin> {
+    prop_oneof![Just(Origin::Nats), Just(Origin::File)]
+}
+
+/// Those that requests can have come first.
+const ROUTES: [&str; 8] = [
     "a.x",
+    "GET a.x",
     "a.x/p",
+    "PUT a.x/p",
     "a.x/p/q",
     "*.x",
     "tcp/192.0.2.1:80",
     "udp/192.0.2.1:80",
 ];
+const HTTP_ROUTES: usize = 6;
 
 fn route(index: usize) -> RouteKey {
-    match ROUTES[index].parse() {
-        Ok(vip) => RouteKey::Vip(vip),
-        Err(_) => RouteKey::Http(crate::route::wire::parse_uri(ROUTES[index]).unwrap()),
+    let uri = |uri| RouteKey::Http(crate::route::wire::parse_uri(uri).unwrap());
+    match (ROUTES[index].parse(), ROUTES[index].split_once(' ')) {
+        (Ok(vip), _) => RouteKey::Vip(vip),
+        (Err(_), Some((method, text))) => only(method, &uri(text)),
+        (Err(_), None) => uri(ROUTES[index]),
     }
 }
 
@@ -710,6 +968,16 @@ proptest! {
                     model.set_connected(connected, now);
                     table.set_connected(Origin::Nats, connected, now);
                     change
+                }
+                Step::Declare { route: index, origin, attempts, redirects } => {
+                    let (route, policy) = (route(index), policy(origin, attempts, redirects));
+                    model.declared.insert((route.clone(), origin), Arc::clone(&policy));
+                    table.apply(declare(&route, &policy), now)
+                }
+                Step::Withdraw { route: index, origin } => {
+                    let route = route(index);
+                    model.declared.remove(&(route.clone(), origin));
+                    table.apply(withdraw(&route, origin), now)
                 }
                 Step::Health { address, healthy } => {
                     table.set_health(format!("10.0.0.{address}:80").parse().unwrap(), healthy);

@@ -75,6 +75,33 @@ fn every_field_is_read() {
 }
 
 #[test]
+fn hashing_is_by_a_header_and_bounded_by_a_number_or_a_string_of_one() {
+    for (balance, percent) in [
+        ("null", None),
+        ("0", None),
+        (r#""""#, None),
+        (r#""0""#, None),
+        ("1.1", Some(110)),
+        (r#""1.25""#, Some(125)),
+        ("10", Some(1000)),
+    ] {
+        let registration = accepted(&format!(
+            r#"{{"host":"10.0.0.1","port":80,"uris":["a"],"options":
+                {{"loadbalancing":"hash","hash_header":"X-User","Hash_Balance":{balance}}}}}"#
+        ));
+        let wanted = HashKey {
+            of: HashOf::Header("x-user".into()),
+            balance_percent: percent,
+        };
+        assert_eq!(
+            registration.balance,
+            Some(Balance::Hash(Arc::new(wanted))),
+            "{balance}"
+        );
+    }
+}
+
+#[test]
 fn the_shortest_message_gets_the_defaults() {
     let registration = accepted(r#"{"host":"10.0.0.1","port":80,"uris":["a"]}"#);
     assert_eq!(registration.backend.weight, DEFAULT_WEIGHT);
@@ -241,6 +268,22 @@ fn a_bad_message_is_refused_by_the_name_of_its_field() {
             r#"{"host":"10.0.0.1","port":80,"uris":["a"],"route_service_url":"http://x"}"#,
             Reason::RouteServiceUrl,
             "route_service_url",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"options":{"loadbalancing":"hash"}}"#,
+            Reason::Options,
+            "options.hash_header",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],
+                "options":{"loadbalancing":"hash","hash_header":"x","hash_balance":1.05}}"#,
+            Reason::Options,
+            "options.hash_balance",
+        ),
+        (
+            r#"{"host":"10.0.0.1","port":80,"uris":["a"],"options":{"hash_balance":"much"}}"#,
+            Reason::Type,
+            "options",
         ),
     ] {
         refused(json.as_bytes(), reason, part);

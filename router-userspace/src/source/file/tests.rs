@@ -5,6 +5,7 @@ use tokio::sync::{mpsc, watch};
 use super::*;
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::route::{Balance, HttpProtocol};
 
 fn ranges() -> Vec<IpNet> {
     vec!["192.0.2.0/24".parse().unwrap()]
@@ -26,7 +27,10 @@ fn a_route_has_every_property_of_a_registration() {
         [[route.backend]]
         address = "[2001:db8::1]:80"
     "#;
-    let registrations = parse(text, &ranges()).unwrap();
+    let Announcement {
+        registrations,
+        declarations,
+    } = parse(text, &ranges()).unwrap();
     assert_eq!(registrations.len(), 2);
     let routes: Vec<String> = registrations[0]
         .routes
@@ -40,7 +44,11 @@ fn a_route_has_every_property_of_a_registration() {
         backend.tls.as_ref().unwrap().server_name.as_deref(),
         Some("san")
     );
-    assert_eq!(registrations[0].balance, Some(Balance::LeastConnections));
+    let declared: Vec<String> = declarations.iter().map(|d| d.route.to_string()).collect();
+    assert_eq!(declared, ["a.x/p", "*.x"]);
+    let policy = &declarations[0].policy;
+    assert_eq!(policy.balance, Some(Balance::LeastConnections));
+    assert_eq!(policy.route_service_url.as_deref(), Some("https://r"));
     assert_eq!(
         (
             registrations[1].backend.weight,
@@ -64,7 +72,7 @@ fn a_mistake_is_named_by_line_and_key() {
         ),
         (
             format!("[[route]]\n\nvips = [\"tcp/10.0.0.1:80\"]\n{backend}"),
-            ["line 3", "vips[0]"],
+            ["line 1", "vips[0]"],
         ),
         (format!("[[route]]\n{backend}"), ["route[0]", "neither"]),
         (
@@ -113,6 +121,8 @@ async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs(
     let mut next = async || match events.recv().await.unwrap() {
         Event::Route(RouteEvent::Register(registration)) => format!("+{}", registration.routes[0]),
         Event::Route(RouteEvent::Unregister(gone)) => format!("-{}", gone.routes[0]),
+        Event::Route(RouteEvent::Declare(declared)) => format!("declare {}", declared.route),
+        Event::Route(RouteEvent::Withdraw(gone)) => format!("withdraw {}", gone.route),
         event => panic!("{event:?}"),
     };
     let refused = async |count: u64| {
@@ -145,8 +155,8 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
     std::fs::write(&path, text(&["a.x", "b.x"])).unwrap();
     let mut known = Known::default();
     let first = look(&path, &mut known, &[]).await.unwrap().unwrap();
-    assert_eq!(first.len(), 2);
-    known.registrations = first;
+    assert_eq!(first.registrations.len(), 2);
+    known.content = first;
     assert!(look(&path, &mut known, &[]).await.is_none(), "nothing new");
     // Half of it is a good file too.
     std::fs::write(&path, text(&["a.x"])).unwrap();
@@ -154,7 +164,7 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
     std::fs::write(&path, text(&["a.x", "b.x", "c.x"])).unwrap();
     assert!(look(&path, &mut known, &[]).await.is_none());
     let rested = look(&path, &mut known, &[]).await.unwrap().unwrap();
-    assert_eq!(rested.len(), 3);
+    assert_eq!(rested.registrations.len(), 3);
     std::fs::remove_file(&path).unwrap();
     for _ in 0..2 {
         let error = look(&path, &mut known, &[]).await.unwrap().unwrap_err();
@@ -163,4 +173,92 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
             "it is tried again"
         );
     }
+}
+
+/// The example of docs/routes.md.
+fn example() -> &'static str {
+    let (_, from) = include_str!("../../../../docs/routes.md")
+        .split_once("```toml\n")
+        .unwrap();
+    from.split_once("```").unwrap().0
+}
+
+#[test]
+fn the_documented_example_is_valid_and_has_every_key() {
+    let content = parse(example(), &ranges()).unwrap();
+    assert_eq!(content.registrations.len(), 5);
+    assert_eq!(content.declarations.len(), 5);
+    for key in [
+        "uris",
+        "vips",
+        "methods",
+        "headers",
+        "query",
+        "balance",
+        "hash",
+        "redirect",
+        "rewrite",
+        "request_headers",
+        "response_headers",
+        "timeouts",
+        "retries",
+        "limits",
+        "compression",
+        "zone",
+        "app",
+        "instance_id",
+        "instance_index",
+        "tls",
+        "protocol",
+        "weight",
+    ] {
+        assert!(
+            example().contains(&format!("{key} = "))
+                || example().contains(&format!("route.{key}]")),
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn routes_that_contradict_each_other_are_refused() {
+    let route = |asks: &str| format!("[[route]]\nuris = [\"a.x\"]\n{asks}\n");
+    let same = route("compression = true").repeat(2);
+    assert_eq!(parse(&same, &ranges()).unwrap().declarations.len(), 2);
+    let other = route("compression = true") + &route("balance = \"round-robin\"");
+    let error = parse(&other, &ranges()).unwrap_err().to_string();
+    assert!(
+        error.starts_with("line 4: route[1].uris: ") && error.contains("a.x"),
+        "{error}"
+    );
+}
+
+#[test]
+fn policies_come_before_their_backends_and_go_after_them() {
+    let announced = |text: &str| {
+        let content = parse(text, &ranges()).unwrap();
+        let known = Known {
+            content,
+            ..Known::default()
+        };
+        wanted(&BTreeMap::from([(PathBuf::from("routes.toml"), known)]))
+    };
+    let told = |from: &Announced, to: &Announced| -> Vec<String> {
+        let event = |event| match event {
+            RouteEvent::Register(new) => format!("+{}", new.routes[0]),
+            RouteEvent::Unregister(gone) => format!("-{}", gone.routes[0]),
+            RouteEvent::Declare(new) => format!("declare {}", new.route),
+            RouteEvent::Withdraw(gone) => format!("withdraw {}", gone.route),
+        };
+        differences(from, to).map(event).collect()
+    };
+    let backend = "backend = [{ address = \"10.0.0.1:80\" }]\n";
+    let route = format!("[[route]]\nuris = [\"a.x\"]\nmethods = [\"GET\"]\n{backend}");
+    let (none, plain) = (Announced::default(), announced(&route));
+    let asks = announced(&format!("{route}compression = true\n"));
+    assert_eq!(told(&none, &asks), ["declare a.x GET", "+a.x GET"]);
+    assert_eq!(told(&asks, &asks), [""; 0]);
+    assert_eq!(told(&asks, &plain), ["withdraw a.x GET"]);
+    assert_eq!(told(&plain, &asks), ["declare a.x GET"]);
+    assert_eq!(told(&asks, &none), ["-a.x GET", "withdraw a.x GET"]);
 }
