@@ -51,7 +51,11 @@ fn main() {
     let proxy = Proxy {
         backend: backend.clone(),
         h2c: protocol == "h2c",
-        scheme: if certificate.is_empty() { "http" } else { "https" },
+        scheme: if certificate.is_empty() {
+            "http"
+        } else {
+            "https"
+        },
         access_log,
         requests: AtomicU64::new(0),
     };
@@ -66,7 +70,10 @@ fn main() {
             // h2c by prior knowledge, beside HTTP/1.1.
             let mut options = HttpServerOptions::default();
             options.h2c = true;
-            service.app_logic_mut().expect("the service is new").server_options = Some(options);
+            service
+                .app_logic_mut()
+                .expect("the service is new")
+                .server_options = Some(options);
             service.add_tcp(listen);
         }
     }
@@ -108,10 +115,20 @@ impl ProxyHttp for Proxy {
 
     async fn logging(&self, session: &mut Session, _: Option<&Error>, _: &mut ()) {
         let Some(log) = &self.access_log else { return };
-        let status = session.response_written().map_or(0, |response| response.status.as_u16());
+        let status = session
+            .response_written()
+            .map_or(0, |response| response.status.as_u16());
         let request = session.req_header();
-        let header = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
-        let client = session.client_addr().map(ToString::to_string).unwrap_or_default();
+        let header = |name| {
+            request
+                .headers
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+        };
+        let client = session
+            .client_addr()
+            .map(ToString::to_string)
+            .unwrap_or_default();
         let mut log = log.lock().expect("no writer panics");
         let _ = writeln!(
             log,

@@ -185,7 +185,12 @@ mod tests {
     #[test]
     fn ours_are_compared_with_the_best_peer() {
         let mut report = Report::beside("l7", &["nginx", "haproxy"]);
-        for (who, sample) in [("viaduct", 9.0), ("nginx", 10.0), ("haproxy", 12.0), ("direct", 1.0)] {
+        for (who, sample) in [
+            ("viaduct", 9.0),
+            ("nginx", 10.0),
+            ("haproxy", 12.0),
+            ("direct", 1.0),
+        ] {
             report.add("get", who, "cpu_us_per_request", sample);
             report.add("get", who, "requests_per_s", sample);
         }

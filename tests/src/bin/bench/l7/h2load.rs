@@ -69,7 +69,7 @@ impl Client<'_> {
         let mut h2load = self.command;
         h2load.args(["-t1", &format!("--connect-to={address}")]);
         if self.once {
-            h2load.args(["-n1", "-c1", "-m1"]);
+            h2load.args(["-n1", "-c1", "-m1", "-N5s"]);
         } else {
             h2load.args([
                 format!("-D{}", BURST.as_secs()),

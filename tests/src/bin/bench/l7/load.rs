@@ -87,7 +87,11 @@ fn saturate(site: &Site, row: &Row, address: SocketAddr) -> anyhow::Result<Serve
         Load::NewConnection if tls => {
             let target = target(site, row, address)?;
             let measured = site.run(Role::Client, || client::run(&target, None))?;
-            ensure!(measured.errors == 0.0, "{} handshakes failed", measured.errors);
+            ensure!(
+                measured.errors == 0.0,
+                "{} handshakes failed",
+                measured.errors
+            );
             Ok(Served {
                 count: measured.requests,
                 per_s: measured.requests_per_s,
@@ -132,7 +136,13 @@ fn saturate_by_wrk(site: &Site, row: &Row, address: SocketAddr) -> anyhow::Resul
         Request::Small | Request::Get16k | Request::Get1m => None,
     };
     let command = site.command(Role::Client, "wrk");
-    let measured = wrk::run(command, address, request.path(), &headers, script.as_deref())?;
+    let measured = wrk::run(
+        command,
+        address,
+        request.path(),
+        &headers,
+        script.as_deref(),
+    )?;
     Ok(Served {
         count: measured.requests,
         per_s: measured.requests_per_s,

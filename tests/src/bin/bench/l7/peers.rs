@@ -18,11 +18,14 @@ use clap::ValueEnum;
 use router_tests::process::Process;
 
 use crate::l7::backend;
-use crate::l7::rows::{Front, Load, Row};
+use crate::l7::rows::{Front, IDLE_CONNECTIONS, Load, Row};
 use crate::l7::site::{Site, local};
 
 /// Connections to the backend that a peer may keep, where it asks for a number.
 const KEPT_CONNECTIONS: usize = 512;
+
+/// Connections of clients, where a peer asks for a number: the idle ones, and some.
+const CLIENT_CONNECTIONS: usize = IDLE_CONNECTIONS + 1000;
 
 /// What the gateway's figures are compared with: the contenders that are proxies, and not ours.
 pub(crate) const PROXIES: &[&str] = &["nginx", "haproxy", "envoy", "sozu", "pingora"];
@@ -104,7 +107,9 @@ impl Peer {
         };
         let path = std::env::var_os("PATH").unwrap_or_default();
         let folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
-        folders.map(|folder| folder.join(program)).any(|file| Path::is_file(&file))
+        folders
+            .map(|folder| folder.join(program))
+            .any(|file| Path::is_file(&file))
     }
 
     /// Starts it for a row; it may not serve yet.

@@ -34,7 +34,10 @@ pub(crate) fn measure(address: SocketAddr) -> anyhow::Result<Measured> {
     let start = Instant::now();
     while start.elapsed() < BURST {
         let sent = Instant::now();
-        tunnel.get_mut().write_all(&frame).context("send a message")?;
+        tunnel
+            .get_mut()
+            .write_all(&frame)
+            .context("send a message")?;
         tunnel.read_exact(&mut answer).context("read a message")?;
         ensure!(answer == frame, "the echo differs");
         times.push(sent.elapsed().as_secs_f64() * 1e6);

@@ -88,7 +88,9 @@ impl Connection {
         while self.sent < request.len() {
             match stream.write(&request[self.sent..]) {
                 Ok(length) => self.sent += length,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Pending),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Ok(Progress::Pending);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -105,7 +107,9 @@ impl Connection {
                         return Ok(Progress::Answered);
                     }
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Pending),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Ok(Progress::Pending);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -207,7 +211,11 @@ mod tests {
             assert!(answer.take(&whole[cut..]).unwrap());
         }
         let mut answer = Answer::Head(Vec::new());
-        assert!(answer.take(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap());
+        assert!(
+            answer
+                .take(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                .unwrap()
+        );
     }
 
     #[test]

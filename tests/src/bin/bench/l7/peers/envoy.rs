@@ -48,7 +48,13 @@ pub(crate) fn start(site: &Site, row: &Row) -> anyhow::Result<Process> {
         },
     });
     let mut command = site.command(Role::Proxy, "envoy");
-    command.args(["--concurrency", "1", "--log-level", "error", "--disable-hot-restart"]);
+    command.args([
+        "--concurrency",
+        "1",
+        "--log-level",
+        "error",
+        "--disable-hot-restart",
+    ]);
     // It tells JSON by the file's name.
     let path = site.path("envoy.json");
     std::fs::write(&path, config.to_string())?;
@@ -68,7 +74,8 @@ fn connection_manager(site: &Site, row: &Row) -> Value {
         false => json!([]),
     };
     let host = json!({"header": {"key": "x-forwarded-host", "value": "%REQ(:AUTHORITY)%"}});
-    let route = json!({"match": {"prefix": "/"}, "route": {"cluster": "backends", "timeout": "0s"}});
+    let route =
+        json!({"match": {"prefix": "/"}, "route": {"cluster": "backends", "timeout": "0s"}});
     json!({
         "@type": "type.googleapis.com/\
                   envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",

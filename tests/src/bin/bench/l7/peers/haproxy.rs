@@ -3,7 +3,7 @@
 use router_tests::process::Process;
 
 use crate::l7::backend;
-use crate::l7::peers::Peer;
+use crate::l7::peers::{CLIENT_CONNECTIONS, Peer};
 use crate::l7::rows::{Back, Front, Row};
 use crate::l7::site::{Role, Site};
 
@@ -23,13 +23,17 @@ pub(crate) fn start(site: &Site, row: &Row) -> anyhow::Result<Process> {
     };
     let (target, access_log) = match row.access_log {
         // Standard output is a file.
-        true => ("log stdout format raw daemon", "log global\n option httplog"),
+        true => (
+            "log stdout format raw daemon",
+            "log global\n option httplog",
+        ),
         false => ("", ""),
     };
     let config = format!(
         "global
              nbthread 1
-             maxconn 20000
+             maxconn {CLIENT_CONNECTIONS}
+             no strict-limits
              tune.h2.max-concurrent-streams 256
              {target}
          defaults

@@ -9,7 +9,8 @@ use crate::l7::site::{Role, Site};
 
 pub(crate) fn start(site: &Site, row: &Row) -> anyhow::Result<Process> {
     let backend = backend::address(row.back);
-    let upstream = format!("upstream backend {{ server {backend}; keepalive {KEPT_CONNECTIONS}; }}");
+    let upstream =
+        format!("upstream backend {{ server {backend}; keepalive {KEPT_CONNECTIONS}; }}");
     let address = Peer::Nginx.address(row.front);
     let listen = match row.front {
         Front::Http => format!("listen {address} backlog=4096;"),

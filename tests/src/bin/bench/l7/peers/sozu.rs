@@ -3,7 +3,7 @@
 use router_tests::process::Process;
 
 use crate::l7::backend;
-use crate::l7::peers::Peer;
+use crate::l7::peers::{CLIENT_CONNECTIONS, Peer};
 use crate::l7::rows::{Back, Front, Row};
 use crate::l7::site::{HOST, Role, Site};
 
@@ -21,7 +21,10 @@ pub(crate) fn start(site: &Site, row: &Row) -> anyhow::Result<Process> {
         ),
     };
     let access_log = match row.access_log {
-        true => format!("access_logs_target = \"file://{}\"", site.path("sozu-access.log").display()),
+        true => format!(
+            "access_logs_target = \"file://{}\"",
+            site.path("sozu-access.log").display()
+        ),
         // No level of its own: they are of level info.
         false => String::new(),
     };
@@ -30,8 +33,8 @@ pub(crate) fn start(site: &Site, row: &Row) -> anyhow::Result<Process> {
         "command_socket = {:?}
          worker_count = 1
          worker_automatic_restart = false
-         max_connections = 20000
-         max_buffers = 20000
+         max_connections = {CLIENT_CONNECTIONS}
+         max_buffers = {CLIENT_CONNECTIONS}
          log_level = \"{log_level}\"
          log_target = \"stdout\"
          {access_log}

@@ -25,7 +25,12 @@ pub(crate) fn start(site: &Site, row: &Row, peer: Peer) -> anyhow::Result<Proces
         .context("start viaduct check")?;
     if !check.status.success() {
         let message = String::from_utf8_lossy(&check.stderr);
-        let line = |text: &str| text.lines().filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+        let line = |text: &str| {
+            text.lines()
+                .filter(|line| !line.is_empty())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
         bail!("the configuration is refused: {}", line(&message));
     }
     let mut command = site.command(Role::Proxy, agent()?);
@@ -48,7 +53,10 @@ fn write_config(site: &Site, row: &Row, peer: Peer) -> anyhow::Result<PathBuf> {
         ),
     };
     let access_log = match row.access_log {
-        true => format!("http.access_log = {{ path = {:?}, format = \"json\" }}", path("access.log")),
+        true => format!(
+            "http.access_log = {{ path = {:?}, format = \"json\" }}",
+            path("access.log")
+        ),
         false => String::new(),
     };
     let text = format!(
