@@ -98,7 +98,8 @@ impl Client<'_> {
             parse(&text).with_context(|| format!("unknown output of h2load:\n{text}"))?;
         ensure!(
             failed == 0.0 && measured.requests > 0.0,
-            "requests to {address} failed:\n{text}"
+            "requests failed: {}",
+            outcome(&text)
         );
         Ok(measured)
     }
@@ -125,6 +126,13 @@ fn parse(text: &str) -> Option<(Measured, f64)> {
         p99: f64::NAN,
     };
     Some((measured, failed))
+}
+
+/// How the requests went.
+fn outcome(text: &str) -> String {
+    let lines = ["requests: ", "status codes: "]
+        .map(|start| text.lines().find(|line| line.starts_with(start)));
+    lines.map(Option::unwrap_or_default).join(", ")
 }
 
 /// Start, status and microseconds, with tabs between.

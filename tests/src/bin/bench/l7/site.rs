@@ -126,7 +126,9 @@ impl Site {
 /// Lets this process and what it starts open [`OPEN_FILES`], where they may open fewer.
 fn allow_open_files() -> anyhow::Result<()> {
     let limits = fs::read_to_string("/proc/self/limits").context("read the own limits")?;
-    let open_files = limits.lines().find(|line| line.starts_with("Max open files"));
+    let open_files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
     let soft = open_files.and_then(|line| line.split_whitespace().nth(3)?.parse::<u32>().ok());
     if soft.is_some_and(|soft| soft >= OPEN_FILES) {
         return Ok(());

@@ -25,13 +25,12 @@ pub(crate) fn start(site: &Site, row: &Row, peer: Peer) -> anyhow::Result<Proces
         .context("start viaduct check")?;
     if !check.status.success() {
         let message = String::from_utf8_lossy(&check.stderr);
-        let line = |text: &str| {
-            text.lines()
-                .filter(|line| !line.is_empty())
-                .collect::<Vec<_>>()
-                .join(" ")
-        };
-        bail!("the configuration is refused: {}", line(&message));
+        // Before it the lines of the file are shown.
+        let reason = message.lines().rfind(|line| !line.trim().is_empty());
+        bail!(
+            "the configuration is refused: {}",
+            reason.unwrap_or_default()
+        );
     }
     let mut command = site.command(Role::Proxy, agent()?);
     command.args(["run", "--config"]).arg(&path);
