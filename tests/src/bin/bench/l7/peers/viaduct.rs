@@ -25,12 +25,7 @@ pub(crate) fn start(site: &Site, row: &Row, peer: Peer) -> anyhow::Result<Proces
         .context("start viaduct check")?;
     if !check.status.success() {
         let message = String::from_utf8_lossy(&check.stderr);
-        // Before it the lines of the file are shown.
-        let reason = message.lines().rfind(|line| !line.trim().is_empty());
-        bail!(
-            "the configuration is refused: {}",
-            reason.unwrap_or_default()
-        );
+        bail!("the configuration is refused: {}", message.trim());
     }
     let mut command = site.command(Role::Proxy, agent()?);
     command.args(["run", "--config"]).arg(&path);
