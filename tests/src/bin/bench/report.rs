@@ -97,7 +97,10 @@ impl Report {
             false => of(a).total_cmp(&of(b)),
         };
         let best = self.figures.iter().filter(same).min_by(better)?;
-        Some(format!("{:.2} of {}", of(ours) / of(best), best.who))
+        let ratio = of(ours) / of(best);
+        ratio
+            .is_finite()
+            .then(|| format!("{ratio:.2} of {}", best.who))
     }
 
     /// The same for people, with each figure relative to viaduct's of the same row and metric, and
@@ -114,7 +117,12 @@ impl Report {
             };
             let ratio = match self.figures.iter().find(ours) {
                 Some(ours) if figure.who != "viaduct" => {
-                    format!("{:.2}x", median(&sorted) / median(&ours.sorted()))
+                    let ratio = median(&sorted) / median(&ours.sorted());
+                    // Of nothing there is no ratio.
+                    match ratio.is_finite() {
+                        true => format!("{ratio:.2}x"),
+                        false => String::new(),
+                    }
                 }
                 _ => self.best_peer(figure).unwrap_or_default(),
             };
