@@ -8,6 +8,7 @@
 mod cargo;
 mod dist;
 mod kernel;
+mod peers;
 mod setup;
 
 use std::ffi::OsString;
@@ -31,7 +32,8 @@ struct Cli {
 enum Command {
     /// Install what is missing: the eBPF toolchain, the test runner, the lab's tools
     Setup {
-        /// Also what the gateway is measured beside and by: nginx, HAProxy, nftables, wrk, iperf3
+        /// Also what the gateway is measured beside and by: nginx, HAProxy, Envoy, Sozu, Pingora,
+        /// nftables, wrk, h2load, iperf3
         #[arg(long)]
         bench: bool,
     },
@@ -59,15 +61,34 @@ enum Command {
     Bench {
         which: Option<String>,
         /// Of l4, only the rows whose names begin so
-        rows: Option<String>,
+        prefix: Option<String>,
         /// One JSON object a line instead of a table
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        l7: L7Options,
     },
     /// What has to pass before a change lands
     Ci,
     /// Pack the stripped binary, the systemd unit and an example configuration under target/dist
     Dist,
+}
+
+/// Passed on to the benchmark of layer 7.
+#[derive(clap::Args)]
+struct L7Options {
+    /// Of l7: rounds of each row
+    #[arg(long, value_name = "N")]
+    rounds: Option<String>,
+    /// Of l7: only these rows
+    #[arg(long, value_name = "A,B")]
+    rows: Option<String>,
+    /// Of l7: only these contenders
+    #[arg(long, value_name = "A,B")]
+    peers: Option<String>,
+    /// Of l7: count system calls as well
+    #[arg(long)]
+    syscalls: bool,
 }
 
 fn main() -> ExitCode {
@@ -84,7 +105,9 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Setup { bench: false } => setup::report(&[setup::BASE, setup::CI].concat()),
         Command::Setup { bench: true } => {
-            setup::report(&[setup::BASE, setup::CI, setup::BENCH].concat())
+            setup::report(&[setup::BASE, setup::CI, setup::BENCH].concat())?;
+            peers::offer(None);
+            Ok(())
         }
         Command::Build => build(),
         Command::Run { check, agent_args } if agent_args.is_empty() => lab(check),
@@ -103,7 +126,12 @@ fn run(command: Command) -> anyhow::Result<()> {
             kernel: Some(version),
             filter,
         } => kernel::test(&version, &filter),
-        Command::Bench { which, rows, json } => bench(which, rows, json),
+        Command::Bench {
+            which,
+            prefix,
+            json,
+            l7,
+        } => bench(which, prefix, json, &l7),
         Command::Ci => ci(),
         Command::Dist => {
             build()?;
@@ -157,18 +185,36 @@ fn test(filter: &[OsString]) -> anyhow::Result<()> {
     cargo::run(arguments)
 }
 
-fn bench(which: Option<String>, rows: Option<String>, json: bool) -> anyhow::Result<()> {
+fn bench(
+    which: Option<String>,
+    prefix: Option<String>,
+    json: bool,
+    l7: &L7Options,
+) -> anyhow::Result<()> {
     if which.as_deref() == Some("ipvs") {
         return kernel::bench_ipvs(json);
     }
     require_root("the benchmarks load XDP programs and make network namespaces")?;
     setup::ensure(&[setup::BASE, setup::BENCH].concat())?;
+    if which.as_deref().is_none_or(|which| which == "l7") {
+        peers::offer(l7.peers.as_deref());
+    }
     build_lab()?;
     let mut bench = std::process::Command::new(cargo::release("bench"));
-    bench.args(which).args(rows);
-    if json {
-        bench.arg("--json");
+    // Peers are among the workspace's own tools.
+    bench.env("PATH", cargo::path()).args(which).args(prefix);
+    let options = [
+        ("--rounds", &l7.rounds),
+        ("--rows", &l7.rows),
+        ("--peers", &l7.peers),
+    ];
+    for (option, value) in options {
+        if let Some(value) = value {
+            bench.args([option, value]);
+        }
     }
+    let flags = [("--json", json), ("--syscalls", l7.syscalls)];
+    bench.args(flags.iter().filter(|(_, set)| *set).map(|(flag, _)| flag));
     Err(bench.exec()).context("start the benchmarks")
 }
 

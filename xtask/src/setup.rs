@@ -125,6 +125,20 @@ pub(crate) const BENCH: &[Item] = &[
         install: None,
     },
     Item {
+        name: "h2load",
+        purpose: "makes requests of HTTP/2 and over TLS",
+        find: || on_path("h2load"),
+        packages: &["nghttp2-client"],
+        install: None,
+    },
+    Item {
+        name: "strace",
+        purpose: "counts system calls",
+        find: || on_path("strace"),
+        packages: &["strace"],
+        install: None,
+    },
+    Item {
         name: "iperf3",
         purpose: "fills the path through the gateway",
         find: || on_path("iperf3"),
@@ -159,17 +173,17 @@ const SERVICES: &[(&str, &str)] = &[
 /// One thing to find or install.
 #[derive(Clone, Copy)]
 pub(crate) struct Item {
-    name: &'static str,
-    purpose: &'static str,
+    pub(crate) name: &'static str,
+    pub(crate) purpose: &'static str,
     /// Says what was found.
-    find: fn() -> Option<String>,
-    packages: &'static [&'static str],
-    install: Option<Install>,
+    pub(crate) find: fn() -> Option<String>,
+    pub(crate) packages: &'static [&'static str],
+    pub(crate) install: Option<Install>,
 }
 
 /// Where what no package brings comes from.
 #[derive(Clone, Copy)]
-enum Install {
+pub(crate) enum Install {
     Crate {
         package: &'static str,
         version: &'static str,
@@ -177,6 +191,8 @@ enum Install {
     },
     /// Of the toolchain, by rustup.
     Component(&'static str),
+    /// In a way of its own.
+    By(fn() -> anyhow::Result<()>),
 }
 
 /// Installs what is missing of `items`, and says nothing when nothing is.
@@ -216,6 +232,10 @@ pub(crate) fn ensure(items: &[Item]) -> anyhow::Result<()> {
                 let mut rustup = Command::new("rustup");
                 rustup.args(["component", "add", name]);
                 rustup
+            }
+            Install::By(install) => {
+                install()?;
+                continue;
             }
         };
         eprintln!("setup: {}", cargo::display(&command));

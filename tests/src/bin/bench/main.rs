@@ -29,10 +29,12 @@ struct Cli {
     which: Option<Bench>,
     /// Of l4, only the rows whose names begin so
     #[arg(default_value = "")]
-    rows: String,
+    prefix: String,
     /// One JSON object a line instead of a table
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    l7: l7::Options,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -41,7 +43,7 @@ enum Bench {
     L4,
     /// TCP through the gateway, beside nftables and plain routing
     Path,
-    /// The proxy beside nginx and HAProxy
+    /// The proxy beside nginx, HAProxy, Envoy, Sozu and Pingora
     L7,
     /// Clients on the gateway's own host, which dial a VIP, beside dialing its backend
     Local,
@@ -63,9 +65,9 @@ fn main() -> ExitCode {
     let chosen = cli.which.map_or(all, |bench| vec![bench]);
     for bench in chosen {
         let measured = match bench {
-            Bench::L4 => l4::measure(&cli.rows),
+            Bench::L4 => l4::measure(&cli.prefix),
             Bench::Path => path::measure(),
-            Bench::L7 => l7::measure(),
+            Bench::L7 => l7::measure(&cli.l7),
             Bench::Local => local::measure(),
             Bench::Routes => routes::measure(),
             Bench::Ipvs => ipvs::measure(),

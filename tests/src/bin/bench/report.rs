@@ -7,6 +7,8 @@ use serde::Serialize;
 /// The figures of one benchmark, in the order of their first sample.
 pub(crate) struct Report {
     bench: &'static str,
+    /// Whose best figure viaduct's are compared with.
+    peers: &'static [&'static str],
     figures: Vec<Figure>,
 }
 
@@ -33,8 +35,14 @@ struct Figure {
 
 impl Report {
     pub(crate) fn new(bench: &'static str) -> Report {
+        Report::beside(bench, &[])
+    }
+
+    /// With viaduct's figures relative to the best of these.
+    pub(crate) fn beside(bench: &'static str, peers: &'static [&'static str]) -> Report {
         Report {
             bench,
+            peers,
             figures: Vec::new(),
         }
     }
@@ -74,10 +82,32 @@ impl Report {
         text
     }
 
-    /// The same for people, with each figure relative to viaduct's of the same row and metric.
+    /// Viaduct's figure relative to the best peer's of the same row and metric, and who that is.
+    fn best_peer(&self, ours: &Figure) -> Option<String> {
+        if ours.who != "viaduct" {
+            return None;
+        }
+        let same = |f: &&Figure| {
+            f.row == ours.row && f.metric == ours.metric && self.peers.contains(&f.who)
+        };
+        let of = |figure: &Figure| median(&figure.sorted());
+        // Of rates more is better, of all else less.
+        let better = |a: &&Figure, b: &&Figure| match ours.metric.ends_with("_per_s") {
+            true => of(b).total_cmp(&of(a)),
+            false => of(a).total_cmp(&of(b)),
+        };
+        let best = self.figures.iter().filter(same).min_by(better)?;
+        let ratio = of(ours) / of(best);
+        ratio
+            .is_finite()
+            .then(|| format!("{ratio:.2} of {}", best.who))
+    }
+
+    /// The same for people, with each figure relative to viaduct's of the same row and metric, and
+    /// viaduct's to the best peer's.
     pub(crate) fn table(&self) -> String {
         let mut text = format!(
-            "{:<8} {:<21} {:<9} {:<24} {:>11} {:>11} {:>11} {:>6} {:>10}\n",
+            "{:<8} {:<21} {:<12} {:<24} {:>11} {:>11} {:>11} {:>6} {:>15}\n",
             "bench", "row", "who", "metric", "median", "min", "max", "rounds", "vs viaduct"
         );
         for figure in &self.figures {
@@ -87,13 +117,18 @@ impl Report {
             };
             let ratio = match self.figures.iter().find(ours) {
                 Some(ours) if figure.who != "viaduct" => {
-                    format!("{:.2}x", median(&sorted) / median(&ours.sorted()))
+                    let ratio = median(&sorted) / median(&ours.sorted());
+                    // Of nothing there is no ratio.
+                    match ratio.is_finite() {
+                        true => format!("{ratio:.2}x"),
+                        false => String::new(),
+                    }
                 }
-                _ => String::new(),
+                _ => self.best_peer(figure).unwrap_or_default(),
             };
             let _ = writeln!(
                 text,
-                "{:<8} {:<21} {:<9} {:<24} {:>11.2} {:>11.2} {:>11.2} {:>6} {:>10}",
+                "{:<8} {:<21} {:<12} {:<24} {:>11.2} {:>11.2} {:>11.2} {:>6} {:>15}",
                 self.bench,
                 figure.row,
                 figure.who,
@@ -153,6 +188,23 @@ mod tests {
             "\n"
         );
         assert_eq!(report.json(), wanted);
+    }
+
+    #[test]
+    fn ours_are_compared_with_the_best_peer() {
+        let mut report = Report::beside("l7", &["nginx", "haproxy"]);
+        for (who, sample) in [
+            ("viaduct", 9.0),
+            ("nginx", 10.0),
+            ("haproxy", 12.0),
+            ("direct", 1.0),
+        ] {
+            report.add("get", who, "cpu_us_per_request", sample);
+            report.add("get", who, "requests_per_s", sample);
+        }
+        let table = report.table();
+        assert!(table.contains("0.90 of nginx"), "{table}");
+        assert!(table.contains("0.75 of haproxy"), "{table}");
     }
 
     #[test]
