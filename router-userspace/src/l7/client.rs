@@ -135,6 +135,8 @@ pub(super) struct Progress {
     /// The request's body has not all been read, whatever the phase.
     body_is_open: Cell<bool>,
     expired: Cell<bool>,
+    /// Something waits to be written to the client.
+    stalled: Cell<bool>,
     /// The stream is to be reset.
     cut: Cell<bool>,
     /// Wakes the task of the stream; HTTP/1 has one task, which looks by itself.
@@ -181,6 +183,7 @@ impl Progress {
             waits_for_client: Cell::new(false),
             body_is_open: Cell::new(false),
             expired: Cell::new(false),
+            stalled: Cell::new(false),
             cut: Cell::new(false),
             waker: RefCell::default(),
             own_response_headers: Cell::new(None),
@@ -315,6 +318,15 @@ impl Progress {
         if self.phase.get() == Phase::Responding {
             self.since.set(self.worker.now());
         }
+    }
+
+    pub(super) fn set_stalled(&self, stalled: bool) {
+        self.stalled.set(stalled);
+    }
+
+    /// Whether there has been no request for that long, and the last one is done with.
+    pub(super) fn is_quiet(&self, now: Instant, since: Duration) -> bool {
+        self.phase.get() == Phase::Idle && !self.stalled.get() && now >= self.since.get() + since
     }
 
     /// When the phase has lasted too long, if it lasts.

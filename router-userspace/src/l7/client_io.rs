@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
+use bytes::Bytes;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -16,6 +17,8 @@ const SMALL_WRITE_BYTES: usize = 4096;
 
 pub(super) struct ClientIo {
     stream: ClientStream,
+    /// What has been read before, and is to be read again.
+    read_ahead: Bytes,
     client: Rc<Client>,
     /// Of HTTP/1, where bytes are of one request at a time.
     progress: Option<Rc<Progress>>,
@@ -29,6 +32,7 @@ impl ClientIo {
     ) -> ClientIo {
         ClientIo {
             stream,
+            read_ahead: Bytes::new(),
             client: Rc::clone(client),
             progress: Some(Rc::clone(progress)),
         }
@@ -39,8 +43,29 @@ impl ClientIo {
         self.progress = None;
     }
 
+    /// The stream as it was before `bytes` were read.
+    pub(super) fn rewound(mut self, bytes: Bytes) -> ClientIo {
+        self.read_ahead = bytes;
+        self
+    }
+
+    /// Waits until there is something to read, or an error to be had.
+    pub(super) async fn readable(&self) {
+        if self.read_ahead.is_empty() {
+            let _ = self.stream.tcp().readable().await;
+        }
+    }
+
     pub(super) fn socket(&self) -> SockRef<'_> {
         self.stream.socket()
+    }
+
+    /// Whether hyper holds something that the client does not take: a write that waits.
+    fn noting_stalls<T>(&self, polled: Poll<T>) -> Poll<T> {
+        if let Some(progress) = &self.progress {
+            progress.set_stalled(polled.is_pending());
+        }
+        polled
     }
 
     fn on_read(&self, len: usize) {
@@ -67,6 +92,11 @@ impl AsyncRead for ClientIo {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if !this.read_ahead.is_empty() {
+            let len = this.read_ahead.len().min(buffer.remaining());
+            buffer.put_slice(&this.read_ahead.split_to(len));
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
         this.on_read(buffer.filled().len() - before);
@@ -81,7 +111,8 @@ impl AsyncWrite for ClientIo {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let len = ready!(Pin::new(&mut this.stream).poll_write(cx, bytes))?;
+        let written = Pin::new(&mut this.stream).poll_write(cx, bytes);
+        let len = ready!(this.noting_stalls(written))?;
         this.on_write(len);
         Poll::Ready(Ok(len))
     }
@@ -105,7 +136,7 @@ impl AsyncWrite for ClientIo {
         } else {
             stream.poll_write_vectored(cx, slices)
         };
-        let len = ready!(written)?;
+        let len = ready!(this.noting_stalls(written))?;
         this.on_write(len);
         Poll::Ready(Ok(len))
     }
@@ -115,7 +146,9 @@ impl AsyncWrite for ClientIo {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+        let this = self.get_mut();
+        let flushed = Pin::new(&mut this.stream).poll_flush(cx);
+        this.noting_stalls(flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

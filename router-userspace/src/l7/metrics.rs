@@ -82,6 +82,8 @@ pub struct L7Totals {
     pub errors: Vec<(&'static str, u64)>,
     pub requests_in_flight: u64,
     pub connections_open: u64,
+    /// Those of them that are between two requests and hold no buffers.
+    pub connections_quiet: u64,
     pub connections_accepted: u64,
     /// How often a worker stopped accepting because of `http.limits.connections`.
     pub connections_full: u64,
@@ -190,6 +192,7 @@ pub(super) struct WorkerMetrics {
     pub errors: [Counter; REASONS.len()],
     pub requests_in_flight: Counter,
     pub connections_open: Counter,
+    pub connections_quiet: Counter,
     pub connections_accepted: Counter,
     pub connections_full: Counter,
     pub accept_errors: Counter,
@@ -291,6 +294,7 @@ impl WorkerMetrics {
         totals.aborted += self.aborted.read();
         totals.requests_in_flight += self.requests_in_flight.read();
         totals.connections_open += self.connections_open.read();
+        totals.connections_quiet += self.connections_quiet.read();
         totals.connections_accepted += self.connections_accepted.read();
         totals.connections_full += self.connections_full.read();
         totals.accept_errors += self.accept_errors.read();

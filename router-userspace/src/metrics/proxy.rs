@@ -193,6 +193,11 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.connections_open,
         ),
         (
+            "viaduct_http_connections_quiet",
+            "Client connections between two requests that hold no buffers",
+            totals.connections_quiet,
+        ),
+        (
             "viaduct_http_upgrades_open",
             "Upgraded connections",
             totals.upgrades_open,

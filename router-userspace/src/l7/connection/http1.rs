@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use crate::config::HttpLimits;
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_io::ClientIo;
-use crate::l7::connection::{Ended, drive, look_at};
+use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
 
@@ -33,25 +33,31 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         builder.keep_alive(false);
     }
     let mut connection = builder.serve_connection(TokioIo::new(io), service);
+    client.look_by(worker.now() + PARK_AFTER);
     let ended = drive(
         client,
         pin!(&mut connection).as_mut(),
         drains,
         |mut connection| std::pin::Pin::new(&mut **connection).graceful_shutdown(),
-        |_, now| look_at(worker, progress, now),
+        |_, now| match look_at(worker, progress, now) {
+            Look::Again(_) if progress.is_quiet(now, PARK_AFTER) => Look::Park,
+            Look::Again(at) => Look::Again(at.min(now + PARK_AFTER)),
+            look => look,
+        },
     )
     .await;
     let parts = match ended {
-        None => return Ended::Expired,
-        Some(Ok(())) => connection.into_parts(),
-        Some(Err(error)) if error.is_parse_version_h2() => {
+        Err(Left::Expired) => return Ended::Expired,
+        Err(Left::Quiet) => {
             let parts = connection.into_parts();
-            return Ended::Http2 {
-                io: parts.io.into_inner(),
-                read_ahead: parts.read_buf,
-            };
+            return Ended::Quiet(parts.io.into_inner().rewound(parts.read_buf));
         }
-        Some(Err(error)) => {
+        Ok(Ok(())) => connection.into_parts(),
+        Ok(Err(error)) if error.is_parse_version_h2() => {
+            let parts = connection.into_parts();
+            return Ended::Http2(parts.io.into_inner().rewound(parts.read_buf));
+        }
+        Ok(Err(error)) => {
             if error.is_parse() {
                 worker.metrics.errors[UNPARSABLE].add(1);
             }

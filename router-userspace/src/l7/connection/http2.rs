@@ -5,18 +5,15 @@
 
 use std::cell::Cell;
 use std::future::Future;
-use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
 use http::Request;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use crate::config::HttpLimits;
@@ -36,7 +33,7 @@ const SEND_BUFFER_BYTES: usize = 128 * 1024;
 /// (CVE-2025-8671).
 const CLIENT_ERROR_RESETS: usize = 100;
 
-pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo, read_ahead: Bytes) {
+pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo) {
     let worker = &client.worker;
     io.forget_progress();
     worker.metrics.http2_connections.add(1);
@@ -51,7 +48,7 @@ pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo, read_ahead: Byt
     });
     let connection = worker
         .settings(|settings| server_builder(&settings.limits, tasks))
-        .serve_connection(TokioIo::new(Rewound { read_ahead, io }), service);
+        .serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let drains = worker.is_draining();
     if drains {
@@ -72,9 +69,9 @@ pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo, read_ahead: Byt
     )
     .await;
     match ended {
-        None => worker.metrics.connections_timed_out.add(1),
-        Some(Ok(())) => {}
-        Some(Err(error)) => {
+        Err(_) => worker.metrics.connections_timed_out.add(1),
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
             worker.metrics.http2_errors.add(1);
             tracing::debug!(peer = %client.peer, %error, "client connection of HTTP/2 ended");
         }
@@ -170,57 +167,5 @@ impl<F: Future<Output = ()>> Future for StreamTask<F> {
             }
         }
         future.as_mut().poll(cx)
-    }
-}
-
-/// A stream of which the first bytes have been read before.
-struct Rewound {
-    read_ahead: Bytes,
-    io: ClientIo,
-}
-
-impl AsyncRead for Rewound {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.read_ahead.is_empty() {
-            return Pin::new(&mut self.io).poll_read(cx, buffer);
-        }
-        let len = self.read_ahead.len().min(buffer.remaining());
-        buffer.put_slice(&self.read_ahead[..len]);
-        self.read_ahead.advance(len);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Rewound {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

@@ -16,6 +16,13 @@ pub(in crate::l7) enum ClientStream {
 }
 
 impl ClientStream {
+    pub(in crate::l7) fn tcp(&self) -> &TcpStream {
+        match self {
+            ClientStream::Tcp(stream) => stream,
+            ClientStream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
     pub(in crate::l7) fn socket(&self) -> SockRef<'_> {
         match self {
             ClientStream::Tcp(stream) => SockRef::from(stream),

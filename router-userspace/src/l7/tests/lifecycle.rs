@@ -160,3 +160,63 @@ async fn a_trusted_proxy_is_believed_after_a_reload() {
         "{head}"
     );
 }
+
+#[tokio::test]
+async fn a_quiet_connection_gives_its_buffers_back_and_serves_on() {
+    let backend = TestBackend::named("hello").await;
+    let gateway = Gateway::to([backend.address]);
+    let mut client = gateway.connect().await;
+    for _ in 0..2 {
+        gateway.totals(|totals| totals.connections_quiet == 1).await;
+        client.write_all(b"GET / HT").await.unwrap();
+        gateway.totals(|totals| totals.connections_quiet == 0).await;
+        client
+            .write_all(b"TP/1.1\r\nHost: a.com\r\n\r\n")
+            .await
+            .unwrap();
+        read_until(&mut client, "hello").await;
+    }
+    gateway.totals(|totals| totals.connections_quiet == 1).await;
+    drop(client);
+    gateway
+        .totals(|totals| totals.connections_open == 0 && totals.connections_quiet == 0)
+        .await;
+}
+
+#[tokio::test]
+async fn a_quiet_connection_is_closed_by_a_drain_and_by_its_timeout() {
+    let mut config = config();
+    config.timeouts.idle = Duration::from_secs(2);
+    let gateway = Gateway::with_config(Snapshot::default(), config);
+    let mut idle = gateway.connect().await;
+    gateway.totals(|totals| totals.connections_quiet == 1).await;
+    assert_eq!(read_to_end(&mut idle).await, "");
+    gateway
+        .totals(|totals| totals.connections_timed_out == 1)
+        .await;
+
+    let mut drained = gateway.connect().await;
+    gateway.totals(|totals| totals.connections_quiet == 1).await;
+    gateway.proxy.drain(PATIENCE).await;
+    assert_eq!(read_to_end(&mut drained).await, "");
+}
+
+/// A response that the client does not read is not forgotten with the buffers of its connection.
+#[tokio::test]
+async fn a_connection_that_is_owed_bytes_is_not_quiet() {
+    let body = "x".repeat(8 * 1024 * 1024);
+    let backend = TestBackend::answering({
+        let body = body.clone();
+        move |_| Response::new(full(body.clone()))
+    })
+    .await;
+    let gateway = Gateway::to([backend.address]);
+    let mut slow = gateway.connect().await;
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    slow.write_all(request).await.unwrap();
+    // Longer than connections need to become quiet, which one that came later shows.
+    let _other = gateway.connect().await;
+    gateway.totals(|totals| totals.connections_quiet == 1).await;
+    let response = read_to_end(&mut slow).await;
+    assert!(response.ends_with(&body));
+}
