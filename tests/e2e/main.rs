@@ -19,4 +19,5 @@ mod modes;
 mod restart;
 mod routes;
 mod seeing;
+mod sockmap;
 mod start;
