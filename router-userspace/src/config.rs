@@ -105,6 +105,9 @@ pub struct HttpConfig {
     /// Runtimes, each on a thread of its own; 0 is one per core.
     pub workers: usize,
     pub balance: HttpBalance,
+    /// Whether requests to backends on this host, and their responses, go from socket to socket, past
+    /// TCP. For backends that are trusted alone: see docs/sockmap.md.
+    pub sockmap: bool,
     /// Peers whose `X-Forwarded-*` are kept and extended; those of others are replaced.
     pub trusted_proxies: Vec<IpNet>,
     pub timeouts: HttpTimeouts,
@@ -269,6 +272,7 @@ impl Default for HttpConfig {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
             workers: 0,
             balance: HttpBalance::RoundRobin,
+            sockmap: false,
             trusted_proxies: Vec::new(),
             timeouts: HttpTimeouts::default(),
             limits: HttpLimits::default(),

@@ -40,6 +40,7 @@ mod listen;
 mod liveness;
 pub mod metrics;
 pub mod router;
+pub mod sockmap;
 mod tls;
 mod tunnel;
 mod validate;
@@ -138,6 +139,10 @@ impl Proxy {
             self.fixed.ca_file == wanted.ca_file,
             "http.backend_tls.ca_file {key}"
         );
+        ensure!(
+            self.fixed.sockmap == wanted.sockmap,
+            "http.sockmap {key}"
+        );
         Ok(())
     }
 
@@ -170,6 +175,7 @@ struct Fixed {
     listen: Vec<SocketAddr>,
     workers: usize,
     ca_file: Option<PathBuf>,
+    sockmap: bool,
 }
 
 impl Fixed {
@@ -178,6 +184,7 @@ impl Fixed {
             listen: config.listen.clone(),
             workers: config.workers,
             ca_file: config.backend_tls.ca_file.clone(),
+            sockmap: config.sockmap,
         }
     }
 }
@@ -188,6 +195,7 @@ struct Settings {
     limits: HttpLimits,
     trusted_proxies: Vec<IpNet>,
     balance: Balance,
+    sockmap: bool,
 }
 
 impl Settings {
@@ -196,6 +204,7 @@ impl Settings {
             timeouts: config.timeouts.clone(),
             limits: config.limits.clone(),
             trusted_proxies: config.trusted_proxies.clone(),
+            sockmap: config.sockmap,
             balance: match config.balance {
                 HttpBalance::RoundRobin => Balance::RoundRobin,
                 HttpBalance::LeastConnections => Balance::LeastConnections,

@@ -68,3 +68,16 @@ fn experiments() {
     });
     cgroup.leave().unwrap();
 }
+
+#[test]
+fn script() {
+    let Ok(script) = std::env::var("SOCKSCRIPT") else { return };
+    let cgroup = Cgroup::create().unwrap();
+    let ns = Netns::create(&format!("sockscr{}", std::process::id())).unwrap();
+    ns.ip(&["link set lo up"]).unwrap();
+    let sockmap = Sockmap::attach(cgroup.path(), 3).unwrap();
+    cgroup.enter().unwrap();
+    let status = ns.command("python3").arg("-u").arg(script).status().unwrap();
+    eprintln!("{status:?} counts {:?}", sockmap.counts().unwrap());
+    cgroup.leave().unwrap();
+}

@@ -22,7 +22,7 @@ use nix::errno::Errno;
 use rand::Rng;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
@@ -32,6 +32,7 @@ use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, BackendTimeout, Failure, GatewayFailure};
 use crate::l7::liveness;
 use crate::l7::metrics::BackendCounters;
+use crate::l7::sockmap;
 use crate::l7::tls::BackendTlsClient;
 use crate::l7::worker::Worker;
 use crate::route::{Backend, BackendTls, Pool};
@@ -121,6 +122,8 @@ pub(super) struct Connection {
     pub upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
     /// It has carried a request before, so the backend may be closing it at this moment.
     pub reused: bool,
+    /// It may pass TCP by, and takes only requests that may.
+    sockmap: bool,
 }
 
 /// A backend connection after its 101: no longer HTTP.
@@ -172,10 +175,17 @@ impl BackendState {
         self.counters.failures.add(1);
     }
 
-    fn take_idle(&self, now: Instant, backend_idle: Duration) -> Option<Connection> {
+    fn take_idle(
+        &self,
+        now: Instant,
+        backend_idle: Duration,
+        past_tcp: bool,
+    ) -> Option<Connection> {
         let mut idle = self.idle.borrow_mut();
         let mut found = None;
-        while let Some(IdleConnection { connection, since }) = idle.pop() {
+        let suits = |idle: &IdleConnection| past_tcp || !idle.connection.sockmap;
+        while let Some(at) = idle.iter().rposition(suits) {
+            let IdleConnection { connection, since } = idle.remove(at);
             if connection.sender.is_ready() && now.duration_since(since) < backend_idle {
                 found = Some(connection);
                 break;
@@ -237,25 +247,27 @@ impl Lease {
         &self.target().backend
     }
 
-    /// A kept-alive connection unless `fresh`, else a new one.
+    /// A kept-alive connection unless `fresh`, else a new one. `past_tcp`: the request has neither a
+    /// body nor an upgrade, as [`sockmap`] wants it.
     ///
     /// # Errors
     /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
-    pub(super) async fn connect(&mut self, fresh: bool) -> Result<(), Failure> {
+    pub(super) async fn connect(&mut self, fresh: bool, past_tcp: bool) -> Result<(), Failure> {
         let kept = if fresh {
             None
         } else {
             let backend_idle = self
                 .worker
                 .settings(|settings| settings.timeouts.backend_idle);
-            self.backend().take_idle(self.worker.now(), backend_idle)
+            self.backend()
+                .take_idle(self.worker.now(), backend_idle, past_tcp)
         };
         let connection = match kept {
             Some(connection) => {
                 self.worker.metrics.backend_connections_reused.add(1);
                 connection
             }
-            None => self.open().await?,
+            None => self.open(past_tcp).await?,
         };
         self.connection = Some(connection);
         Ok(())
@@ -270,11 +282,12 @@ impl Lease {
         (&self.pool.targets[self.index], connection)
     }
 
-    async fn open(&self) -> Result<Connection, Failure> {
+    async fn open(&self, past_tcp: bool) -> Result<Connection, Failure> {
         let (connect, ejection) = self
             .worker
             .settings(|settings| (settings.timeouts.connect, settings.timeouts.ejection));
-        let opening = open(self.backend(), self.worker.tls.as_ref());
+        let past_tcp = past_tcp && self.worker.settings(|settings| settings.sockmap);
+        let opening = open(self.backend(), self.worker.tls.as_ref(), past_tcp);
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),
@@ -324,9 +337,13 @@ impl Drop for Lease {
 async fn open(
     backend: &BackendState,
     tls: Option<&BackendTlsClient>,
+    past_tcp: bool,
 ) -> Result<Connection, Failure> {
-    let stream = connect(backend).await?;
+    let past_tcp =
+        past_tcp && backend.tls.is_none() && sockmap::is_local(backend.address.ip());
+    let (stream, sockmap) = connect(backend, past_tcp).await?;
     let io = match &backend.tls {
+        None if sockmap => BackendIo::Sockmap(stream),
         None => BackendIo::Tcp(stream),
         Some(wanted) => {
             let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
@@ -347,17 +364,24 @@ async fn open(
         sender,
         upgrade,
         reused: false,
+        sockmap,
     })
 }
 
-async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
-    let stream = TcpStream::connect(backend.address)
-        .await
-        .map_err(|error| class_of(&error))?;
+/// The connection, and whether it may pass TCP by.
+async fn connect(backend: &BackendState, past_tcp: bool) -> Result<(TcpStream, bool), Failure> {
+    let socket = match backend.address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let socket = socket.map_err(|error| class_of(&error))?;
+    let sockmap = past_tcp && sockmap::prepare(&socket);
+    let connecting = socket.connect(backend.address);
+    let stream = connecting.await.map_err(|error| class_of(&error))?;
     // A connection without these options still serves.
     let _ = stream.set_nodelay(true);
     let _ = liveness::keep_alive(SockRef::from(&stream));
-    Ok(stream)
+    Ok((stream, sockmap))
 }
 
 /// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
@@ -396,13 +420,14 @@ fn class_of(error: &io::Error) -> Failure {
 /// The byte stream to a backend.
 pub(super) enum BackendIo {
     Tcp(TcpStream),
+    Sockmap(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl BackendIo {
     pub(super) fn socket(&self) -> SockRef<'_> {
         match self {
-            BackendIo::Tcp(stream) => SockRef::from(stream),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => SockRef::from(stream),
             BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
         }
     }
@@ -416,6 +441,7 @@ impl AsyncRead for BackendIo {
     ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             BackendIo::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
+            BackendIo::Sockmap(stream) => sockmap::poll_read(stream, cx, buffer),
             BackendIo::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
@@ -428,7 +454,7 @@ impl AsyncWrite for BackendIo {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_write(cx, bytes),
             BackendIo::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -443,28 +469,28 @@ impl AsyncWrite for BackendIo {
             return self.poll_write(cx, slice);
         }
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
             BackendIo::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
         match self {
-            BackendIo::Tcp(stream) => stream.is_write_vectored(),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => stream.is_write_vectored(),
             BackendIo::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_flush(cx),
             BackendIo::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_shutdown(cx),
             BackendIo::Tls(stream) => {
                 ready!(Pin::new(stream).poll_shutdown(cx))?;
                 Poll::Ready(Ok(()))
@@ -482,7 +508,7 @@ mod tests {
     async fn a_backend_that_vanishes_is_noticed() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let state = BackendState::new(&backend(listener.local_addr().unwrap()));
-        let stream = connect(&state).await.unwrap();
+        let (stream, _) = connect(&state, false).await.unwrap();
         assert!(SockRef::from(&stream).keepalive().unwrap());
     }
 

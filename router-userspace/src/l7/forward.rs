@@ -234,7 +234,8 @@ impl Exchange<'_> {
                 });
             };
             let mut lease = Lease::new(self.worker, self.pool, index);
-            match lease.connect(self.fresh).await {
+            let past_tcp = request.body().is_end_stream() && !self.findings.upgrade;
+            match lease.connect(self.fresh, past_tcp).await {
                 Ok(()) => {}
                 Err(failure @ Failure::Gateway(_)) => return Err(failure),
                 Err(failure) => {
