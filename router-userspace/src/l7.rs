@@ -139,10 +139,7 @@ impl Proxy {
             self.fixed.ca_file == wanted.ca_file,
             "http.backend_tls.ca_file {key}"
         );
-        ensure!(
-            self.fixed.sockmap == wanted.sockmap,
-            "http.sockmap {key}"
-        );
+        ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
         Ok(())
     }
 

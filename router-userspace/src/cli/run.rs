@@ -103,7 +103,9 @@ impl Gateway {
         let l7_metrics = Arc::<L7Metrics>::default();
         let admin_listener = admin::bind(&config.admin.listen)?;
         let sockmap = match config.http.sockmap {
-            true => Some(Arc::new(Sockmap::attach_to_host(l7::sockmap::mark()).context("http.sockmap")?)),
+            true => Some(Arc::new(
+                Sockmap::attach_to_host(l7::sockmap::mark()).context("http.sockmap")?,
+            )),
             false => None,
         };
         let mut proxy = match config.http.listen.is_empty() {

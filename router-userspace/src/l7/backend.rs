@@ -339,8 +339,7 @@ async fn open(
     tls: Option<&BackendTlsClient>,
     past_tcp: bool,
 ) -> Result<Connection, Failure> {
-    let past_tcp =
-        past_tcp && backend.tls.is_none() && sockmap::is_local(backend.address.ip());
+    let past_tcp = past_tcp && backend.tls.is_none() && sockmap::is_local(backend.address.ip());
     let (stream, sockmap) = connect(backend, past_tcp).await?;
     let io = match &backend.tls {
         None if sockmap => BackendIo::Sockmap(stream),
@@ -454,7 +453,9 @@ impl AsyncWrite for BackendIo {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_write(cx, bytes),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_write(cx, bytes)
+            }
             BackendIo::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -469,7 +470,9 @@ impl AsyncWrite for BackendIo {
             return self.poll_write(cx, slice);
         }
         match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_write_vectored(cx, slices)
+            }
             BackendIo::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
         }
     }
@@ -490,7 +493,9 @@ impl AsyncWrite for BackendIo {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_shutdown(cx),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_shutdown(cx)
+            }
             BackendIo::Tls(stream) => {
                 ready!(Pin::new(stream).poll_shutdown(cx))?;
                 Poll::Ready(Ok(()))

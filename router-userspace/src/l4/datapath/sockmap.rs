@@ -51,7 +51,8 @@ impl Sockmap {
             .override_global("MARK", &mark, true)
             .load(PROGRAM)
             .context("create the maps")?;
-        let sockets: SockHash<_, u64> = ebpf.map("SOCKETS").context("no map SOCKETS")?.try_into()?;
+        let sockets: SockHash<_, u64> =
+            ebpf.map("SOCKETS").context("no map SOCKETS")?.try_into()?;
         let sockets = sockets.fd().try_clone().context("duplicate a descriptor")?;
         let redirect: &mut SkMsg = ebpf
             .program_mut("viaduct_redirect")
