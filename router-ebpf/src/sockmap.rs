@@ -160,11 +160,11 @@ fn accepted(ctx: &SockOpsContext) -> Option<()> {
     };
     // SAFETY: copied at once. A value that passes to another connection meanwhile has other sequence
     // numbers.
-    let dialed = unsafe { *DIALED.get(&tuple)? };
+    let dialed = unsafe { *DIALED.get(tuple)? };
     if sequence_numbers(ctx) != (dialed.rcv_nxt, dialed.snd_nxt) {
         return None;
     }
-    let _ = DIALED.remove(&tuple);
+    let _ = DIALED.remove(tuple);
     join(ctx, dialed.cookie, Side::Passive)?;
     count(SockmapCounter::Connections);
     Some(())
