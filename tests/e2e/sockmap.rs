@@ -2,20 +2,18 @@
 
 use std::io::{BufRead, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use router_common::{SOCKMAP_BYTES, SOCKMAP_MARK, SockmapCounter};
 use router_tests::app::{App, HOST, Presence};
-use router_tests::cgroup::Cgroup;
 use router_tests::client::{HttpClient, TIMEOUT};
 use router_tests::netns::Netns;
 use router_tests::process::wait_for;
 use router_tests::site::{PROXY, Site};
 use socket2::{Domain, SockRef, Socket, Type};
-use viaduct::l4::datapath::Sockmap;
-
-const MARK: u32 = SOCKMAP_MARK | 1;
+use viaduct::l4::datapath::{Sockmap, cgroup2_mount};
 
 /// Around what a message, a page, a budget and TCP's buffers hold.
 const SIZES: [usize; 12] = [
@@ -42,7 +40,7 @@ fn bytes_are_equal_whatever_the_sizes() {
             IpAddr::from(Ipv6Addr::LOCALHOST),
         ] {
             let before = host.count(SockmapCounter::Connections);
-            let (mut proxy, backend) = connection(address, MARK);
+            let (mut proxy, backend) = connection(address, host.mark);
             let backend = thread::spawn(|| echo(backend));
             for (seed, size) in SIZES.into_iter().cycle().take(60).enumerate() {
                 exchange(&mut proxy, seed as u64, size);
@@ -59,7 +57,7 @@ fn bytes_are_equal_whatever_the_sizes() {
 fn small_exchanges_stay_past_tcp() {
     let host = Host::new();
     host.run(|| {
-        let (mut proxy, backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+        let (mut proxy, backend) = host.connection();
         let backend = thread::spawn(|| echo(backend));
         for seed in 0..2000 {
             exchange(&mut proxy, seed, 1 + seed as usize % 8000);
@@ -76,9 +74,10 @@ fn many_connections_at_once_are_not_confused() {
     host.run(|| {
         thread::scope(|scope| {
             for client in 0..16 {
+                let host = &host;
                 scope.spawn(move || {
                     for round in 0..4 {
-                        let (mut proxy, backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+                        let (mut proxy, backend) = host.connection();
                         let backend = thread::spawn(|| echo(backend));
                         for exchange_ in 0..40_u64 {
                             let seed = client << 32 | round << 16 | exchange_;
@@ -99,14 +98,14 @@ fn what_was_sent_arrives_before_the_end_of_the_connection() {
     let host = Host::new();
     host.run(|| {
         for size in [1, 5000, SOCKMAP_BYTES as usize - 2000, 1 << 20] {
-            let (mut proxy, mut backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+            let (mut proxy, mut backend) = host.connection();
             let sender = thread::spawn(move || backend.write_all(&bytes(9, size)).unwrap());
             let mut received = Vec::new();
             proxy.read_to_end(&mut received).unwrap();
             sender.join().unwrap();
             assert!(received == bytes(9, size), "{size} octets");
         }
-        let (mut proxy, mut backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+        let (mut proxy, mut backend) = host.connection();
         proxy.write_all(b"request").unwrap();
         proxy.shutdown(Shutdown::Write).unwrap();
         let mut request = Vec::new();
@@ -123,7 +122,7 @@ fn what_was_sent_arrives_before_the_end_of_the_connection() {
 fn a_reset_follows_what_was_sent() {
     let host = Host::new();
     host.run(|| {
-        let (mut proxy, mut backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+        let (mut proxy, mut backend) = host.connection();
         backend.write_all(&bytes(3, 5000)).unwrap();
         SockRef::from(&backend)
             .set_linger(Some(Duration::ZERO))
@@ -141,7 +140,7 @@ fn a_reset_follows_what_was_sent() {
 fn who_sends_to_an_end_that_is_gone_hears_of_it() {
     let host = Host::new();
     host.run(|| {
-        let (mut proxy, backend) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+        let (mut proxy, backend) = host.connection();
         drop(backend);
         assert_eq!(proxy.read(&mut [0; 16]).unwrap(), 0);
         let error = (0..2).find_map(|_| proxy.write_all(b"late").err()).unwrap();
@@ -157,7 +156,7 @@ fn what_nobody_reads_stops_its_sender_and_arrives_whole() {
     let host = Host::new();
     host.run(|| {
         for block in [1, 100, 65_536] {
-            let (mut reader, mut sender) = connection(Ipv4Addr::LOCALHOST.into(), MARK);
+            let (mut reader, mut sender) = host.connection();
             sender.set_nonblocking(true).unwrap();
             let all = bytes(5, 32 << 20);
             let mut sent = 0;
@@ -177,7 +176,7 @@ fn what_nobody_reads_stops_its_sender_and_arrives_whole() {
 fn connections_without_the_mark_are_left_alone() {
     let host = Host::new();
     host.run(|| {
-        for mark in [0, SOCKMAP_MARK, MARK + 1] {
+        for mark in [0, host.mark ^ 1, host.mark ^ 0x8000] {
             let (mut proxy, backend) = connection(Ipv4Addr::LOCALHOST.into(), mark);
             let backend = thread::spawn(|| echo(backend));
             exchange(&mut proxy, 1, 10_000);
@@ -192,7 +191,7 @@ fn connections_without_the_mark_are_left_alone() {
 fn it_is_tried_out_before_it_is_used() {
     let host = Host::new();
     // Which of the two depends on the kernel; that there is an end and a reason does not.
-    if let Err(error) = host.run(|| host.sockmap.try_out(MARK)) {
+    if let Err(error) = host.run(|| host.sockmap.try_out(host.mark)) {
         assert!(error.to_string().contains("FIONREAD"), "{error:#}");
     }
 }
@@ -200,7 +199,7 @@ fn it_is_tried_out_before_it_is_used() {
 #[test]
 fn a_backend_on_this_host_serves_requests_past_tcp_and_upgrades_besides() {
     let host = Host::new();
-    if host.run(|| host.sockmap.try_out(MARK)).is_err() {
+    if host.run(|| host.sockmap.try_out(host.mark)).is_err() {
         // On such a kernel the gateway refuses to start with it.
         return;
     }
@@ -247,29 +246,37 @@ fn a_backend_on_this_host_serves_requests_past_tcp_and_upgrades_besides() {
     assert_eq!(count("viaduct_http_sockmap_fallbacks_total "), 0);
 }
 
+/// The programs for one mark, and a network to try them in.
 struct Host {
     sockmap: Sockmap,
-    cgroup: Cgroup,
+    mark: u32,
     netns: Netns,
 }
 
 impl Host {
     fn new() -> Host {
-        let cgroup = Cgroup::create().unwrap();
-        let netns = Netns::create(&format!("viaduct-sockmap-{}", std::process::id())).unwrap();
+        static HOSTS: AtomicU32 = AtomicU32::new(0);
+
+        let process = std::process::id();
+        let number = HOSTS.fetch_add(1, Ordering::Relaxed);
+        let netns = Netns::create(&format!("viaduct-sockmap-{process}-{number}")).unwrap();
         netns.ip(&["link set lo up"]).unwrap();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let root = cgroup2_mount(&mounts).unwrap();
+        let mark = SOCKMAP_MARK | (process.wrapping_mul(16) + number) & 0xffff;
         Host {
-            sockmap: Sockmap::attach(cgroup.path(), MARK).unwrap(),
-            cgroup,
+            sockmap: Sockmap::attach(&root, mark).unwrap(),
+            mark,
             netns,
         }
     }
 
     fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        self.cgroup.enter().unwrap();
-        let result = self.netns.run(f);
-        self.cgroup.leave().unwrap();
-        result
+        self.netns.run(f)
+    }
+
+    fn connection(&self) -> (TcpStream, TcpStream) {
+        connection(Ipv4Addr::LOCALHOST.into(), self.mark)
     }
 
     fn count(&self, counter: SockmapCounter) -> u64 {
