@@ -9,10 +9,11 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const PROGRAMS: [&str; 4] = [
+const PROGRAMS: [&str; 5] = [
     "viaduct-xdp",
     "viaduct-pass",
     "viaduct-decap",
+    "viaduct-sockmap",
     "viaduct-bench",
 ];
 const TARGET: &str = "bpfel-unknown-none";

@@ -13,6 +13,7 @@ mod addr;
 pub mod checksum;
 mod flow;
 mod local;
+mod sockmap;
 mod tables;
 mod verdict;
 
@@ -22,6 +23,9 @@ pub use flow::{
     RETURN_WAYS, RING_KEYS, ReturnBucket, ReturnSlot, TcpFlags, mix, mix64, ticks_since,
 };
 pub use local::{LocalFlow, LocalPeer, LocalPeerKey, LocalSocket, Peer, Side};
+pub use sockmap::{
+    SOCKMAP_BYTES, SOCKMAP_MARK, SOCKMAP_MESSAGE_BYTES, SOCKMAP_SOCKETS, SockmapCounter,
+};
 pub use tables::{
     BackendCounters, BackendEntry, BackendLoad, BackendState, ClockSample, LAYOUT, LISTENER_V4,
     LISTENER_V6, LISTENERS, MAX_BACKENDS, Mode, NO_BACKEND, PREFILTER_WORDS, PROBE_MARK,

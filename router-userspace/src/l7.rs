@@ -59,6 +59,7 @@ mod replay;
 mod retry_budget;
 pub mod router;
 mod shared;
+pub mod sockmap;
 mod sticky;
 mod tls;
 mod tunnel;
@@ -170,6 +171,7 @@ impl Proxy {
             self.fixed.tls_listen == wanted.tls_listen,
             "http.tls.listen {key}"
         );
+        ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
         self.tls.check_reload(config)
     }
 
@@ -206,6 +208,7 @@ struct Fixed {
     listen: Vec<SocketAddr>,
     tls_listen: Vec<SocketAddr>,
     workers: usize,
+    sockmap: bool,
 }
 
 impl Fixed {
@@ -214,6 +217,7 @@ impl Fixed {
             listen: config.listen.clone(),
             tls_listen: config.tls.listen.clone(),
             workers: config.workers,
+            sockmap: config.sockmap,
         }
     }
 }
@@ -230,6 +234,7 @@ struct Settings {
     backend_proxy_protocol: BackendProxyProtocol,
     forwarded_client_cert: ForwardedClientCert,
     client_cert_format: ClientCertFormat,
+    sockmap: bool,
     balance: Balance,
     zone: Option<String>,
     prefer_zone: bool,
@@ -249,6 +254,7 @@ impl Settings {
             backend_proxy_protocol: config.backend_proxy_protocol,
             forwarded_client_cert: config.forwarded_client_cert,
             client_cert_format: config.forwarded_client_cert_format,
+            sockmap: config.sockmap,
             balance: match config.balance {
                 HttpBalance::RoundRobin => Balance::RoundRobin,
                 HttpBalance::LeastConnections => Balance::LeastConnections,

@@ -18,6 +18,7 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::histogram::Histogram;
 
+use crate::l4::datapath::Sockmap;
 use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
 use crate::l7::metrics::L7Metrics;
 use crate::route::Origin;
@@ -249,6 +250,7 @@ pub struct Scrape {
     pub published: Published,
     pub l4: Option<L4Reader>,
     pub l7: Arc<L7Metrics>,
+    pub sockmap: Option<Arc<Sockmap>>,
 }
 
 impl fmt::Debug for Scrape {
@@ -280,6 +282,9 @@ impl Collector for Scrape {
         )?;
         encode_health(&mut page, &self.metrics)?;
         proxy::encode(&mut page, &self.l7)?;
+        if let Some(sockmap) = &self.sockmap {
+            proxy::encode_sockmap(&mut page, sockmap)?;
+        }
         match &self.l4 {
             // A scrape without layer 4 tells more than no scrape.
             Some(reader) => match reader.stats() {

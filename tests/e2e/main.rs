@@ -20,4 +20,5 @@ mod modes;
 mod restart;
 mod routes;
 mod seeing;
+mod sockmap;
 mod start;

@@ -189,6 +189,7 @@ async fn the_api_answers_on_a_unix_socket() {
         published,
         l4: None,
         l7,
+        sockmap: None,
     };
     let (inbox, _events) = mpsc::channel(1);
     let admin = Admin {

@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use crate::cli::{ConfigOption, Failure, block_on, print};
 use crate::config::Config;
+use crate::l4::datapath::Sockmap;
+use crate::l7;
 use crate::source::nats;
 
 mod host;
@@ -83,6 +85,9 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         checks.extend(host::checks(&config.l4));
         checks.extend(interfaces::checks(&config.l4));
     }
+    if config.http.sockmap {
+        checks.push(sockmap());
+    }
     checks.push(nats_server(&config));
     print(&match options.json {
         true => json(&checks)?,
@@ -98,6 +103,18 @@ pub fn run(options: &Options) -> Result<(), Failure> {
             "{count} of {} checks found something missing",
             checks.len()
         ))),
+    }
+}
+
+/// The one check that does something: the programs are on the host's cgroup while it lasts.
+fn sockmap() -> Check {
+    match Sockmap::attach_to_host(l7::sockmap::mark()) {
+        Ok(_) => Check::good("http.sockmap", "bytes pass TCP by on this host"),
+        Err(error) => Check::missing(
+            "http.sockmap",
+            format!("{error:#}"),
+            "set it to false, or give the gateway what is missing",
+        ),
     }
 }
 

@@ -26,6 +26,7 @@ use crate::agent::Agent;
 use crate::cli::{ConfigOption, Failure, resolve};
 use crate::config::{self, Config, L4Config, LogConfig, LogFormat, NatsConfig};
 use crate::event::{Event, INBOX_DEPTH};
+use crate::l4::datapath::Sockmap;
 use crate::l4::{L4, L4Reader};
 use crate::l7::metrics::L7Metrics;
 use crate::l7::{self, Proxy};
@@ -82,6 +83,8 @@ struct Gateway {
     /// Dropped to end the control thread.
     stop: oneshot::Sender<()>,
     control: thread::JoinHandle<()>,
+    /// Held to the end: dropping it takes what is on its way between sockets with it.
+    _sockmap: Option<Arc<Sockmap>>,
     /// For signals and the drain of layer 7.
     runtime: Runtime,
     signals: Signals,
@@ -99,6 +102,12 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let l7_metrics = Arc::<L7Metrics>::default();
         let admin_listener = admin::bind(&config.admin.listen)?;
+        let sockmap = match config.http.sockmap {
+            true => Some(Arc::new(
+                Sockmap::attach_to_host(l7::sockmap::mark()).context("http.sockmap")?,
+            )),
+            false => None,
+        };
         let mut proxy = match config.http.is_on() {
             false => None,
             true => Some(
@@ -149,6 +158,7 @@ impl Gateway {
             published,
             l4,
             l7: l7_metrics,
+            sockmap: sockmap.clone(),
         };
         let admin = Admin {
             scrape,
@@ -166,6 +176,7 @@ impl Gateway {
             draining,
             stop,
             control,
+            _sockmap: sockmap,
             runtime,
             signals,
         })

@@ -25,6 +25,9 @@ pub struct HttpConfig {
     /// Runtimes, each on a thread of its own; 0 is one per core.
     pub workers: usize,
     pub balance: HttpBalance,
+    /// Whether requests to backends on this host, and their responses, go from socket to socket, past
+    /// TCP. For backends that are trusted alone: see docs/sockmap.md.
+    pub sockmap: bool,
     /// This gateway's availability zone, as registrations name theirs.
     pub zone: Option<String>,
     pub balance_zone: HttpZoneBalance,
@@ -166,6 +169,7 @@ impl Default for HttpConfig {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 80))],
             workers: 0,
             balance: HttpBalance::RoundRobin,
+            sockmap: false,
             zone: None,
             balance_zone: HttpZoneBalance::None,
             slow_start: Duration::ZERO,

@@ -31,6 +31,7 @@ mod maps;
 mod programs;
 mod run;
 mod settings;
+mod sockmap;
 
 pub use attach::{Attached, Choice, Hook, choose, device_of};
 pub use counters::Counters;
@@ -41,6 +42,7 @@ pub use local::cgroup2_mount;
 pub use programs::Loaded;
 pub use run::Run;
 pub use settings::MonotonicClock;
+pub use sockmap::Sockmap;
 
 /// The compiled programs; empty when built without a BPF toolchain.
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/viaduct-xdp"));

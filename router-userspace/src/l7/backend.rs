@@ -16,7 +16,7 @@ use rand::Rng;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-pub(super) use crate::l7::backend::connection::{Connection, Http1, RawBackend};
+pub(super) use crate::l7::backend::connection::{Connection, Http1, Purpose, RawBackend};
 
 use crate::l7::admission::InFlight;
 use crate::l7::backend::connection::{Http2, Opened};
@@ -235,17 +235,18 @@ impl BackendState {
         &self,
         now: Instant,
         backend_idle: Duration,
-        upgrades: bool,
+        purpose: Purpose,
     ) -> Option<Connection> {
-        if self.protocol == HttpProtocol::Http1 || upgrades {
-            return self.take_idle(now, backend_idle).map(Connection::Http1);
+        if self.protocol == HttpProtocol::Http1 || purpose.upgrades {
+            let kept = self.take_idle(now, backend_idle, purpose.past_tcp);
+            return kept.map(Connection::Http1);
         }
         loop {
             if let Some(stream) = self.share(now) {
                 return Some(Connection::Http2(stream));
             }
             // A backend that TLS found to speak HTTP/1.1 only.
-            if let Some(connection) = self.take_idle(now, backend_idle) {
+            if let Some(connection) = self.take_idle(now, backend_idle, purpose.past_tcp) {
                 return Some(Connection::Http1(connection));
             }
             if !self.opening.get() {
@@ -261,14 +262,14 @@ impl BackendState {
     /// Whose failure it is, and of what kind.
     pub(super) async fn open(
         &self,
-        upgrades: bool,
+        purpose: Purpose,
         tls: Option<Arc<BackendTlsClient>>,
         proxy_header: Option<Vec<u8>>,
     ) -> Result<Connection, Failure> {
         let is_shared = proxy_header.is_none();
-        let _opening =
-            (self.protocol == HttpProtocol::Http2 && !upgrades).then(|| Opening::begin(self));
-        match connection::open(self, upgrades, tls, proxy_header).await? {
+        let _opening = (self.protocol == HttpProtocol::Http2 && !purpose.upgrades)
+            .then(|| Opening::begin(self));
+        match connection::open(self, purpose, tls, proxy_header).await? {
             Opened::Http1(connection) => Ok(Connection::Http1(connection)),
             Opened::Http2(sender) => {
                 let streams = Rc::default();
@@ -301,10 +302,12 @@ impl BackendState {
         ))
     }
 
-    fn take_idle(&self, now: Instant, backend_idle: Duration) -> Option<Http1> {
+    fn take_idle(&self, now: Instant, backend_idle: Duration, past_tcp: bool) -> Option<Http1> {
         let mut idle = self.idle.borrow_mut();
         let mut found = None;
-        while let Some(IdleConnection { connection, since }) = idle.pop() {
+        let suits = |idle: &IdleConnection| past_tcp || !idle.connection.sockmap;
+        while let Some(at) = idle.iter().rposition(suits) {
+            let IdleConnection { connection, since } = idle.remove(at);
             if connection.sender.is_ready() && now.duration_since(since) < backend_idle {
                 found = Some(connection);
                 break;

@@ -17,7 +17,7 @@ use hyper::body::{Body, Incoming};
 use hyper::client::conn::TrySendError;
 use tokio::sync::oneshot;
 
-use crate::l7::backend::{Connection, RawBackend};
+use crate::l7::backend::{Connection, Purpose, RawBackend};
 use crate::l7::balance::{Choice, PoolState, Wanted};
 use crate::l7::body::{KeptBody, RequestBody};
 use crate::l7::client::{Client, Progress};
@@ -118,7 +118,8 @@ impl<'a> Exchange<'a> {
         }
         loop {
             let (index, mut lease) = self.lease().await?;
-            let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
+            let purpose = self.purpose(&request);
+            let connecting = lease.connect(self.client, self.fresh, purpose);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),
@@ -152,6 +153,15 @@ impl<'a> Exchange<'a> {
                 }
                 Err(error) => request = self.after(error, index, &lease, reused)?,
             }
+        }
+    }
+
+    fn purpose(&self, request: &Request<RequestBody>) -> Purpose {
+        let upgrades = self.findings.upgrade;
+        let may_pass = !upgrades && request.body().is_end_stream();
+        Purpose {
+            upgrades,
+            past_tcp: may_pass && self.worker.settings(|settings| settings.sockmap),
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use http::StatusCode;
 use tokio::time::Instant;
 
-use crate::l7::backend::{BackendState, Connection};
+use crate::l7::backend::{BackendState, Connection, Purpose};
 use crate::l7::balance::{PoolState, Target};
 use crate::l7::client::Client;
 use crate::l7::error::{BackendTimeout, Failure, REASONS};
@@ -60,8 +60,7 @@ impl Lease {
         &self.target().backend
     }
 
-    /// A kept-alive connection unless `fresh`, else a new one; of HTTP/1 if the request `upgrades`. A
-    /// new one of its own if backends are told of `client` by a PROXY header.
+    /// A kept-alive connection unless `fresh`, else a new one. A new one of its own if backends are told of `client` by a PROXY header.
     ///
     /// # Errors
     /// The backend cannot be connected to, which ejects it unless the gateway is at fault.
@@ -69,7 +68,7 @@ impl Lease {
         &mut self,
         client: &Client,
         fresh: bool,
-        upgrades: bool,
+        purpose: Purpose,
     ) -> Result<(), Failure> {
         let (backend_idle, proxy_protocol) = self.worker.settings(|settings| {
             (
@@ -82,14 +81,14 @@ impl Lease {
         let now = self.worker.now();
         let kept = match fresh || self.is_of_one_client {
             true => None,
-            false => self.backend().take(now, backend_idle, upgrades).await,
+            false => self.backend().take(now, backend_idle, purpose).await,
         };
         let connection = match kept {
             Some(connection) => {
                 self.worker.metrics.backend_connections_reused.add(1);
                 connection
             }
-            None => self.open(upgrades, proxy_header).await?,
+            None => self.open(purpose, proxy_header).await?,
         };
         self.connection = Some(connection);
         Ok(())
@@ -106,12 +105,12 @@ impl Lease {
 
     async fn open(
         &self,
-        upgrades: bool,
+        purpose: Purpose,
         proxy_header: Option<Vec<u8>>,
     ) -> Result<Connection, Failure> {
         let connect = self.worker.settings(|settings| settings.timeouts.connect);
         let tls = self.worker.tls.backend();
-        let opening = self.backend().open(upgrades, tls, proxy_header);
+        let opening = self.backend().open(purpose, tls, proxy_header);
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
             Err(_) => Err(Failure::BackendTimeout(BackendTimeout::Connect)),

@@ -4,7 +4,9 @@ use std::fmt;
 
 use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::metrics::MetricType;
+use router_common::SockmapCounter;
 
+use crate::l4::datapath::Sockmap;
 use crate::l7::metrics::{L7Metrics, LATENCY_BOUNDS_US};
 use crate::metrics::Page;
 
@@ -235,5 +237,18 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
         "viaduct_http_backend_failures",
         "Attempts that did not yield the head of a response",
         rows(|backend| backend.failures),
+    )
+}
+
+pub(super) fn encode_sockmap(page: &mut Page<'_>, sockmap: &Sockmap) -> fmt::Result {
+    page.counter(
+        "viaduct_http_sockmap_connections",
+        "Connections to backends on this host that pass TCP by",
+        sockmap.count(SockmapCounter::Connections),
+    )?;
+    page.counter(
+        "viaduct_http_sockmap_fallbacks",
+        "Directions of such connections that went back to TCP, as for a large response",
+        sockmap.count(SockmapCounter::Fallbacks),
     )
 }

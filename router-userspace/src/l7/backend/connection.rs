@@ -7,6 +7,7 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
 use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 
 use crate::l7::backend::BackendState;
@@ -25,6 +26,7 @@ use crate::l7::backend::io::BackendIo;
 use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, Failure, GatewayFailure};
 use crate::l7::liveness;
+use crate::l7::sockmap;
 use crate::l7::tls::BackendTlsClient;
 use crate::route::HttpProtocol;
 
@@ -51,6 +53,17 @@ pub(in crate::l7) struct Http1 {
     pub upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
     /// It has carried a request before, so the backend may be closing it at this moment.
     pub reused: bool,
+    /// It may pass TCP by, and takes only requests that may.
+    pub sockmap: bool,
+}
+
+/// What a request is going to do with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::l7) struct Purpose {
+    /// It may switch protocols, which takes HTTP/1.1.
+    pub upgrades: bool,
+    /// It has neither a body nor an upgrade, as [`sockmap`] wants it, and `http.sockmap` is on.
+    pub past_tcp: bool,
 }
 
 /// One stream of a connection of HTTP/2.
@@ -105,24 +118,29 @@ impl Drop for Http2 {
     }
 }
 
-/// Opens a connection in the backend's protocol; in HTTP/1.1 if the request `upgrades`. A
+/// Opens a connection in the backend's protocol, unless its purpose asks for HTTP/1.1. A
 /// `proxy_header` goes before everything else.
 ///
 /// # Errors
 /// Whose failure it is, and of what kind.
 pub(super) async fn open(
     backend: &BackendState,
-    upgrades: bool,
+    purpose: Purpose,
     tls: Option<Arc<BackendTlsClient>>,
     proxy_header: Option<Vec<u8>>,
 ) -> Result<Opened, Failure> {
-    let mut stream = connect(backend).await?;
+    let wants_http2 = backend.protocol() == HttpProtocol::Http2 && !purpose.upgrades;
+    let past_tcp = purpose.past_tcp
+        && !wants_http2
+        && backend.tls().is_none()
+        && sockmap::is_local(backend.address().ip());
+    let (mut stream, sockmap) = connect(backend, past_tcp).await?;
     if let Some(header) = proxy_header {
         let written = stream.write_all(&header).await;
         written.map_err(|_| Failure::Backend(BackendFailure::Closed))?;
     }
-    let wants_http2 = backend.protocol() == HttpProtocol::Http2 && !upgrades;
     let (io, http2) = match backend.tls() {
+        None if sockmap => (BackendIo::Sockmap(stream), false),
         None => (BackendIo::Tcp(stream), wants_http2),
         Some(wanted) => {
             let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
@@ -135,12 +153,12 @@ pub(super) async fn open(
     let opened = if http2 {
         open_http2(io).await.map(Opened::Http2)
     } else {
-        open_http1(io).await.map(Opened::Http1)
+        open_http1(io, sockmap).await.map(Opened::Http1)
     };
     opened.map_err(|_| Failure::Backend(BackendFailure::Closed))
 }
 
-async fn open_http1(io: BackendIo) -> hyper::Result<Http1> {
+async fn open_http1(io: BackendIo, sockmap: bool) -> hyper::Result<Http1> {
     let (sender, connection) = http1::Builder::new()
         .max_buf_size(BUFFER_BYTES)
         .max_header_size(RESPONSE_HEADER_BYTES)
@@ -152,6 +170,7 @@ async fn open_http1(io: BackendIo) -> hyper::Result<Http1> {
         sender,
         upgrade,
         reused: false,
+        sockmap,
     })
 }
 
@@ -189,14 +208,20 @@ async fn drive(
     }
 }
 
-async fn connect(backend: &BackendState) -> Result<TcpStream, Failure> {
-    let stream = TcpStream::connect(backend.address())
-        .await
-        .map_err(|error| class_of(&error))?;
+/// The connection, and whether it may pass TCP by.
+async fn connect(backend: &BackendState, past_tcp: bool) -> Result<(TcpStream, bool), Failure> {
+    let socket = match backend.address() {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let socket = socket.map_err(|error| class_of(&error))?;
+    let sockmap = past_tcp && sockmap::prepare(&socket);
+    let connecting = socket.connect(backend.address());
+    let stream = connecting.await.map_err(|error| class_of(&error))?;
     // A connection without these options still serves.
     let _ = stream.set_nodelay(true);
     let _ = liveness::keep_alive(SockRef::from(&stream));
-    Ok(stream)
+    Ok((stream, sockmap))
 }
 
 /// What a failed connect(2), or the socket(2) before it, says and of whom.
@@ -236,7 +261,7 @@ mod tests {
         let key = (backend.address, None, backend.protocol);
         let shared = Shared::new(1).backend(&key, tokio::time::Instant::now());
         let state = BackendState::new(&backend, 0, shared);
-        let stream = connect(&state).await.unwrap();
+        let (stream, _) = connect(&state, false).await.unwrap();
         assert!(SockRef::from(&stream).keepalive().unwrap());
     }
 

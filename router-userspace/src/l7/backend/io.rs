@@ -9,15 +9,18 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
+use crate::l7::sockmap;
+
 pub(in crate::l7) enum BackendIo {
     Tcp(TcpStream),
+    Sockmap(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl BackendIo {
     pub(in crate::l7) fn socket(&self) -> SockRef<'_> {
         match self {
-            BackendIo::Tcp(stream) => SockRef::from(stream),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => SockRef::from(stream),
             BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
         }
     }
@@ -31,6 +34,7 @@ impl AsyncRead for BackendIo {
     ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             BackendIo::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
+            BackendIo::Sockmap(stream) => sockmap::poll_read(stream, cx, buffer),
             BackendIo::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
@@ -43,7 +47,9 @@ impl AsyncWrite for BackendIo {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_write(cx, bytes)
+            }
             BackendIo::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -58,28 +64,32 @@ impl AsyncWrite for BackendIo {
             return self.poll_write(cx, slice);
         }
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_write_vectored(cx, slices)
+            }
             BackendIo::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
         match self {
-            BackendIo::Tcp(stream) => stream.is_write_vectored(),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => stream.is_write_vectored(),
             BackendIo::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_flush(cx),
             BackendIo::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
+                Pin::new(stream).poll_shutdown(cx)
+            }
             BackendIo::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
