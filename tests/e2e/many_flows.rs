@@ -99,7 +99,7 @@ impl Flows {
                 let all = stream::iter(each).buffer_unordered(AT_ONCE);
                 runtime.block_on(all.try_collect())
             })
-            .unwrap();
+            .unwrap_or_else(|error| panic!("{error:#}; {}", counters(site)));
         let mut flows = Flows {
             connections: Vec::new(),
             backends: BTreeMap::new(),
@@ -154,4 +154,12 @@ fn allow_descriptors() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     let most = most.max(DESCRIPTORS);
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, most).unwrap();
+}
+
+/// What the gateway says became of the packets.
+fn counters(site: &Site) -> String {
+    match site.admin("/v1/stats") {
+        Ok(response) => response.body,
+        Err(error) => format!("{error:#}"),
+    }
 }
