@@ -26,6 +26,7 @@ use crate::config::{
     HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpZoneBalance,
     ProxyProtocol,
 };
+use crate::l7::access_log::AccessLog;
 use crate::l7::handshake::{ListenerKind, Rules};
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
@@ -34,6 +35,7 @@ use crate::l7::worker::WorkerParts;
 use crate::route::Balance;
 use crate::snapshot::Published;
 
+mod access_log;
 mod admission;
 mod backend;
 mod balance;
@@ -77,6 +79,7 @@ pub fn start(
 ) -> anyhow::Result<Proxy> {
     let worker_count = worker_count(config);
     let tls = Tls::start(config, Arc::clone(&metrics))?;
+    let access_log = AccessLog::open(&config.access_log, None, &metrics)?;
     let mut local_addresses = Vec::new();
     let mut hand_up = Vec::new();
     let mut listeners: Vec<Vec<(TcpListener, ListenerKind)>> = Vec::new();
@@ -92,7 +95,11 @@ pub fn start(
         }
     }
 
-    let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)));
+    let settings = Settings {
+        access_log,
+        ..Settings::new(config)
+    };
+    let settings = Arc::new(ArcSwap::from_pointee(settings));
     let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
@@ -101,6 +108,7 @@ pub fn start(
         hand_up,
         fixed: Fixed::new(config),
         tls: Arc::clone(&tls),
+        metrics: Arc::clone(&metrics),
         settings,
         stop,
         ended,
@@ -129,7 +137,8 @@ pub fn start(
 /// # Errors
 /// Names the key and the file that cannot be used.
 pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
-    tls::check(config)
+    tls::check(config)?;
+    AccessLog::check(&config.access_log)
 }
 
 /// The running layer 7. Dropping it ends the workers at once; [`Proxy::drain`] lets requests end.
@@ -138,6 +147,7 @@ pub struct Proxy {
     hand_up: Vec<TcpListener>,
     fixed: Fixed,
     tls: Arc<Tls>,
+    metrics: Arc<L7Metrics>,
     settings: Arc<ArcSwap<Settings>>,
     stop: watch::Sender<Option<Instant>>,
     /// Closed when the last worker has ended.
@@ -170,6 +180,7 @@ impl Proxy {
             self.fixed.tls_listen == wanted.tls_listen,
             "http.tls.listen {key}"
         );
+        AccessLog::check(&config.access_log)?;
         self.tls.check_reload(config)
     }
 
@@ -181,8 +192,14 @@ impl Proxy {
     /// As [`Proxy::check_reload`]; nothing is changed then.
     pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         self.check_reload(config)?;
+        let former = self.settings.load();
+        let former = former.access_log.as_deref();
+        let access_log = AccessLog::open(&config.access_log, former, &self.metrics)?;
         self.tls.reload(config)?;
-        self.settings.store(Arc::new(Settings::new(config)));
+        self.settings.store(Arc::new(Settings {
+            access_log,
+            ..Settings::new(config)
+        }));
         Ok(())
     }
 
@@ -198,8 +215,18 @@ impl Proxy {
                 tracing::error!("an l7 worker panicked");
             }
         }
+        let settings = self.settings.load();
+        let log_end = settings.access_log.as_ref().and_then(|log| log.take_end());
+        drop((settings, self));
+        if let Some(end) = log_end {
+            // An error is the end: nothing is ever sent.
+            let _ = end.recv_timeout(LOG_DRAIN);
+        }
     }
 }
+
+/// How long the last lines of the access log may take to be written.
+const LOG_DRAIN: Duration = Duration::from_secs(1);
 
 /// What cannot change while the workers run.
 struct Fixed {
@@ -234,6 +261,8 @@ struct Settings {
     zone: Option<String>,
     prefer_zone: bool,
     slow_start: Duration,
+    /// Open, so not made from the configuration alone.
+    access_log: Option<Arc<AccessLog>>,
 }
 
 impl Settings {
@@ -256,6 +285,7 @@ impl Settings {
             zone: config.zone.clone(),
             prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
             slow_start: config.slow_start,
+            access_log: None,
         }
     }
 

@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
+mod observe;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use observe::{AccessLogFormat, HttpAccessLog, RedactQuery};
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,6 +48,7 @@ pub struct HttpConfig {
     pub ejection: HttpEjection,
     pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
+    pub access_log: HttpAccessLog,
 }
 
 /// PROXY protocol towards clients, version 1 or 2.
@@ -181,6 +184,7 @@ impl Default for HttpConfig {
             ejection: HttpEjection::default(),
             sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
+            access_log: HttpAccessLog::default(),
         }
     }
 }
@@ -273,6 +277,7 @@ impl HttpConfig {
         );
         self.retries.validate()?;
         self.ejection.validate()?;
-        self.sticky.validate()
+        self.sticky.validate()?;
+        self.access_log.validate()
     }
 }

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::config::HttpTimeouts;
 use crate::l7::handshake::TlsSession;
+use crate::l7::record::Observed;
 use crate::l7::tunnel::Switch;
 use crate::l7::worker::Worker;
 use crate::route::policy::RouteTimeouts;
@@ -144,6 +145,8 @@ pub(super) struct Progress {
     own_body_idle: Cell<Option<Duration>>,
     /// When the route's total timeout ends.
     deadline: Cell<Option<Instant>>,
+    /// What the access log and the counters will tell of the request.
+    pub observed: Observed,
 }
 
 /// Which timeout is running.
@@ -186,6 +189,7 @@ impl Progress {
             own_response_headers: Cell::new(None),
             own_body_idle: Cell::new(None),
             deadline: Cell::new(None),
+            observed: Observed::default(),
         }
     }
 
@@ -270,6 +274,11 @@ impl Progress {
     /// The request's body is not all sent, and it is the client that holds it back.
     pub(super) fn waits_for_client(&self) -> bool {
         self.is_sending() && self.waits_for_client.get()
+    }
+
+    /// Whether it was ended for its time was up.
+    pub(super) fn has_been_cut(&self) -> bool {
+        self.cut.get()
     }
 
     /// To be called when the stream's task begins to run.

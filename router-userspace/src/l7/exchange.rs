@@ -118,6 +118,8 @@ impl<'a> Exchange<'a> {
         }
         loop {
             let (index, mut lease) = self.lease().await?;
+            let observed = &self.progress.observed;
+            observed.attempt(&lease, self.worker.now());
             let connecting = lease.connect(self.client, self.fresh, self.findings.upgrade);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
@@ -140,9 +142,11 @@ impl<'a> Exchange<'a> {
                 self.rewritten = true;
             }
             headers::set_instance(request.headers_mut(), &target.instance);
+            observed.sent(request.headers(), self.worker.now());
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
                 Ok(response) => {
+                    observed.answered(self.worker.now());
                     lease.answered(response.status());
                     return Ok(Exchanged {
                         response,

@@ -36,7 +36,7 @@ pub(super) async fn answer(
     progress: Rc<Progress>,
     mut request: Request<Incoming>,
 ) -> Answer {
-    let mut record = RequestRecord::begin(&client, &progress);
+    let mut record = RequestRecord::begin(&client, &progress, &request);
     let http2 = request.version() == Version::HTTP_2;
     let stream =
         (request.method() == http::Method::CONNECT).then(|| hyper::upgrade::on(&mut request));
@@ -47,8 +47,7 @@ pub(super) async fn answer(
             backend,
             lease,
         }) => {
-            record.status = response.status();
-            progress.response_begins();
+            record.response_begins(response.status());
             let switch = Switch {
                 backend,
                 lease,
@@ -59,6 +58,7 @@ pub(super) async fn answer(
         Err(failure) => {
             tracing::debug!(peer = %client.peer, status = failure.status().as_u16(), reason = ?failure, "answered by the gateway");
             client.worker.metrics.errors[failure.reason()].add(1);
+            record.failed(&failure);
             failure.response()
         }
     };
@@ -66,8 +66,7 @@ pub(super) async fn answer(
         // Of one hop, and HTTP/2 has no such fields (RFC 9113 §8.2.2).
         response.headers_mut().remove(CONNECTION);
     }
-    record.status = response.status();
-    progress.response_begins();
+    record.response_begins(response.status());
     response.body_mut().set_record(record);
     Ok(response)
 }
@@ -112,6 +111,7 @@ async fn forward(
         return Ok(Forwarded::Response(answer_options()));
     }
     let pool = find_pool(worker, &findings, &request)?;
+    progress.observed.set_route(&pool);
     if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
         return Ok(Forwarded::Response(response));
     }

@@ -32,6 +32,33 @@ const BUCKET_COUNT: usize = LATENCY_BOUNDS_US.len() + 1;
 pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
     pub tls: TlsMetrics,
+    pub access_log: AccessLogMetrics,
+}
+
+/// Lines of the access log.
+#[derive(Debug, Default)]
+pub struct AccessLogMetrics {
+    written: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl AccessLogMetrics {
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Those that found too many waiting to be written, or that could not be.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_written(&self, lines: u64) {
+        self.written.fetch_add(lines, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_dropped(&self, lines: u64) {
+        self.dropped.fetch_add(lines, Ordering::Relaxed);
+    }
 }
 
 /// What the files of both sides' certificates came to.

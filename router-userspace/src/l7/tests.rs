@@ -21,6 +21,7 @@ use crate::l7::metrics::L7Totals;
 use crate::route::{Backend, Origin, Pool};
 use crate::snapshot::Snapshot;
 
+mod access_log;
 mod balancing;
 mod bodies;
 mod failures;

@@ -69,6 +69,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.tls_handshakes_full,
         ),
         (
+            "viaduct_http_access_log_lines",
+            "Lines of the access log that were written",
+            metrics.access_log.written(),
+        ),
+        (
+            "viaduct_http_access_log_dropped",
+            "Lines of the access log that were not written, for the disk is behind or refuses them",
+            metrics.access_log.dropped(),
+        ),
+        (
             "viaduct_http_aborted",
             "Responses whose client left before their end",
             totals.aborted,
