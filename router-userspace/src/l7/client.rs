@@ -402,6 +402,7 @@ mod tests {
     use crate::config::HttpConfig;
     use crate::l7::Settings;
     use crate::l7::backend::Backends;
+    use crate::l7::metrics::RouteCounters;
     use crate::l7::shared::Shared;
     use crate::l7::tls::Tls;
     use crate::snapshot::Published;
@@ -412,7 +413,11 @@ mod tests {
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),
-            Backends::new(0, Arc::new(Shared::new(1))),
+            Backends::new(
+                0,
+                Arc::new(Shared::new(1)),
+                RouteCounters::new(Arc::default()),
+            ),
             Arc::default(),
             Tls::start(&config, Arc::default()).unwrap(),
         );

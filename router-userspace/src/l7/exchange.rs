@@ -366,6 +366,7 @@ impl<'a> Exchange<'a> {
         if stale && let Some(again) = unsent.take().or_else(|| self.repeat()) {
             self.fresh = true;
             self.worker.metrics.retries.add(1);
+            self.pool.traffic.retries.add(1);
             return Ok(again);
         }
         let failed = Failure::Backend(failure);
@@ -410,6 +411,7 @@ impl<'a> Exchange<'a> {
             return Err(failure);
         }
         self.worker.metrics.retries.add(1);
+        self.pool.traffic.retries.add(1);
         Ok(())
     }
 

@@ -10,10 +10,12 @@ use http::{HeaderMap, Request, StatusCode};
 use tokio::time::Instant;
 
 use crate::l7::access_log::{Aborted, Ended, Entry};
+use crate::l7::backend::BackendState;
 use crate::l7::balance::PoolState;
 use crate::l7::client::{Client, Progress};
 use crate::l7::error::Failure;
 use crate::l7::lease::Lease;
+use crate::l7::metrics::Outcome;
 
 /// What is known of the request that is under way.
 #[derive(Default)]
@@ -22,6 +24,9 @@ pub(super) struct Observed {
     bytes_in: Cell<u64>,
     bytes_out: Cell<u64>,
     route: RefCell<Option<Rc<PoolState>>>,
+    /// Of the last attempt, and whether it has answered.
+    backend: RefCell<Option<Rc<BackendState>>>,
+    has_answered: Cell<bool>,
     /// `None` without an access log.
     entry: RefCell<Option<Box<Entry>>>,
 }
@@ -36,11 +41,13 @@ impl Observed {
     }
 
     pub(super) fn set_route(&self, pool: &Rc<PoolState>) {
+        pool.traffic.begin();
         self.route.replace(Some(Rc::clone(pool)));
     }
 
     /// A backend has been chosen.
     pub(super) fn attempt(&self, lease: &Lease, now: Instant) {
+        self.backend.replace(Some(Rc::clone(lease.backend())));
         self.note(|entry| entry.attempt(lease.backend().address(), lease.target(), now));
     }
 
@@ -51,6 +58,7 @@ impl Observed {
 
     /// The head of a response has come.
     pub(super) fn answered(&self, now: Instant) {
+        self.has_answered.set(true);
         self.note(|entry| entry.times.answered = Some(now));
     }
 
@@ -64,6 +72,8 @@ impl Observed {
         self.bytes_in.set(0);
         self.bytes_out.set(0);
         self.route.take();
+        self.backend.take();
+        self.has_answered.set(false);
         self.entry.replace(entry);
     }
 }
@@ -105,6 +115,7 @@ impl RequestRecord {
     /// The gateway answers by itself.
     pub(super) fn failed(&self, failure: &Failure) {
         let observed = &self.progress.observed;
+        observed.has_answered.set(false);
         observed.note(|entry| entry.error = Some(failure.router_error()));
     }
 
@@ -153,18 +164,27 @@ impl RequestRecord {
         entry.log.write(entry, &ended);
     }
 
-    fn count(&self, now: Instant) {
-        let metrics = &self.client.worker.metrics;
-        metrics.requests_in_flight.subtract(1);
-        let Some(status) = self.status.filter(|_| self.complete) else {
-            metrics.aborted.add(1);
-            return;
+    fn count(&self, now: Instant, route: Option<&PoolState>) {
+        let observed = &self.progress.observed;
+        let outcome = Outcome {
+            status: self.status.filter(|_| self.complete),
+            latency: now.duration_since(self.started),
+            bytes_in: observed.bytes_in.get(),
+            bytes_out: observed.bytes_out.get(),
         };
-        let class = usize::from(status.as_u16() / 100).clamp(1, 5);
-        metrics.responses[class - 1].add(1);
-        // An upgraded connection's life is no latency.
-        if status != StatusCode::SWITCHING_PROTOCOLS {
-            metrics.record_latency(now.duration_since(self.started));
+        let metrics = &self.client.worker.metrics;
+        metrics.end(&outcome);
+        match route {
+            Some(route) => route.traffic.end(&outcome),
+            None => {
+                metrics.unknown_routes.begin();
+                metrics.unknown_routes.end(&outcome);
+            }
+        }
+        if let Some(backend) = observed.backend.take()
+            && observed.has_answered.get()
+        {
+            backend.traffic().end(&outcome);
         }
     }
 }
@@ -179,9 +199,9 @@ impl Drop for RequestRecord {
             true => worker.read_clock(),
             false => worker.now(),
         };
-        self.count(now);
         let observed = &self.progress.observed;
         let route = observed.route.take();
+        self.count(now, route.as_deref());
         if let Some(entry) = observed.entry.take() {
             self.log(now, &entry, route.as_deref());
         }

@@ -31,7 +31,7 @@ use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
-use crate::l7::metrics::WorkerMetrics;
+use crate::l7::metrics::{RouteCounters, WorkerMetrics};
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -132,7 +132,8 @@ async fn run(parts: WorkerParts) {
         mut stop,
         alive,
     } = parts;
-    let backends = Backends::new(index, shared);
+    let routes = RouteCounters::new(Arc::clone(&metrics));
+    let backends = Backends::new(index, shared, routes);
     let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
     let acceptors: Vec<_> = listeners
         .into_iter()
@@ -258,6 +259,14 @@ async fn sweep(worker: Rc<Worker>) {
             settings.timeouts.backend_idle
         });
         backends.sweep(worker.now(), backend_idle);
+        worker.snapshot(|snapshot| {
+            let is_published = |route: &HttpMatch| {
+                let host = snapshot.hosts.get(&route.host);
+                let conditions = route.conditions.as_deref();
+                host.is_some_and(|(_, routes)| routes.get(&route.path, conditions).is_some())
+            };
+            backends.routes.sweep(snapshot.revision, is_published);
+        });
         if let Some(counters) = backends.changed_counters() {
             worker.metrics.publish_backends(counters);
         }

@@ -214,15 +214,15 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
         .iter()
         .map(|bound| *bound as f64 / 1e6)
         .chain([f64::INFINITY]);
-    let buckets: Vec<(f64, u64)> = bounds.zip(totals.latency_buckets).collect();
-    let count = totals.latency_buckets.iter().sum();
+    let buckets: Vec<(f64, u64)> = bounds.zip(totals.latency.buckets).collect();
+    let count = totals.latency.count();
     let mut histogram = page.0.encode_descriptor(
         "viaduct_http_request_seconds",
         "From a request's head to the end of its response",
         None,
         MetricType::Histogram,
     )?;
-    let sum = totals.latency_sum.as_secs_f64();
+    let sum = totals.latency.sum.as_secs_f64();
     histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
 
     let backends = metrics.backends();
