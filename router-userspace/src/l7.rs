@@ -22,12 +22,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::config::{
-    BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, HttpBalance, HttpConfig,
-    HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpZoneBalance,
-    ProxyProtocol,
+    BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpBalance,
+    HttpConfig, HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpTracing,
+    HttpZoneBalance, ProxyProtocol,
 };
 use crate::l7::access_log::AccessLog;
 use crate::l7::handshake::{ListenerKind, Rules};
+use crate::l7::headers::Via;
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -63,6 +64,7 @@ pub mod router;
 mod shared;
 mod sticky;
 mod tls;
+mod trace;
 mod tunnel;
 mod validate;
 mod worker;
@@ -79,7 +81,8 @@ pub fn start(
 ) -> anyhow::Result<Proxy> {
     let worker_count = worker_count(config);
     let tls = Tls::start(config, Arc::clone(&metrics))?;
-    let access_log = AccessLog::open(&config.access_log, None, &metrics)?;
+    let access_log = AccessLog::open(config, None, &metrics)?;
+    metrics.configure(&config.metrics);
     let mut local_addresses = Vec::new();
     let mut hand_up = Vec::new();
     let mut listeners: Vec<Vec<(TcpListener, ListenerKind)>> = Vec::new();
@@ -194,8 +197,9 @@ impl Proxy {
         self.check_reload(config)?;
         let former = self.settings.load();
         let former = former.access_log.as_deref();
-        let access_log = AccessLog::open(&config.access_log, former, &self.metrics)?;
+        let access_log = AccessLog::open(config, former, &self.metrics)?;
         self.tls.reload(config)?;
+        self.metrics.configure(&config.metrics);
         self.settings.store(Arc::new(Settings {
             access_log,
             ..Settings::new(config)
@@ -261,6 +265,10 @@ struct Settings {
     zone: Option<String>,
     prefer_zone: bool,
     slow_start: Duration,
+    forwarded: ForwardedHeader,
+    forwarded_port: bool,
+    via: Option<Via>,
+    tracing: HttpTracing,
     /// Open, so not made from the configuration alone.
     access_log: Option<Arc<AccessLog>>,
 }
@@ -285,6 +293,10 @@ impl Settings {
             zone: config.zone.clone(),
             prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
             slow_start: config.slow_start,
+            forwarded: config.forwarded,
+            forwarded_port: config.forwarded_port,
+            via: config.via.as_deref().map(Via::new),
+            tracing: config.tracing.clone(),
             access_log: None,
         }
     }

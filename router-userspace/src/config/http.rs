@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::ensure;
+use http::HeaderName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,10 @@ mod observe;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
-pub use observe::{AccessLogFormat, HttpAccessLog, RedactQuery};
+pub use observe::{
+    AccessLogFormat, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing, RedactQuery,
+    TraceMode,
+};
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,6 +43,12 @@ pub struct HttpConfig {
     pub proxy_protocol: ProxyProtocol,
     /// The PROXY header that connections to backends begin with, which are then of one client each.
     pub backend_proxy_protocol: BackendProxyProtocol,
+    /// The header `Forwarded` of requests.
+    pub forwarded: ForwardedHeader,
+    /// Requests get `X-Forwarded-Port`, the port that the client dialed.
+    pub forwarded_port: bool,
+    /// The gateway's name in `Via`, of requests and responses; unset: it is in none.
+    pub via: Option<String>,
     pub forwarded_client_cert: ForwardedClientCert,
     pub forwarded_client_cert_format: ClientCertFormat,
     pub timeouts: HttpTimeouts,
@@ -49,6 +59,8 @@ pub struct HttpConfig {
     pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
     pub access_log: HttpAccessLog,
+    pub metrics: HttpMetrics,
+    pub tracing: HttpTracing,
 }
 
 /// PROXY protocol towards clients, version 1 or 2.
@@ -175,6 +187,9 @@ impl Default for HttpConfig {
             trusted_proxies: Vec::new(),
             proxy_protocol: ProxyProtocol::Off,
             backend_proxy_protocol: BackendProxyProtocol::Off,
+            forwarded: ForwardedHeader::Off,
+            forwarded_port: false,
+            via: None,
             forwarded_client_cert: ForwardedClientCert::AlwaysForward,
             forwarded_client_cert_format: ClientCertFormat::Base64,
             timeouts: HttpTimeouts::default(),
@@ -185,6 +200,8 @@ impl Default for HttpConfig {
             sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
             access_log: HttpAccessLog::default(),
+            metrics: HttpMetrics::default(),
+            tracing: HttpTracing::default(),
         }
     }
 }
@@ -278,6 +295,15 @@ impl HttpConfig {
         self.retries.validate()?;
         self.ejection.validate()?;
         self.sticky.validate()?;
-        self.access_log.validate()
+        self.access_log.validate()?;
+        self.tracing.validate()?;
+        if let Some(via) = &self.via {
+            // A pseudonym is a token (RFC 9110 §7.6.3), as names of headers are.
+            ensure!(
+                HeaderName::from_bytes(via.as_bytes()).is_ok(),
+                "http.via: {via:?} is no token"
+            );
+        }
+        Ok(())
     }
 }

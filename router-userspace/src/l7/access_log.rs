@@ -20,9 +20,10 @@ use tokio::sync::Notify;
 
 pub(super) use crate::l7::access_log::entry::{Aborted, Ended, Entry};
 
-use crate::config::{AccessLogFormat, HttpAccessLog, RedactQuery};
+use crate::config::{AccessLogFormat, HttpAccessLog, HttpConfig, RedactQuery, TraceMode};
 use crate::l7::access_log::writer::{Block, Writer};
 use crate::l7::metrics::L7Metrics;
+use crate::l7::trace;
 
 mod entry;
 mod escape;
@@ -59,11 +60,11 @@ impl AccessLog {
     /// # Errors
     /// Names the file that cannot be opened.
     pub(super) fn open(
-        config: &HttpAccessLog,
+        config: &HttpConfig,
         former: Option<&AccessLog>,
         metrics: &Arc<L7Metrics>,
     ) -> anyhow::Result<Option<Arc<AccessLog>>> {
-        let Some(path) = &config.path else {
+        let Some(path) = &config.access_log.path else {
             return Ok(None);
         };
         let writer = match former.filter(|former| former.path == *path) {
@@ -95,22 +96,45 @@ impl AccessLog {
 }
 
 impl Rules {
-    fn new(config: &HttpAccessLog) -> Rules {
-        let named = |name: &String| {
-            let header = HeaderName::from_bytes(name.as_bytes()).ok()?;
+    fn new(http: &HttpConfig) -> Rules {
+        let config = &http.access_log;
+        let named = |header: HeaderName| {
             let label = match config.format {
                 AccessLogFormat::Json => header.as_str().to_owned(),
                 AccessLogFormat::Gorouter => header.as_str().replace('-', "_"),
             };
-            Some((header, label))
+            (header, label)
         };
+        let configured = config.headers.iter();
+        let configured = configured.filter_map(|it| HeaderName::from_bytes(it.as_bytes()).ok());
         Rules {
             format: config.format,
-            headers: config.headers.iter().filter_map(named).collect(),
+            headers: configured.chain(traced(http)).map(named).collect(),
             redact_query: config.redact_query,
             client_address: !config.disable_client_address,
         }
     }
+}
+
+/// The trace headers that gorouter logs.
+fn traced(http: &HttpConfig) -> Vec<HeaderName> {
+    let tracing = &http.tracing;
+    let mut names = Vec::new();
+    if http.access_log.format != AccessLogFormat::Gorouter || tracing.mode == TraceMode::Off {
+        return names;
+    }
+    if tracing.b3 {
+        names.extend([
+            trace::B3_TRACE_ID,
+            trace::B3_SPAN_ID,
+            trace::B3_PARENT_ID,
+            trace::B3,
+        ]);
+    }
+    if tracing.w3c {
+        names.extend([trace::TRACEPARENT, trace::TRACESTATE]);
+    }
+    names
 }
 
 /// One worker's part: the block it fills.

@@ -8,13 +8,14 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::StatusCode;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::config::HttpMetrics;
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 use crate::l7::handshake;
 use crate::l7::shared::SharedBackend;
@@ -37,6 +38,8 @@ pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
     pub tls: TlsMetrics,
     pub access_log: AccessLogMetrics,
+    shows_routes: AtomicBool,
+    shows_backends: AtomicBool,
 }
 
 /// Lines of the access log.
@@ -172,6 +175,23 @@ pub struct L7BackendTotals {
 }
 
 impl L7Metrics {
+    /// From here on, scrapes show what `config` asks for.
+    pub(super) fn configure(&self, config: &HttpMetrics) {
+        self.shows_routes.store(config.per_route, Ordering::Relaxed);
+        self.shows_backends
+            .store(config.per_backend, Ordering::Relaxed);
+    }
+
+    /// Whether scrapes show each route.
+    pub fn shows_routes(&self) -> bool {
+        self.shows_routes.load(Ordering::Relaxed)
+    }
+
+    /// Whether scrapes show all of each backend.
+    pub fn shows_backends(&self) -> bool {
+        self.shows_backends.load(Ordering::Relaxed)
+    }
+
     pub fn totals(&self) -> L7Totals {
         let mut totals = L7Totals {
             errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),

@@ -16,6 +16,7 @@ use crate::l7::client::{Client, Progress};
 use crate::l7::error::Failure;
 use crate::l7::lease::Lease;
 use crate::l7::metrics::Outcome;
+use crate::l7::trace::TraceId;
 
 /// What is known of the request that is under way.
 #[derive(Default)]
@@ -94,12 +95,13 @@ impl RequestRecord {
         client: &Rc<Client>,
         progress: &Rc<Progress>,
         request: &Request<B>,
+        trace: Option<TraceId>,
     ) -> RequestRecord {
         let worker = &client.worker;
         worker.metrics.requests_in_flight.add(1);
         let entry = worker.access_log().map(|log| {
             let trusted = worker.settings(|settings| settings.trusts(client.peer.ip()));
-            Box::new(Entry::new(log, request, trusted))
+            Box::new(Entry::new(log, request, trusted, trace))
         });
         progress.observed.begin(entry);
         RequestRecord {

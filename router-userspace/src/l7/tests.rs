@@ -24,6 +24,7 @@ use crate::snapshot::Snapshot;
 mod access_log;
 mod balancing;
 mod bodies;
+mod counting;
 mod failures;
 mod http2;
 mod lifecycle;
@@ -32,6 +33,7 @@ mod retries;
 mod routing;
 mod sessions;
 mod tls;
+mod tracing;
 mod upgrades;
 
 /// No test waits longer for anything.

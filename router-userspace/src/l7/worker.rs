@@ -412,6 +412,11 @@ impl Worker {
         })
     }
 
+    /// Lends the generator of what need not be secret.
+    pub(super) fn with_rng<R>(&self, use_it: impl FnOnce(&mut SmallRng) -> R) -> R {
+        use_it(&mut self.rng.borrow_mut())
+    }
+
     /// Lends an empty buffer.
     pub(super) fn with_scratch<R>(&self, use_it: impl FnOnce(&mut Vec<u8>) -> R) -> R {
         let mut scratch = self.scratch.borrow_mut();

@@ -1,6 +1,6 @@
-//! `[http.access_log]`: what is written down of each request.
+//! `[http.access_log]`, `[http.metrics]` and `[http.tracing]`: what is told of requests, and to whom.
 //!
-//! The lines themselves are made in `l7/access_log`.
+//! Lines are made in `l7/access_log`, metrics in `metrics/proxy`.
 
 use std::path::PathBuf;
 
@@ -44,6 +44,78 @@ pub enum RedactQuery {
     All,
     /// Its SHA-1 is there in hexadecimal, as gorouter does.
     Hash,
+}
+
+/// What `/metrics` has beside the sums of the gateway. The admin API has it in any case.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpMetrics {
+    /// 29 series for each route that had requests.
+    pub per_route: bool,
+    /// The same for each backend, of which there are two otherwise.
+    pub per_backend: bool,
+}
+
+/// What becomes of trace contexts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpTracing {
+    pub mode: TraceMode,
+    /// `traceparent` and `tracestate` are looked at.
+    pub w3c: bool,
+    /// `b3` and `X-B3-*` are.
+    pub b3: bool,
+    /// Only contexts of `trusted_proxies` are believed.
+    pub trusted_only: bool,
+    /// Share of the traces begun here that are marked as sampled, 0 to 1.
+    pub sample: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TraceMode {
+    /// Trace headers are passed on unread.
+    #[default]
+    Off,
+    /// Valid ones are passed on as they are, others are removed.
+    Pass,
+    /// The gateway is a span of the trace that came, or of a new one.
+    Begin,
+}
+
+/// What becomes of `Forwarded` (RFC 7239).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForwardedHeader {
+    /// That of `trusted_proxies` is kept, that of others removed.
+    #[default]
+    Off,
+    /// The same, and the gateway adds its part.
+    Append,
+    /// It is the gateway's alone.
+    Replace,
+}
+
+impl Default for HttpTracing {
+    fn default() -> HttpTracing {
+        HttpTracing {
+            mode: TraceMode::Off,
+            w3c: true,
+            b3: false,
+            trusted_only: false,
+            sample: 1.0,
+        }
+    }
+}
+
+impl HttpTracing {
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        ensure!(
+            (0.0..=1.0).contains(&self.sample),
+            "http.tracing.sample must be from 0 to 1"
+        );
+        Ok(())
+    }
 }
 
 impl HttpAccessLog {

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use crate::l7::access_log::WorkerLog;
 use crate::l7::balance::Target;
 use crate::l7::handshake::TlsSession;
+use crate::l7::trace::TraceId;
 use crate::route::HttpMatch;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -38,6 +39,7 @@ pub(in crate::l7) struct Entry {
     pub forwarded_for: Option<HeaderValue>,
     pub forwarded_proto: Option<HeaderValue>,
     pub request_id: Option<HeaderValue>,
+    pub trace: Option<TraceId>,
     /// In the order of the configuration.
     pub headers: Vec<Option<HeaderValue>>,
     /// The backend of the last attempt.
@@ -88,7 +90,12 @@ pub(in crate::l7) struct Ended<'a> {
 
 impl Entry {
     /// `trusted`: the client is in `http.trusted_proxies`, so what it says of others is logged.
-    pub(in crate::l7) fn new<B>(log: Rc<WorkerLog>, request: &Request<B>, trusted: bool) -> Entry {
+    pub(in crate::l7) fn new<B>(
+        log: Rc<WorkerLog>,
+        request: &Request<B>,
+        trusted: bool,
+        trace: Option<TraceId>,
+    ) -> Entry {
         let headers = request.headers();
         let mut entry = Entry::unparsable(log);
         entry.request = Some(RequestLine {
@@ -97,6 +104,7 @@ impl Entry {
             version: request.version(),
             host: headers.get(HOST).cloned(),
         });
+        entry.trace = trace;
         entry.referer = headers.get(REFERER).cloned();
         entry.user_agent = headers.get(USER_AGENT).cloned();
         if trusted {
@@ -117,6 +125,7 @@ impl Entry {
             forwarded_for: None,
             forwarded_proto: None,
             request_id: None,
+            trace: None,
             headers: Vec::new(),
             backend: None,
             attempts: 0,

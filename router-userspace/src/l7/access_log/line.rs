@@ -60,6 +60,9 @@ fn json(line: &mut Vec<u8>, rules: &Rules, entry: &Entry, ended: &Ended<'_>) {
     optional(line, "referer", referer.as_deref());
     optional(line, "user_agent", bytes(&entry.user_agent));
     optional(line, "request_id", bytes(&entry.request_id));
+    if let Some(trace) = entry.trace {
+        push(line, format_args!(",\"trace_id\":\"{trace:032x}\""));
+    }
     if let Some(tls) = ended.tls {
         text(line, "tls_version", tls.version.as_bytes());
         text(line, "tls_cipher", tls.cipher.as_bytes());
