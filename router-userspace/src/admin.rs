@@ -7,6 +7,7 @@
 //! | `/metrics` | Prometheus text |
 //! | `/v1/routes`, `/v1/vips`, `/v1/backends` | listings in pages, see [`listing`] |
 //! | `/v1/stats` | counters in one object |
+//! | `/v1/stats/routes`, `/v1/stats/backends` | what layer 7 counted of each, in pages |
 //! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
 //! | `/v1/explain` | what would become of a packet or a request |
 //! | `/v1/drain` | backends that an operator drains; by POST, drains one |
@@ -49,6 +50,7 @@ mod flows;
 pub mod listing;
 mod policy;
 pub mod ready;
+mod traffic;
 
 /// Connections at once. Scrapers and operators are few.
 const MAX_CONNECTIONS: usize = 64;
@@ -154,6 +156,8 @@ fn router(admin: Admin) -> Router {
         .route("/v1/vips", get(vips))
         .route("/v1/backends", get(backends))
         .route("/v1/stats", get(stats))
+        .route("/v1/stats/routes", get(route_stats))
+        .route("/v1/stats/backends", get(backend_stats))
         .route("/v1/flows", get(flows::flows))
         .route("/v1/watch", get(flows::watch))
         .route("/v1/explain", get(explain::explain))
@@ -220,6 +224,26 @@ async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest
 async fn backends(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
         listing::backends(&scrape.published.load(), &request)
+    })
+    .await
+}
+
+async fn route_stats(
+    State(admin): State<Arc<Admin>>,
+    Query(request): Query<PageRequest>,
+) -> Response {
+    list(&admin, move |scrape| {
+        traffic::routes(&scrape.published.load(), &scrape.l7, &request)
+    })
+    .await
+}
+
+async fn backend_stats(
+    State(admin): State<Arc<Admin>>,
+    Query(request): Query<PageRequest>,
+) -> Response {
+    list(&admin, move |scrape| {
+        traffic::backends(&scrape.published.load(), &scrape.l7, &request)
     })
     .await
 }

@@ -18,9 +18,10 @@ mod http;
 mod l4;
 
 pub use http::{
-    BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth, ClientCertFormat,
-    ForwardedClientCert, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries,
-    HttpSticky, HttpTimeouts, HttpTlsConfig, HttpZoneBalance, ProxyProtocol, TlsVersion,
+    AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
+    ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpAccessLog, HttpBalance, HttpConfig,
+    HttpEjection, HttpLimits, HttpMetrics, HttpRetries, HttpSticky, HttpTimeouts, HttpTlsConfig,
+    HttpTracing, HttpZoneBalance, ProxyProtocol, RedactQuery, TlsVersion, TraceMode,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

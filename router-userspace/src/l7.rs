@@ -22,11 +22,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::config::{
-    BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, HttpBalance, HttpConfig,
-    HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpZoneBalance,
-    ProxyProtocol,
+    BackendProxyProtocol, ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpBalance,
+    HttpConfig, HttpEjection, HttpLimits, HttpRetries, HttpSticky, HttpTimeouts, HttpTracing,
+    HttpZoneBalance, ProxyProtocol,
 };
+use crate::l7::access_log::AccessLog;
 use crate::l7::handshake::{ListenerKind, Rules};
+use crate::l7::headers::Via;
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -34,6 +36,7 @@ use crate::l7::worker::WorkerParts;
 use crate::route::Balance;
 use crate::snapshot::Published;
 
+mod access_log;
 mod admission;
 mod backend;
 mod balance;
@@ -62,6 +65,7 @@ mod shared;
 pub mod sockmap;
 mod sticky;
 mod tls;
+mod trace;
 mod tunnel;
 mod validate;
 mod worker;
@@ -78,6 +82,8 @@ pub fn start(
 ) -> anyhow::Result<Proxy> {
     let worker_count = worker_count(config);
     let tls = Tls::start(config, Arc::clone(&metrics))?;
+    let access_log = AccessLog::open(config, None, &metrics)?;
+    metrics.configure(&config.metrics);
     let mut local_addresses = Vec::new();
     let mut hand_up = Vec::new();
     let mut listeners: Vec<Vec<(TcpListener, ListenerKind)>> = Vec::new();
@@ -93,7 +99,11 @@ pub fn start(
         }
     }
 
-    let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)));
+    let settings = Settings {
+        access_log,
+        ..Settings::new(config)
+    };
+    let settings = Arc::new(ArcSwap::from_pointee(settings));
     let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
@@ -102,6 +112,7 @@ pub fn start(
         hand_up,
         fixed: Fixed::new(config),
         tls: Arc::clone(&tls),
+        metrics: Arc::clone(&metrics),
         settings,
         stop,
         ended,
@@ -130,7 +141,8 @@ pub fn start(
 /// # Errors
 /// Names the key and the file that cannot be used.
 pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
-    tls::check(config)
+    tls::check(config)?;
+    AccessLog::check(&config.access_log)
 }
 
 /// The running layer 7. Dropping it ends the workers at once; [`Proxy::drain`] lets requests end.
@@ -139,6 +151,7 @@ pub struct Proxy {
     hand_up: Vec<TcpListener>,
     fixed: Fixed,
     tls: Arc<Tls>,
+    metrics: Arc<L7Metrics>,
     settings: Arc<ArcSwap<Settings>>,
     stop: watch::Sender<Option<Instant>>,
     /// Closed when the last worker has ended.
@@ -172,6 +185,7 @@ impl Proxy {
             "http.tls.listen {key}"
         );
         ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
+        AccessLog::check(&config.access_log)?;
         self.tls.check_reload(config)
     }
 
@@ -183,8 +197,15 @@ impl Proxy {
     /// As [`Proxy::check_reload`]; nothing is changed then.
     pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         self.check_reload(config)?;
+        let former = self.settings.load();
+        let former = former.access_log.as_deref();
+        let access_log = AccessLog::open(config, former, &self.metrics)?;
         self.tls.reload(config)?;
-        self.settings.store(Arc::new(Settings::new(config)));
+        self.metrics.configure(&config.metrics);
+        self.settings.store(Arc::new(Settings {
+            access_log,
+            ..Settings::new(config)
+        }));
         Ok(())
     }
 
@@ -200,8 +221,18 @@ impl Proxy {
                 tracing::error!("an l7 worker panicked");
             }
         }
+        let settings = self.settings.load();
+        let log_end = settings.access_log.as_ref().and_then(|log| log.take_end());
+        drop((settings, self));
+        if let Some(end) = log_end {
+            // An error is the end: nothing is ever sent.
+            let _ = end.recv_timeout(LOG_DRAIN);
+        }
     }
 }
+
+/// How long the last lines of the access log may take to be written.
+const LOG_DRAIN: Duration = Duration::from_secs(1);
 
 /// What cannot change while the workers run.
 struct Fixed {
@@ -239,6 +270,12 @@ struct Settings {
     zone: Option<String>,
     prefer_zone: bool,
     slow_start: Duration,
+    forwarded: ForwardedHeader,
+    forwarded_port: bool,
+    via: Option<Via>,
+    tracing: HttpTracing,
+    /// Open, so not made from the configuration alone.
+    access_log: Option<Arc<AccessLog>>,
 }
 
 impl Settings {
@@ -262,6 +299,11 @@ impl Settings {
             zone: config.zone.clone(),
             prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
             slow_start: config.slow_start,
+            forwarded: config.forwarded,
+            forwarded_port: config.forwarded_port,
+            via: config.via.as_deref().map(Via::new),
+            tracing: config.tracing.clone(),
+            access_log: None,
         }
     }
 

@@ -203,7 +203,7 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
 }
 
 /// The smallest keys after a cursor, with their values.
-struct Smallest<K, V> {
+pub(super) struct Smallest<K, V> {
     after: Option<K>,
     limit: usize,
     rows: BTreeMap<K, V>,
@@ -211,7 +211,7 @@ struct Smallest<K, V> {
 }
 
 impl<K: Ord, V> Smallest<K, V> {
-    fn new(request: &PageRequest, after: Option<K>) -> Result<Smallest<K, V>, String> {
+    pub(super) fn new(request: &PageRequest, after: Option<K>) -> Result<Smallest<K, V>, String> {
         let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
         if !(1..=MAX_LIMIT).contains(&limit) {
             return Err(format!("limit: {limit} is not in 1..={MAX_LIMIT}"));
@@ -225,7 +225,7 @@ impl<K: Ord, V> Smallest<K, V> {
     }
 
     /// Keeps the key if it belongs to the page. What does not belong now never will.
-    fn offer(&mut self, key: K, value: impl FnOnce() -> V) -> Option<&mut V> {
+    pub(super) fn offer(&mut self, key: K, value: impl FnOnce() -> V) -> Option<&mut V> {
         if self.after.as_ref().is_some_and(|after| key <= *after) {
             return None;
         }
@@ -243,7 +243,7 @@ impl<K: Ord, V> Smallest<K, V> {
         Some(self.rows.entry(key).or_insert_with(value))
     }
 
-    fn finish<R>(
+    pub(super) fn finish<R>(
         self,
         snapshot: &Snapshot,
         cursor: impl Fn(&K) -> String,

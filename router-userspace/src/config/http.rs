@@ -6,15 +6,21 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::ensure;
+use http::HeaderName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
+mod observe;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use observe::{
+    AccessLogFormat, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing, RedactQuery,
+    TraceMode,
+};
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +46,12 @@ pub struct HttpConfig {
     pub proxy_protocol: ProxyProtocol,
     /// The PROXY header that connections to backends begin with, which are then of one client each.
     pub backend_proxy_protocol: BackendProxyProtocol,
+    /// The header `Forwarded` of requests.
+    pub forwarded: ForwardedHeader,
+    /// Requests get `X-Forwarded-Port`, the port that the client dialed.
+    pub forwarded_port: bool,
+    /// The gateway's name in `Via`, of requests and responses; unset: it is in none.
+    pub via: Option<String>,
     pub forwarded_client_cert: ForwardedClientCert,
     pub forwarded_client_cert_format: ClientCertFormat,
     pub timeouts: HttpTimeouts,
@@ -49,6 +61,9 @@ pub struct HttpConfig {
     pub ejection: HttpEjection,
     pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
+    pub access_log: HttpAccessLog,
+    pub metrics: HttpMetrics,
+    pub tracing: HttpTracing,
 }
 
 /// PROXY protocol towards clients, version 1 or 2.
@@ -176,6 +191,9 @@ impl Default for HttpConfig {
             trusted_proxies: Vec::new(),
             proxy_protocol: ProxyProtocol::Off,
             backend_proxy_protocol: BackendProxyProtocol::Off,
+            forwarded: ForwardedHeader::Off,
+            forwarded_port: false,
+            via: None,
             forwarded_client_cert: ForwardedClientCert::AlwaysForward,
             forwarded_client_cert_format: ClientCertFormat::Base64,
             timeouts: HttpTimeouts::default(),
@@ -185,6 +203,9 @@ impl Default for HttpConfig {
             ejection: HttpEjection::default(),
             sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
+            access_log: HttpAccessLog::default(),
+            metrics: HttpMetrics::default(),
+            tracing: HttpTracing::default(),
         }
     }
 }
@@ -277,6 +298,16 @@ impl HttpConfig {
         );
         self.retries.validate()?;
         self.ejection.validate()?;
-        self.sticky.validate()
+        self.sticky.validate()?;
+        self.access_log.validate()?;
+        self.tracing.validate()?;
+        if let Some(via) = &self.via {
+            // A pseudonym is a token (RFC 9110 §7.6.3), as names of headers are.
+            ensure!(
+                HeaderName::from_bytes(via.as_bytes()).is_ok(),
+                "http.via: {via:?} is no token"
+            );
+        }
+        Ok(())
     }
 }

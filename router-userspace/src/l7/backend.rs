@@ -23,7 +23,7 @@ use crate::l7::backend::connection::{Http2, Opened};
 use crate::l7::balance::PoolState;
 use crate::l7::body::RequestBody;
 use crate::l7::error::Failure;
-use crate::l7::metrics::BackendCounters;
+use crate::l7::metrics::{BackendCounters, RouteCounters, Traffic};
 use crate::l7::outlier::Outlier;
 use crate::l7::retry_budget::RetryBudget;
 use crate::l7::router::RouteMatch;
@@ -50,11 +50,12 @@ pub(super) struct Backends {
     states: HashMap<BackendKey, Rc<BackendState>>,
     /// Of each route with a state, by host and path: a route has another pool with every change.
     budgets: HashMap<(Box<str>, Box<str>), Rc<RetryBudget>>,
+    pub routes: RouteCounters,
     changed: bool,
 }
 
 impl Backends {
-    pub(super) fn new(worker: usize, common: Arc<Shared>) -> Backends {
+    pub(super) fn new(worker: usize, common: Arc<Shared>, routes: RouteCounters) -> Backends {
         Backends {
             worker,
             common,
@@ -62,6 +63,7 @@ impl Backends {
             pools: HashMap::new(),
             states: HashMap::new(),
             budgets: HashMap::new(),
+            routes,
             changed: false,
         }
     }
@@ -96,6 +98,7 @@ impl Backends {
             .or_insert_with(|| Rc::new(RetryBudget::new(now)));
         let (zone, budget) = (self.zone.as_deref(), Rc::clone(budget));
         let state = PoolState::new(found, zone, route, budget, state_of, now, rng);
+        let state = state.counted_by(&mut self.routes);
         let state = Rc::new(state);
         self.pools.insert(Arc::as_ptr(pool), Rc::clone(&state));
         state
@@ -223,6 +226,10 @@ impl BackendState {
     /// When the first worker met it.
     pub(super) fn since(&self) -> Instant {
         self.counters.shared.since
+    }
+
+    pub(super) fn traffic(&self) -> &Traffic {
+        &self.counters.traffic
     }
 
     pub(super) fn record_failure(&self) {

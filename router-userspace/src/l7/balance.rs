@@ -21,6 +21,7 @@ use crate::l7::Settings;
 use crate::l7::admission::Queue;
 use crate::l7::backend::BackendState;
 use crate::l7::balance::turns::Turns;
+use crate::l7::metrics::{RouteCounters, Traffic};
 use crate::l7::retry_budget::RetryBudget;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::SharedRoute;
@@ -58,6 +59,8 @@ pub(super) struct PoolState {
     /// Requests that wait for room.
     pub queue: Arc<Queue>,
     pub budget: Rc<RetryBudget>,
+    /// This worker's counters of the route.
+    pub traffic: Arc<Traffic>,
     all: Turns,
     /// Those of the gateway's zone, if there are others too.
     local: Option<Turns>,
@@ -204,6 +207,7 @@ impl PoolState {
             route,
             queue: Arc::default(),
             budget,
+            traffic: Arc::default(),
             all: Turns::new(weights(), rng),
             local: (1..targets.len()).contains(&local.len()).then_some(local),
             weights_are_equal: targets
@@ -217,6 +221,12 @@ impl PoolState {
             is_queue_known: Cell::new(false),
             targets,
         }
+    }
+
+    /// With the counters that its route has among those.
+    pub(super) fn counted_by(mut self, routes: &mut RouteCounters) -> PoolState {
+        self.traffic = routes.of(&self.matched);
+        self
     }
 
     /// Whether so few of the pool are healthy that all are used. Looks at the backends once for each

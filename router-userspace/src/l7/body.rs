@@ -97,6 +97,7 @@ impl Body for RequestBody {
         progress.set_waits_for_client(polled.is_pending());
         let frame = ready!(polled);
         progress.on_frame();
+        progress.observed.add_bytes_in(data_len(&frame));
         if frame.is_none() || client.is_end_stream() {
             progress.request_body_ended();
         }
@@ -199,6 +200,9 @@ impl Body for ResponseBody {
             Source::Backend { incoming, lease } => {
                 let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
                 let failed = matches!(frame, Some(Err(_)));
+                if failed && let Some(record) = &mut this.record {
+                    record.backend_broke_off();
+                }
                 let ended = !failed && (frame.is_none() || incoming.is_end_stream());
                 if let Some(record) = &this.record {
                     record.progress.on_frame();
@@ -209,6 +213,9 @@ impl Body for ResponseBody {
                 (frame.map(|frame| frame.map(passed_on)), ended)
             }
         };
+        if let Some(record) = &this.record {
+            record.progress.observed.add_bytes_out(data_len(&frame));
+        }
         if ended {
             self.complete();
         }
@@ -228,6 +235,14 @@ impl Body for ResponseBody {
             Source::Backend { incoming, .. } => incoming.size_hint(),
         }
     }
+}
+
+fn data_len<E>(frame: &Option<Result<Frame<Bytes>, E>>) -> usize {
+    let data = match frame {
+        Some(Ok(frame)) => frame.data_ref(),
+        _ => None,
+    };
+    data.map_or(0, Bytes::len)
 }
 
 /// A frame without trailer fields that mean something to who forwards a message.

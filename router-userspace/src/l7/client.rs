@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::config::HttpTimeouts;
 use crate::l7::handshake::TlsSession;
+use crate::l7::record::Observed;
 use crate::l7::tunnel::Switch;
 use crate::l7::worker::Worker;
 use crate::route::policy::RouteTimeouts;
@@ -146,6 +147,8 @@ pub(super) struct Progress {
     own_body_idle: Cell<Option<Duration>>,
     /// When the route's total timeout ends.
     deadline: Cell<Option<Instant>>,
+    /// What the access log and the counters will tell of the request.
+    pub observed: Observed,
 }
 
 /// Which timeout is running.
@@ -189,6 +192,7 @@ impl Progress {
             own_response_headers: Cell::new(None),
             own_body_idle: Cell::new(None),
             deadline: Cell::new(None),
+            observed: Observed::default(),
         }
     }
 
@@ -273,6 +277,11 @@ impl Progress {
     /// The request's body is not all sent, and it is the client that holds it back.
     pub(super) fn waits_for_client(&self) -> bool {
         self.is_sending() && self.waits_for_client.get()
+    }
+
+    /// Whether it was ended for its time was up.
+    pub(super) fn has_been_cut(&self) -> bool {
+        self.cut.get()
     }
 
     /// To be called when the stream's task begins to run.
@@ -405,6 +414,7 @@ mod tests {
     use crate::config::HttpConfig;
     use crate::l7::Settings;
     use crate::l7::backend::Backends;
+    use crate::l7::metrics::RouteCounters;
     use crate::l7::shared::Shared;
     use crate::l7::tls::Tls;
     use crate::snapshot::Published;
@@ -415,7 +425,11 @@ mod tests {
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),
-            Backends::new(0, Arc::new(Shared::new(1))),
+            Backends::new(
+                0,
+                Arc::new(Shared::new(1)),
+                RouteCounters::new(Arc::default()),
+            ),
             Arc::default(),
             Tls::start(&config, Arc::default()).unwrap(),
         );

@@ -204,7 +204,7 @@ impl Failure {
     }
 
     /// The value of `X-Cf-RouterError`.
-    fn router_error(&self) -> &'static str {
+    pub(super) fn router_error(&self) -> &'static str {
         match self {
             Failure::EmptyHost => "empty_host",
             Failure::Bad(BadRequest::TransferEncoding) => "invalid_transfer_encoding",

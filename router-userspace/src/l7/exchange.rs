@@ -119,6 +119,8 @@ impl<'a> Exchange<'a> {
         loop {
             let (index, mut lease) = self.lease().await?;
             let purpose = self.purpose(&request);
+            let observed = &self.progress.observed;
+            observed.attempt(&lease, self.worker.now());
             let connecting = lease.connect(self.client, self.fresh, purpose);
             match self.until_expired(connecting).await {
                 Some(Ok(())) => {}
@@ -141,9 +143,11 @@ impl<'a> Exchange<'a> {
                 self.rewritten = true;
             }
             headers::set_instance(request.headers_mut(), &target.instance);
+            observed.sent(request.headers(), self.worker.now());
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
                 Ok(response) => {
+                    observed.answered(self.worker.now());
                     lease.answered(response.status());
                     return Ok(Exchanged {
                         response,
@@ -372,6 +376,7 @@ impl<'a> Exchange<'a> {
         if stale && let Some(again) = unsent.take().or_else(|| self.repeat()) {
             self.fresh = true;
             self.worker.metrics.retries.add(1);
+            self.pool.traffic.retries.add(1);
             return Ok(again);
         }
         let failed = Failure::Backend(failure);
@@ -416,6 +421,7 @@ impl<'a> Exchange<'a> {
             return Err(failure);
         }
         self.worker.metrics.retries.add(1);
+        self.pool.traffic.retries.add(1);
         Ok(())
     }
 

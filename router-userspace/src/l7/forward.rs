@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE};
+use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
@@ -26,6 +26,7 @@ use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::sticky;
+use crate::l7::trace;
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -36,7 +37,8 @@ pub(super) async fn answer(
     progress: Rc<Progress>,
     mut request: Request<Incoming>,
 ) -> Answer {
-    let mut record = RequestRecord::begin(&client, &progress);
+    let trace = trace::settle(&client, request.headers_mut());
+    let mut record = RequestRecord::begin(&client, &progress, &request, trace);
     let http2 = request.version() == Version::HTTP_2;
     let stream =
         (request.method() == http::Method::CONNECT).then(|| hyper::upgrade::on(&mut request));
@@ -47,8 +49,7 @@ pub(super) async fn answer(
             backend,
             lease,
         }) => {
-            record.status = response.status();
-            progress.response_begins();
+            record.response_begins(response.status());
             let switch = Switch {
                 backend,
                 lease,
@@ -59,6 +60,7 @@ pub(super) async fn answer(
         Err(failure) => {
             tracing::debug!(peer = %client.peer, status = failure.status().as_u16(), reason = ?failure, "answered by the gateway");
             client.worker.metrics.errors[failure.reason()].add(1);
+            record.failed(&failure);
             failure.response()
         }
     };
@@ -66,8 +68,7 @@ pub(super) async fn answer(
         // Of one hop, and HTTP/2 has no such fields (RFC 9113 §8.2.2).
         response.headers_mut().remove(CONNECTION);
     }
-    record.status = response.status();
-    progress.response_begins();
+    record.response_begins(response.status());
     response.body_mut().set_record(record);
     Ok(response)
 }
@@ -112,6 +113,7 @@ async fn forward(
         return Ok(Forwarded::Response(answer_options()));
     }
     let pool = find_pool(worker, &findings, &request)?;
+    progress.observed.set_route(&pool);
     if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
         return Ok(Forwarded::Response(response));
     }
@@ -122,24 +124,26 @@ async fn forward(
         progress.set_timeouts(client, &policy.timeouts, started);
     }
     let only = find_instance(&pool, &findings)?;
-    let (trusted, client_cert) = worker.settings(|settings| {
+    let version = request.version();
+    let origin = worker.settings(|settings| {
         let trusted = settings.trusts(client.peer.ip());
         let shown = client
             .tls
             .as_ref()
             .and_then(|tls| tls.client_certificate.as_ref());
         let mode = settings.forwarded_client_cert;
-        (trusted, client_cert::forwarded(mode, trusted, shown))
+        headers::Origin {
+            address: &client.forwarded_for,
+            client_cert: client_cert::forwarded(mode, trusted, shown),
+            secure: client.tls.is_some(),
+            trusted,
+            request_start: worker.request_start(),
+            request_id: worker.new_request_id(),
+            forwarded: settings.forwarded,
+            port: settings.forwarded_port.then(|| client.local.port()),
+            via: settings.via.as_ref().map(|via| via.by(version)),
+        }
     });
-    let origin = headers::Origin {
-        address: &client.forwarded_for,
-        client_cert,
-        secure: client.tls.is_some(),
-        trusted,
-        request_start: worker.request_start(),
-        request_id: worker.new_request_id(),
-    };
-    let version = request.version();
     let target = request.uri().path_and_query().cloned();
     let wanted = worker
         .settings(|settings| Wanted::new(&pool, request.headers(), client.peer.ip(), settings));
@@ -149,6 +153,11 @@ async fn forward(
     if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, target.as_ref()) {
         let headers = exchanged.response.headers_mut();
         headers.append(SET_COOKIE, cookie);
+    }
+    let came_by = exchanged.response.version();
+    let via = worker.settings(|settings| Some(settings.via.as_ref()?.by(came_by)));
+    if let Some(via) = via {
+        exchanged.response.headers_mut().append(VIA, via);
     }
     returned(exchanged, version, &findings, origin.request_id)
 }

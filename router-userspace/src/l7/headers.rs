@@ -6,12 +6,14 @@
 
 use base64::Engine;
 use bytes::Bytes;
+use http::Version;
 use http::header::{
     CONNECTION, COOKIE, EXPECT, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRAILER, TRANSFER_ENCODING,
-    UPGRADE,
+    UPGRADE, VIA,
 };
 
+use crate::config::ForwardedHeader;
 use crate::l7::balance::InstanceHeaders;
 use crate::l7::client_cert::ClientCertHeader;
 use crate::l7::validate::{Findings, is_plain_connection};
@@ -35,7 +37,7 @@ const REQUEST_START: HeaderName = HeaderName::from_static("x-request-start");
 const VCAP_REQUEST_ID: HeaderName = HeaderName::from_static("x-vcap-request-id");
 
 /// Most that [`rewrite_request`] and [`set_instance`] add.
-const ADDED_COUNT: usize = 9;
+const ADDED_COUNT: usize = 12;
 
 /// Longest `X-Request-Id` taken over from a client.
 const MAX_REQUEST_ID_LEN: usize = 128;
@@ -54,6 +56,42 @@ pub(super) struct Origin<'a> {
     pub request_start: HeaderValue,
     /// The gateway's id for this request.
     pub request_id: HeaderValue,
+    /// What becomes of `Forwarded`.
+    pub forwarded: ForwardedHeader,
+    /// The port that was dialed, if it is to be told.
+    pub port: Option<u16>,
+    /// The gateway's part of `Via`, if it has one.
+    pub via: Option<HeaderValue>,
+}
+
+/// What the gateway adds to `Via` of a message that came by each version (RFC 9110 §7.6.3).
+pub(super) struct Via {
+    http10: HeaderValue,
+    http11: HeaderValue,
+    http2: HeaderValue,
+}
+
+impl Via {
+    /// `name`: a token.
+    pub(super) fn new(name: &str) -> Via {
+        let by = |version: &str| {
+            let value = HeaderValue::try_from(format!("{version} {name}"));
+            value.expect("a token is a header value")
+        };
+        Via {
+            http10: by("1.0"),
+            http11: by("1.1"),
+            http2: by("2.0"),
+        }
+    }
+
+    pub(super) fn by(&self, version: Version) -> HeaderValue {
+        match version {
+            Version::HTTP_10 => self.http10.clone(),
+            Version::HTTP_2 => self.http2.clone(),
+            _ => self.http11.clone(),
+        }
+    }
 }
 
 pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'_>) {
@@ -82,6 +120,7 @@ pub(super) fn rewrite_request(headers: &mut HeaderMap, findings: &Findings, orig
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     }
     set_forwarded(headers, findings, origin);
+    set_proxies(headers, findings, origin);
     let keep_id = findings.request_id
         && headers
             .get(REQUEST_ID)
@@ -328,6 +367,68 @@ fn set_forwarded(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'
     {
         headers.insert(FORWARDED_HOST, host.clone());
     }
+}
+
+/// What the configuration asks to be told beside.
+fn set_proxies(headers: &mut HeaderMap, findings: &Findings, origin: &Origin<'_>) {
+    match origin.forwarded {
+        ForwardedHeader::Off => {}
+        ForwardedHeader::Append => {
+            headers.append(FORWARDED, forwarded_element(findings, origin));
+        }
+        ForwardedHeader::Replace => {
+            headers.insert(FORWARDED, forwarded_element(findings, origin));
+        }
+    }
+    if let Some(port) = origin.port {
+        // What is here came from a trusted proxy.
+        headers.entry(FORWARDED_PORT).or_insert(port.into());
+    }
+    if let Some(via) = &origin.via {
+        headers.append(VIA, via.clone());
+    }
+}
+
+/// `for=192.0.2.1;host=a.com;proto=https` (RFC 7239 §4).
+fn forwarded_element(findings: &Findings, origin: &Origin<'_>) -> HeaderValue {
+    let address = origin.address.as_bytes();
+    let mut element = b"for=".to_vec();
+    if address.contains(&b':') {
+        // §6: an IPv6 address is bracketed, and so quoted.
+        element.extend_from_slice(b"\"[");
+        element.extend_from_slice(address);
+        element.extend_from_slice(b"]\"");
+    } else {
+        element.extend_from_slice(address);
+    }
+    if let Some(host) = &findings.host {
+        element.extend_from_slice(b";host=");
+        push_token_or_quoted(&mut element, host.as_bytes());
+    }
+    let proto: &[u8] = if origin.secure {
+        b";proto=https"
+    } else {
+        b";proto=http"
+    };
+    element.extend_from_slice(proto);
+    // The host was checked to be one, so this does not fail.
+    HeaderValue::from_maybe_shared(element).unwrap_or(HeaderValue::from_static("for=unknown"))
+}
+
+fn push_token_or_quoted(element: &mut Vec<u8>, value: &[u8]) {
+    let is_token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
+    if !value.is_empty() && value.iter().all(is_token) {
+        element.extend_from_slice(value);
+        return;
+    }
+    element.push(b'"');
+    for &byte in value {
+        if matches!(byte, b'"' | b'\\') {
+            element.push(b'\\');
+        }
+        element.push(byte);
+    }
+    element.push(b'"');
 }
 
 /// All `X-Forwarded-For` lines in one, and the peer behind them.

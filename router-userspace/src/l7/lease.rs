@@ -128,6 +128,7 @@ impl Lease {
         let ejection = self.worker.settings(|settings| settings.ejection.clone());
         if let Some(duration) = self.backend().outlier().eject(Instant::now(), &ejection) {
             self.worker.metrics.ejections.add(1);
+            self.count_ejection();
             self.log_ejection(duration, REASONS[failure.reason()]);
         }
     }
@@ -161,8 +162,14 @@ impl Lease {
             metrics.ejections_refused.add(1);
         } else if let Some(duration) = outlier.eject(now, &ejection) {
             metrics.failure_ejections.add(1);
+            self.count_ejection();
             self.log_ejection(duration, reason);
         }
+    }
+
+    fn count_ejection(&self) {
+        self.backend().traffic().ejections.add(1);
+        self.pool.traffic.ejections.add(1);
     }
 
     fn log_ejection(&self, duration: Duration, reason: &str) {

@@ -8,30 +8,64 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
+use http::StatusCode;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::config::HttpMetrics;
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 use crate::l7::handshake;
 use crate::l7::shared::SharedBackend;
+use crate::route::HttpMatch;
 
-/// Upper bounds of the latency buckets in microseconds; one more bucket takes the rest.
-pub const LATENCY_BOUNDS_US: [u64; 14] = [
-    500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
-    2_500_000, 10_000_000, 60_000_000,
-];
+pub use crate::l7::metrics::routes::{OTHER, UNKNOWN};
+pub use crate::l7::metrics::traffic::{LATENCY_BOUNDS_US, LatencyTotals, TrafficTotals};
 
-const BUCKET_COUNT: usize = LATENCY_BOUNDS_US.len() + 1;
+pub(super) use crate::l7::metrics::routes::RouteCounters;
+pub(super) use crate::l7::metrics::traffic::{Outcome, Traffic, class};
+
+use crate::l7::metrics::traffic::Latency;
+
+mod routes;
+mod traffic;
 
 /// All that layer 7 counted since the process started.
 #[derive(Debug, Default)]
 pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
     pub tls: TlsMetrics,
+    pub access_log: AccessLogMetrics,
+    shows_routes: AtomicBool,
+    shows_backends: AtomicBool,
+}
+
+/// Lines of the access log.
+#[derive(Debug, Default)]
+pub struct AccessLogMetrics {
+    written: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl AccessLogMetrics {
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Those that found too many waiting to be written, or that could not be.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_written(&self, lines: u64) {
+        self.written.fetch_add(lines, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_dropped(&self, lines: u64) {
+        self.dropped.fetch_add(lines, Ordering::Relaxed);
+    }
 }
 
 /// What the files of both sides' certificates came to.
@@ -125,13 +159,11 @@ pub struct L7Totals {
     /// From and to clients, heads included.
     pub bytes_in: u64,
     pub bytes_out: u64,
-    /// Not cumulative; bounds in [`LATENCY_BOUNDS_US`].
-    pub latency_buckets: [u64; BUCKET_COUNT],
-    pub latency_sum: Duration,
+    pub latency: LatencyTotals,
 }
 
 /// Sums of one backend over all workers, since it was last without requests for a while.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct L7BackendTotals {
     pub requests: u64,
     /// Attempts that did not yield a response head.
@@ -140,9 +172,28 @@ pub struct L7BackendTotals {
     pub idle_connections: u64,
     /// Avoided for what it did to requests.
     pub is_ejected: bool,
+    /// Requests that it answered.
+    pub traffic: TrafficTotals,
 }
 
 impl L7Metrics {
+    /// From here on, scrapes show what `config` asks for.
+    pub(super) fn configure(&self, config: &HttpMetrics) {
+        self.shows_routes.store(config.per_route, Ordering::Relaxed);
+        self.shows_backends
+            .store(config.per_backend, Ordering::Relaxed);
+    }
+
+    /// Whether scrapes show each route.
+    pub fn shows_routes(&self) -> bool {
+        self.shows_routes.load(Ordering::Relaxed)
+    }
+
+    /// Whether scrapes show all of each backend.
+    pub fn shows_backends(&self) -> bool {
+        self.shows_backends.load(Ordering::Relaxed)
+    }
+
     pub fn totals(&self) -> L7Totals {
         let mut totals = L7Totals {
             errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),
@@ -167,7 +218,28 @@ impl L7Metrics {
                 total.in_flight += counters.in_flight();
                 total.idle_connections += counters.idle_connections.read();
                 total.is_ejected |= counters.shared.outlier.is_ejected(now);
+                counters.traffic.add_to(&mut total.traffic);
             }
+        }
+        totals
+    }
+
+    /// Routes that had a request by their name, at most a second behind in which they are, with
+    /// [`OTHER`] and [`UNKNOWN`].
+    pub fn routes(&self) -> BTreeMap<String, TrafficTotals> {
+        let mut totals: BTreeMap<String, TrafficTotals> = BTreeMap::new();
+        for worker in self.workers().iter() {
+            let routes = worker.routes();
+            for (route, traffic) in routes.iter() {
+                traffic.add_to(totals.entry(route.to_string()).or_default());
+            }
+            // Under the lock, for a route that leaves passes from the list to the others.
+            worker
+                .other_routes
+                .add_to(totals.entry(OTHER.to_owned()).or_default());
+            worker
+                .unknown_routes
+                .add_to(totals.entry(UNKNOWN.to_owned()).or_default());
         }
         totals
     }
@@ -221,8 +293,12 @@ pub(super) struct WorkerMetrics {
     pub backend_connections_reused: Counter,
     pub bytes_in: Counter,
     pub bytes_out: Counter,
-    latency_buckets: [Counter; BUCKET_COUNT],
-    latency_sum_us: Counter,
+    latency: Latency,
+    /// Of requests that have no route.
+    pub unknown_routes: Traffic,
+    /// Of routes that have no counters of their own.
+    pub other_routes: Arc<Traffic>,
+    routes: Mutex<Vec<(HttpMatch, Arc<Traffic>)>>,
     backends: Mutex<Vec<(SocketAddr, Arc<BackendCounters>)>>,
 }
 
@@ -232,6 +308,7 @@ pub(super) struct BackendCounters {
     pub requests: Counter,
     pub failures: Counter,
     pub idle_connections: Counter,
+    pub traffic: Traffic,
     pub shared: Arc<SharedBackend>,
     worker: usize,
 }
@@ -242,6 +319,7 @@ impl BackendCounters {
             requests: Counter::default(),
             failures: Counter::default(),
             idle_connections: Counter::default(),
+            traffic: Traffic::default(),
             shared,
             worker,
         }
@@ -253,11 +331,18 @@ impl BackendCounters {
 }
 
 impl WorkerMetrics {
-    pub(super) fn record_latency(&self, latency: Duration) {
-        let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
-        let bucket = LATENCY_BOUNDS_US.iter().position(|&bound| us <= bound);
-        self.latency_buckets[bucket.unwrap_or(BUCKET_COUNT - 1)].add(1);
-        self.latency_sum_us.add(us);
+    /// Counts the end of a request.
+    pub(super) fn end(&self, outcome: &Outcome) {
+        self.requests_in_flight.subtract(1);
+        let Some(status) = outcome.status else {
+            self.aborted.add(1);
+            return;
+        };
+        self.responses[class(status)].add(1);
+        // An upgraded connection's life is no latency.
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            self.latency.record(outcome.latency);
+        }
     }
 
     /// Requests answered for by [`Failure::Gateway`](crate::l7::error::Failure::Gateway).
@@ -273,6 +358,19 @@ impl WorkerMetrics {
         *self.backends() = backends;
     }
 
+    /// Replaces the list of routes that readers see, and adds up those that are `gone`.
+    fn publish_routes(&self, routes: Vec<(HttpMatch, Arc<Traffic>)>, gone: &[Arc<Traffic>]) {
+        let mut known = self.routes();
+        for traffic in gone {
+            self.other_routes.absorb(traffic);
+        }
+        *known = routes;
+    }
+
+    fn routes(&self) -> std::sync::MutexGuard<'_, Vec<(HttpMatch, Arc<Traffic>)>> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn backends(&self) -> std::sync::MutexGuard<'_, Vec<(SocketAddr, Arc<BackendCounters>)>> {
         self.backends.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -286,9 +384,6 @@ impl WorkerMetrics {
         }
         let failures = totals.handshake_failures.iter_mut();
         for ((_, total), counter) in failures.zip(&self.handshake_failures) {
-            *total += counter.read();
-        }
-        for (total, counter) in totals.latency_buckets.iter_mut().zip(&self.latency_buckets) {
             *total += counter.read();
         }
         totals.aborted += self.aborted.read();
@@ -321,7 +416,7 @@ impl WorkerMetrics {
         totals.backend_connections_reused += self.backend_connections_reused.read();
         totals.bytes_in += self.bytes_in.read();
         totals.bytes_out += self.bytes_out.read();
-        totals.latency_sum += Duration::from_micros(self.latency_sum_us.read());
+        self.latency.add_to(&mut totals.latency);
     }
 }
 

@@ -1,32 +1,135 @@
-//! One request as the counters will tell of it.
+//! One request as the counters and the access log will tell of it.
+//!
+//! [`Observed`] is part of the request's [`Progress`], where the parts that the request passes leave what they
+//! know; a [`RequestRecord`] is held as long as the request lasts and tells it all when it is dropped.
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use http::StatusCode;
+use http::{HeaderMap, Request, StatusCode};
 use tokio::time::Instant;
 
+use crate::l7::access_log::{Aborted, Ended, Entry};
+use crate::l7::backend::BackendState;
+use crate::l7::balance::PoolState;
 use crate::l7::client::{Client, Progress};
+use crate::l7::error::Failure;
+use crate::l7::lease::Lease;
+use crate::l7::metrics::Outcome;
+use crate::l7::trace::TraceId;
 
-/// Counts a request when it ends: as answered if it is [`complete`](RequestRecord::complete), else
-/// as aborted.
+/// What is known of the request that is under way.
+#[derive(Default)]
+pub(super) struct Observed {
+    /// Of bodies, or both ways after a change of protocol.
+    bytes_in: Cell<u64>,
+    bytes_out: Cell<u64>,
+    route: RefCell<Option<Rc<PoolState>>>,
+    /// Of the last attempt, and whether it has answered.
+    backend: RefCell<Option<Rc<BackendState>>>,
+    has_answered: Cell<bool>,
+    /// `None` without an access log.
+    entry: RefCell<Option<Box<Entry>>>,
+}
+
+impl Observed {
+    pub(super) fn add_bytes_in(&self, count: usize) {
+        self.bytes_in.set(self.bytes_in.get() + count as u64);
+    }
+
+    pub(super) fn add_bytes_out(&self, count: usize) {
+        self.bytes_out.set(self.bytes_out.get() + count as u64);
+    }
+
+    pub(super) fn set_route(&self, pool: &Rc<PoolState>) {
+        pool.traffic.begin();
+        self.route.replace(Some(Rc::clone(pool)));
+    }
+
+    /// A backend has been chosen.
+    pub(super) fn attempt(&self, lease: &Lease, now: Instant) {
+        self.backend.replace(Some(Rc::clone(lease.backend())));
+        self.note(|entry| entry.attempt(lease.backend().address(), lease.target(), now));
+    }
+
+    /// The request goes out with these headers on a connection that stands.
+    pub(super) fn sent(&self, headers: &HeaderMap, now: Instant) {
+        self.note(|entry| entry.sent(headers, now));
+    }
+
+    /// The head of a response has come.
+    pub(super) fn answered(&self, now: Instant) {
+        self.has_answered.set(true);
+        self.note(|entry| entry.times.answered = Some(now));
+    }
+
+    fn note(&self, note: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = &mut *self.entry.borrow_mut() {
+            note(entry);
+        }
+    }
+
+    fn begin(&self, entry: Option<Box<Entry>>) {
+        self.bytes_in.set(0);
+        self.bytes_out.set(0);
+        self.route.take();
+        self.backend.take();
+        self.has_answered.set(false);
+        self.entry.replace(entry);
+    }
+}
+
+/// Counts and logs a request when it ends: as answered if it is [`complete`](RequestRecord::complete),
+/// else as aborted.
 pub(super) struct RequestRecord {
     client: Rc<Client>,
     pub progress: Rc<Progress>,
     pub started: Instant,
-    pub status: StatusCode,
+    status: Option<StatusCode>,
     complete: bool,
+    backend_broke_off: bool,
 }
 
 impl RequestRecord {
-    pub(super) fn begin(client: &Rc<Client>, progress: &Rc<Progress>) -> RequestRecord {
-        client.worker.metrics.requests_in_flight.add(1);
+    pub(super) fn begin<B>(
+        client: &Rc<Client>,
+        progress: &Rc<Progress>,
+        request: &Request<B>,
+        trace: Option<TraceId>,
+    ) -> RequestRecord {
+        let worker = &client.worker;
+        worker.metrics.requests_in_flight.add(1);
+        let entry = worker.access_log().map(|log| {
+            let trusted = worker.settings(|settings| settings.trusts(client.peer.ip()));
+            Box::new(Entry::new(log, request, trusted, trace))
+        });
+        progress.observed.begin(entry);
         RequestRecord {
             client: Rc::clone(client),
             progress: Rc::clone(progress),
             started: progress.request_begins(),
-            status: StatusCode::OK,
+            status: None,
             complete: false,
+            backend_broke_off: false,
         }
+    }
+
+    /// The gateway answers by itself.
+    pub(super) fn failed(&self, failure: &Failure) {
+        let observed = &self.progress.observed;
+        observed.has_answered.set(false);
+        observed.note(|entry| entry.error = Some(failure.router_error()));
+    }
+
+    /// The head of the response goes to the client.
+    pub(super) fn response_begins(&mut self, status: StatusCode) {
+        self.status = Some(status);
+        self.progress.response_begins();
+    }
+
+    /// The response will not end, for the backend has not sent all of it.
+    pub(super) fn backend_broke_off(&mut self) {
+        self.backend_broke_off = true;
     }
 
     /// The last byte of the response has been handed to the client's connection.
@@ -34,23 +137,97 @@ impl RequestRecord {
         self.complete = true;
         self.progress.response_ended();
     }
+
+    fn aborted(&self) -> Option<Aborted> {
+        if self.complete {
+            None
+        } else if self.backend_broke_off {
+            Some(Aborted::Backend)
+        } else if self.progress.has_been_cut() || self.client.worker.is_cutting() {
+            Some(Aborted::Timeout)
+        } else {
+            Some(Aborted::Client)
+        }
+    }
+
+    fn log(&self, now: Instant, entry: &Entry, route: Option<&PoolState>) {
+        let observed = &self.progress.observed;
+        let ended = Ended {
+            began: self.client.worker.since_epoch(self.started),
+            total: now.duration_since(self.started),
+            peer: self.client.peer,
+            tls: self.client.tls.as_deref(),
+            route: route.map(|route| &route.matched),
+            status: self.status,
+            aborted: self.aborted(),
+            bytes_in: observed.bytes_in.get(),
+            bytes_out: observed.bytes_out.get(),
+        };
+        entry.log.write(entry, &ended);
+    }
+
+    fn count(&self, now: Instant, route: Option<&PoolState>) {
+        let observed = &self.progress.observed;
+        let outcome = Outcome {
+            status: self.status.filter(|_| self.complete),
+            latency: now.duration_since(self.started),
+            bytes_in: observed.bytes_in.get(),
+            bytes_out: observed.bytes_out.get(),
+        };
+        let metrics = &self.client.worker.metrics;
+        metrics.end(&outcome);
+        match route {
+            Some(route) => route.traffic.end(&outcome),
+            None => {
+                metrics.unknown_routes.begin();
+                metrics.unknown_routes.end(&outcome);
+            }
+        }
+        if let Some(backend) = observed.backend.take()
+            && observed.has_answered.get()
+        {
+            backend.traffic().end(&outcome);
+        }
+    }
 }
 
 impl Drop for RequestRecord {
     fn drop(&mut self) {
         self.client.end(&self.progress);
         let worker = &self.client.worker;
-        let metrics = &worker.metrics;
-        metrics.requests_in_flight.subtract(1);
-        if !self.complete {
-            metrics.aborted.add(1);
-            return;
-        }
-        let class = usize::from(self.status.as_u16() / 100).clamp(1, 5);
-        metrics.responses[class - 1].add(1);
-        // An upgraded connection's life is no latency.
-        if self.status != StatusCode::SWITCHING_PROTOCOLS {
-            metrics.record_latency(worker.now().duration_since(self.started));
+        let switched = self.status == Some(StatusCode::SWITCHING_PROTOCOLS);
+        let now = match switched {
+            // Nobody looks at the clock for a tunnel.
+            true => worker.read_clock(),
+            false => worker.now(),
+        };
+        let observed = &self.progress.observed;
+        let route = observed.route.take();
+        self.count(now, route.as_deref());
+        if let Some(entry) = observed.entry.take() {
+            self.log(now, &entry, route.as_deref());
         }
     }
+}
+
+/// Logs what hyper could not parse and answered with `status` itself.
+pub(super) fn log_unparsable(client: &Client, status: StatusCode) {
+    let worker = &client.worker;
+    let Some(log) = worker.access_log() else {
+        return;
+    };
+    let mut entry = Entry::unparsable(log);
+    entry.error = Some("unparsable");
+    let ended = Ended {
+        began: worker.since_epoch(worker.now()),
+        total: std::time::Duration::ZERO,
+        peer: client.peer,
+        tls: client.tls.as_deref(),
+        route: None,
+        status: Some(status),
+        aborted: None,
+        bytes_in: 0,
+        bytes_out: 0,
+    };
+    entry.log.write(&entry, &ended);
 }

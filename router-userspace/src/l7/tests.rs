@@ -21,8 +21,10 @@ use crate::l7::metrics::L7Totals;
 use crate::route::{Backend, Origin, Pool};
 use crate::snapshot::Snapshot;
 
+mod access_log;
 mod balancing;
 mod bodies;
+mod counting;
 mod failures;
 mod http2;
 mod lifecycle;
@@ -31,6 +33,7 @@ mod retries;
 mod routing;
 mod sessions;
 mod tls;
+mod tracing;
 mod upgrades;
 
 /// No test waits longer for anything.

@@ -3,13 +3,19 @@
 //! It begins after the backend's 101 has been passed on, with whatever either side had sent
 //! ahead. It counts as a request in flight of its backend until it ends.
 
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
 use bytes::Bytes;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, copy_bidirectional_with_sizes};
 use tokio::sync::oneshot;
 
 use crate::l7::backend::RawBackend;
+use crate::l7::client::Progress;
 use crate::l7::client_io::ClientIo;
 use crate::l7::lease::Lease;
 use crate::l7::liveness;
@@ -58,6 +64,11 @@ where
     let _open = OpenUpgrade(worker);
     if let Ok(backend) = backend.await {
         // An error is the abrupt end of one side, which the copying passes on by ending.
+        let client = Counted {
+            io: client,
+            progress: Rc::clone(&record.progress),
+        };
+        client.progress.observed.add_bytes_in(read_ahead.len());
         let _ = relay(client, read_ahead, backend).await;
     }
     record.complete();
@@ -83,5 +94,45 @@ struct OpenUpgrade<'a>(&'a Worker);
 impl Drop for OpenUpgrade<'_> {
     fn drop(&mut self) {
         self.0.metrics.upgrades_open.subtract(1);
+    }
+}
+
+/// The client's side, whose bytes are told of with the request.
+struct Counted<C> {
+    io: C,
+    progress: Rc<Progress>,
+}
+
+impl<C: AsyncRead + Unpin> AsyncRead for Counted<C> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
+        let count = buffer.filled().len() - before;
+        self.progress.observed.add_bytes_in(count);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<C: AsyncWrite + Unpin> AsyncWrite for Counted<C> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let count = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
+        self.progress.observed.add_bytes_out(count);
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

@@ -26,11 +26,12 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::l7::Settings;
+use crate::l7::access_log::{self, WorkerLog};
 use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
-use crate::l7::metrics::WorkerMetrics;
+use crate::l7::metrics::{RouteCounters, WorkerMetrics};
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -80,7 +81,10 @@ pub(super) struct Worker {
     clock: Cell<Option<Instant>>,
     request_start: RefCell<RequestStart>,
     scratch: RefCell<Vec<u8>>,
+    access_log: RefCell<Option<Rc<WorkerLog>>>,
     draining: Cell<bool>,
+    /// What is left is ended, for the time of the drain is up.
+    cutting: Cell<bool>,
     drain_notice: Notify,
     open_connections: Cell<usize>,
     connection_ended: Notify,
@@ -128,7 +132,8 @@ async fn run(parts: WorkerParts) {
         mut stop,
         alive,
     } = parts;
-    let backends = Backends::new(index, shared);
+    let routes = RouteCounters::new(Arc::clone(&metrics));
+    let backends = Backends::new(index, shared, routes);
     let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
     let acceptors: Vec<_> = listeners
         .into_iter()
@@ -158,7 +163,8 @@ async fn run(parts: WorkerParts) {
         }
         worker.connections_ended().await;
     };
-    let _ = tokio::time::timeout_at(deadline, ended).await;
+    let ended = tokio::time::timeout_at(deadline, ended).await;
+    worker.cutting.set(ended.is_err());
     sweeper.abort();
     drop(alive);
 }
@@ -253,6 +259,14 @@ async fn sweep(worker: Rc<Worker>) {
             settings.timeouts.backend_idle
         });
         backends.sweep(worker.now(), backend_idle);
+        worker.snapshot(|snapshot| {
+            let is_published = |route: &HttpMatch| {
+                let host = snapshot.hosts.get(&route.host);
+                let conditions = route.conditions.as_deref();
+                host.is_some_and(|(_, routes)| routes.get(&route.path, conditions).is_some())
+            };
+            backends.routes.sweep(snapshot.revision, is_published);
+        });
         if let Some(counters) = backends.changed_counters() {
             worker.metrics.publish_backends(counters);
         }
@@ -283,7 +297,9 @@ impl Worker {
             clock: Cell::new(None),
             request_start: RefCell::new(RequestStart::new(Instant::now())),
             scratch: RefCell::default(),
+            access_log: RefCell::default(),
             draining: Cell::new(false),
+            cutting: Cell::new(false),
             drain_notice: Notify::new(),
             open_connections: Cell::new(0),
             connection_ended: Notify::new(),
@@ -384,6 +400,23 @@ impl Worker {
         self.request_start.borrow_mut().value(self.now())
     }
 
+    /// A point in time since the Unix epoch.
+    pub(super) fn since_epoch(&self, at: Instant) -> Duration {
+        self.request_start.borrow().since_epoch(at)
+    }
+
+    /// This worker's part of the access log, if there is one.
+    pub(super) fn access_log(&self) -> Option<Rc<WorkerLog>> {
+        self.settings(|settings| {
+            access_log::of_worker(&self.access_log, settings.access_log.as_ref())
+        })
+    }
+
+    /// Lends the generator of what need not be secret.
+    pub(super) fn with_rng<R>(&self, use_it: impl FnOnce(&mut SmallRng) -> R) -> R {
+        use_it(&mut self.rng.borrow_mut())
+    }
+
     /// Lends an empty buffer.
     pub(super) fn with_scratch<R>(&self, use_it: impl FnOnce(&mut Vec<u8>) -> R) -> R {
         let mut scratch = self.scratch.borrow_mut();
@@ -393,6 +426,10 @@ impl Worker {
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.get()
+    }
+
+    pub(super) fn is_cutting(&self) -> bool {
+        self.cutting.get()
     }
 
     /// Ends when the worker begins to drain.
@@ -463,9 +500,14 @@ impl RequestStart {
         }
     }
 
-    fn value(&mut self, now: Instant) -> HeaderValue {
+    fn since_epoch(&self, at: Instant) -> Duration {
         let epoch = self.epoch.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let ms = (epoch + now.saturating_duration_since(self.at)).as_millis();
+        let before = self.at.saturating_duration_since(at);
+        (epoch + at.saturating_duration_since(self.at)).saturating_sub(before)
+    }
+
+    fn value(&mut self, now: Instant) -> HeaderValue {
+        let ms = self.since_epoch(now).as_millis();
         if ms != self.ms {
             self.ms = ms;
             self.value = HeaderValue::from(u64::try_from(ms).unwrap_or(u64::MAX));

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use prometheus_client::encoding::NoLabelSet;
+use prometheus_client::encoding::{MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use router_common::SockmapCounter;
 
 use crate::l4::datapath::Sockmap;
-use crate::l7::metrics::{L7Metrics, LATENCY_BOUNDS_US};
+use crate::l7::metrics::{L7Metrics, LATENCY_BOUNDS_US, LatencyTotals, TrafficTotals};
 use crate::metrics::Page;
 
 const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
@@ -69,6 +69,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             "viaduct_http_tls_handshakes_full",
             "TLS handshakes that waited for others to end",
             totals.tls_handshakes_full,
+        ),
+        (
+            "viaduct_http_access_log_lines",
+            "Lines of the access log that were written",
+            metrics.access_log.written(),
+        ),
+        (
+            "viaduct_http_access_log_dropped",
+            "Lines of the access log that were not written, for the disk is behind or refuses them",
+            metrics.access_log.dropped(),
         ),
         (
             "viaduct_http_aborted",
@@ -207,20 +217,13 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
     ] {
         page.gauge(name, help, value)?;
     }
-    let bounds = LATENCY_BOUNDS_US
-        .iter()
-        .map(|bound| *bound as f64 / 1e6)
-        .chain([f64::INFINITY]);
-    let buckets: Vec<(f64, u64)> = bounds.zip(totals.latency_buckets).collect();
-    let count = totals.latency_buckets.iter().sum();
     let mut histogram = page.0.encode_descriptor(
         "viaduct_http_request_seconds",
         "From a request's head to the end of its response",
         None,
         MetricType::Histogram,
     )?;
-    let sum = totals.latency_sum.as_secs_f64();
-    histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+    encode_latency(&mut histogram, &totals.latency)?;
 
     let backends = metrics.backends();
     let rows = |value: fn(&crate::l7::metrics::L7BackendTotals) -> u64| {
@@ -237,7 +240,101 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
         "viaduct_http_backend_failures",
         "Attempts that did not yield the head of a response",
         rows(|backend| backend.failures),
-    )
+    )?;
+    if metrics.shows_backends() {
+        let backends = backends.iter().map(|(address, totals)| {
+            let in_flight = totals.in_flight;
+            (address.to_string(), in_flight, totals.traffic)
+        });
+        encode_traffic(page, "backend", &backends.collect::<Vec<_>>())?;
+    }
+    if metrics.shows_routes() {
+        let routes = metrics.routes().into_iter();
+        let routes = routes.map(|(name, totals)| (name, totals.in_flight(), totals));
+        encode_traffic(page, "route", &routes.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// Of each route or backend, the `kind`: its name, what is in flight, and the rest.
+fn encode_traffic(
+    page: &mut Page<'_>,
+    kind: &'static str,
+    rows: &[(String, u64, TrafficTotals)],
+) -> fmt::Result {
+    let name = |what: &str| format!("viaduct_http_{kind}_{what}");
+    let counts = |count: fn(&TrafficTotals) -> u64| {
+        rows.iter()
+            .map(move |(name, _, totals)| ([(kind, name.clone())], count(totals)))
+    };
+    let responses = rows.iter().flat_map(|(name, _, totals)| {
+        let classes = STATUS_CLASSES.iter().zip(totals.responses);
+        classes.map(move |(class, count)| {
+            let status = (*class).to_owned();
+            ([(kind, name.clone()), ("status", status)], count)
+        })
+    });
+    page.counters(
+        &name("responses"),
+        "Responses by the class of their status, the gateway's own among them",
+        responses,
+    )?;
+    page.gauges(
+        &name("requests_in_flight"),
+        "Requests being answered",
+        rows.iter().map(|(name, in_flight, _)| {
+            let in_flight = usize::try_from(*in_flight).unwrap_or(usize::MAX);
+            ([(kind, name.clone())], in_flight)
+        }),
+    )?;
+    page.counters(
+        &name("aborted"),
+        "Responses that did not end",
+        counts(|it| it.aborted),
+    )?;
+    page.counters(
+        &name("retries"),
+        "Attempts beyond the first of a request",
+        counts(|it| it.retries),
+    )?;
+    page.counters(
+        &name("ejections"),
+        "Ejections of a backend",
+        counts(|it| it.ejections),
+    )?;
+    page.counters(
+        &name("received_bytes"),
+        "Bodies of requests",
+        counts(|it| it.bytes_in),
+    )?;
+    page.counters(
+        &name("sent_bytes"),
+        "Bodies of responses",
+        counts(|it| it.bytes_out),
+    )?;
+    let seconds = name("request_seconds");
+    let mut histograms = page.0.encode_descriptor(
+        &seconds,
+        "From a request's head to the end of its response",
+        None,
+        MetricType::Histogram,
+    )?;
+    for (name, _, totals) in rows {
+        let labels = [(kind, name.clone())];
+        let mut histogram = histograms.encode_family(&labels)?;
+        encode_latency(&mut histogram, &totals.latency)?;
+    }
+    Ok(())
+}
+
+fn encode_latency(histogram: &mut MetricEncoder<'_>, latency: &LatencyTotals) -> fmt::Result {
+    let bounds = LATENCY_BOUNDS_US
+        .iter()
+        .map(|bound| *bound as f64 / 1e6)
+        .chain([f64::INFINITY]);
+    let buckets: Vec<(f64, u64)> = bounds.zip(latency.buckets).collect();
+    let sum = latency.sum.as_secs_f64();
+    histogram.encode_histogram::<NoLabelSet>(sum, latency.count(), &buckets, None)
 }
 
 pub(super) fn encode_sockmap(page: &mut Page<'_>, sockmap: &Sockmap) -> fmt::Result {

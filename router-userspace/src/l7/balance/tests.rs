@@ -7,6 +7,7 @@ use rand::rngs::SmallRng;
 use super::*;
 use crate::config::HttpEjection;
 use crate::l7::backend::Backends;
+use crate::l7::metrics::RouteCounters;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tests::backend;
@@ -41,7 +42,11 @@ fn pool(weights: &[u16]) -> (Rc<PoolState>, SmallRng) {
 
 fn state(backends: impl IntoIterator<Item = Backend>) -> (Rc<PoolState>, SmallRng) {
     let mut rng = SmallRng::seed_from_u64(7);
-    let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
+    let mut worker = Backends::new(
+        0,
+        Arc::new(Shared::new(1)),
+        RouteCounters::new(Arc::default()),
+    );
     let pool = published(backends);
     (worker.pool(&found(&pool), Instant::now(), &mut rng), rng)
 }
@@ -57,7 +62,13 @@ fn a_pool_that_is_not_published_is_forgotten_by_every_worker() {
     let mut rng = SmallRng::seed_from_u64(7);
     let pool = published([backend(address(0))]);
     let shared = Arc::new(Shared::new(2));
-    let mut workers = [0, 1].map(|index| Backends::new(index, Arc::clone(&shared)));
+    let mut workers = [0, 1].map(|index| {
+        Backends::new(
+            index,
+            Arc::clone(&shared),
+            RouteCounters::new(Arc::default()),
+        )
+    });
     for worker in &mut workers {
         worker.pool(&found(&pool), Instant::now(), &mut rng);
         assert_eq!(worker.changed_counters().map(|list| list.len()), Some(1));
@@ -286,7 +297,11 @@ fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
         ..backend(address(i))
     };
     let mut rng = SmallRng::seed_from_u64(7);
-    let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
+    let mut worker = Backends::new(
+        0,
+        Arc::new(Shared::new(1)),
+        RouteCounters::new(Arc::default()),
+    );
     worker.set_zone(Some("z1"));
     let published = published(["z1", "z2", "z1", "z2"].into_iter().enumerate().map(zoned));
     let pool = worker.pool(&found(&published), Instant::now(), &mut rng);

@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::rc::Rc;
 
-use http::Request;
+use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -14,6 +14,7 @@ use crate::l7::client_io::ClientIo;
 use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
+use crate::l7::record;
 
 /// hyper's default; asking for it by name would take its slower path.
 const DEFAULT_HEADER_COUNT: usize = 100;
@@ -60,6 +61,7 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         Ok(Err(error)) => {
             if error.is_parse() {
                 worker.metrics.errors[UNPARSABLE].add(1);
+                record::log_unparsable(client, status_of(&error));
             }
             tracing::debug!(peer = %client.peer, %error, "client connection ended");
             connection.into_parts()
@@ -68,6 +70,15 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
     Ended::Over {
         io: parts.io.into_inner(),
         read_ahead: parts.read_buf,
+    }
+}
+
+/// What hyper answers to what it cannot parse.
+fn status_of(error: &hyper::Error) -> StatusCode {
+    if error.is_parse_too_large() {
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+    } else {
+        StatusCode::BAD_REQUEST
     }
 }
 

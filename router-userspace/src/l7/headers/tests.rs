@@ -23,6 +23,9 @@ fn rewritten(headers: &[(&str, &str)], trusted: bool) -> Vec<String> {
         trusted,
         request_start: HeaderValue::from_static("1000"),
         request_id: HeaderValue::from_static("id"),
+        forwarded: ForwardedHeader::Off,
+        port: None,
+        via: None,
     };
     rewrite_request(request.headers_mut(), &findings, &origin);
     let mut lines: Vec<String> = request
@@ -201,4 +204,76 @@ fn a_response_loses_its_hop_by_hop_headers_and_keeps_its_own_request_id() {
     rewrite_response(&mut headers, HeaderValue::from_static("id"), false, false);
     assert_eq!(headers.len(), 1);
     assert_eq!(headers[VCAP_REQUEST_ID], "app's");
+}
+
+/// `Forwarded`, `X-Forwarded-Port` and `Via` of a request that had these.
+fn told(
+    headers: &[(&str, &str)],
+    trusted: bool,
+    forwarded: ForwardedHeader,
+    address: &str,
+) -> Vec<String> {
+    let mut request = Request::get("/").header("host", "a.com:81");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let mut request = request.body(()).unwrap();
+    let findings = validate::inspect(&request, &HttpLimits::default()).unwrap();
+    let origin = Origin {
+        address: &address.parse().unwrap(),
+        client_cert: ClientCertHeader::Keep,
+        secure: true,
+        trusted,
+        request_start: HeaderValue::from_static("1000"),
+        request_id: HeaderValue::from_static("id"),
+        forwarded,
+        port: Some(443),
+        via: Some(Via::new("gate").by(Version::HTTP_2)),
+    };
+    rewrite_request(request.headers_mut(), &findings, &origin);
+    let headers = request.headers();
+    [FORWARDED, FORWARDED_PORT, VIA]
+        .iter()
+        .flat_map(|name| headers.get_all(name))
+        .map(|value| value.to_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn the_way_is_told_in_the_words_of_rfc_7239_if_asked_for() {
+    let came = [
+        ("forwarded", "for=203.0.113.9"),
+        ("x-forwarded-port", "8443"),
+        ("via", "1.1 other"),
+    ];
+    let ours = "for=192.0.2.1;host=\"a.com:81\";proto=https";
+    let told = |trusted, forwarded| told(&came, trusted, forwarded, "192.0.2.1");
+    let via = ["1.1 other", "2.0 gate"];
+    let with_via = |rest: &[&'static str]| [rest, &via].concat();
+    assert_eq!(told(false, ForwardedHeader::Off), with_via(&["443"]));
+    assert_eq!(
+        told(false, ForwardedHeader::Append),
+        with_via(&[ours, "443"])
+    );
+    assert_eq!(
+        told(true, ForwardedHeader::Off),
+        with_via(&["for=203.0.113.9", "8443"])
+    );
+    assert_eq!(
+        told(true, ForwardedHeader::Append),
+        with_via(&["for=203.0.113.9", ours, "8443"])
+    );
+    assert_eq!(
+        told(true, ForwardedHeader::Replace),
+        with_via(&[ours, "8443"])
+    );
+}
+
+#[test]
+fn an_ipv6_client_is_quoted_in_forwarded() {
+    let lines = told(&[], false, ForwardedHeader::Replace, "2001:db8::1");
+    assert_eq!(
+        lines[0],
+        "for=\"[2001:db8::1]\";host=\"a.com:81\";proto=https"
+    );
 }

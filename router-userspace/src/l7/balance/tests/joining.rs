@@ -7,7 +7,11 @@ const SLOW_START: Duration = Duration::from_secs(100);
 /// A pool of two, to which a third was added now; and when that was.
 fn joined() -> (Rc<PoolState>, Instant, SmallRng) {
     let mut rng = SmallRng::seed_from_u64(7);
-    let mut worker = Backends::new(0, Arc::new(Shared::new(1)));
+    let mut worker = Backends::new(
+        0,
+        Arc::new(Shared::new(1)),
+        RouteCounters::new(Arc::default()),
+    );
     let before = Instant::now();
     let two = published([0, 1].map(|i| backend(address(i))));
     let _kept = worker.pool(&found(&two), before, &mut rng);

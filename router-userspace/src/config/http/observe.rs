@@ -1,0 +1,135 @@
+//! `[http.access_log]`, `[http.metrics]` and `[http.tracing]`: what is told of requests, and to whom.
+//!
+//! Lines are made in `l7/access_log`, metrics in `metrics/proxy`.
+
+use std::path::PathBuf;
+
+use anyhow::ensure;
+use http::HeaderName;
+use serde::{Deserialize, Serialize};
+
+/// Most headers that are logged beside those every line has.
+const MAX_LOGGED_HEADERS: usize = 32;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpAccessLog {
+    /// A file, or `stdout`; unset: no access log.
+    pub path: Option<PathBuf>,
+    pub format: AccessLogFormat,
+    /// Request headers that are logged beside those every line has, as backends get them.
+    pub headers: Vec<String>,
+    pub redact_query: RedactQuery,
+    /// Neither the client's address nor `X-Forwarded-For` is logged.
+    pub disable_client_address: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessLogFormat {
+    /// One object a line.
+    #[default]
+    Json,
+    /// The line of Cloud Foundry's gorouter.
+    Gorouter,
+}
+
+/// What becomes of the query in targets and referrers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RedactQuery {
+    #[default]
+    None,
+    /// It is left out, with its `?`.
+    All,
+    /// Its SHA-1 is there in hexadecimal, as gorouter does.
+    Hash,
+}
+
+/// What `/metrics` has beside the sums of the gateway. The admin API has it in any case.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpMetrics {
+    /// 29 series for each route that had requests.
+    pub per_route: bool,
+    /// The same for each backend, of which there are two otherwise.
+    pub per_backend: bool,
+}
+
+/// What becomes of trace contexts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpTracing {
+    pub mode: TraceMode,
+    /// `traceparent` and `tracestate` are looked at.
+    pub w3c: bool,
+    /// `b3` and `X-B3-*` are.
+    pub b3: bool,
+    /// Only contexts of `trusted_proxies` are believed.
+    pub trusted_only: bool,
+    /// Share of the traces begun here that are marked as sampled, 0 to 1.
+    pub sample: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TraceMode {
+    /// Trace headers are passed on unread.
+    #[default]
+    Off,
+    /// Valid ones are passed on as they are, others are removed.
+    Pass,
+    /// The gateway is a span of the trace that came, or of a new one.
+    Begin,
+}
+
+/// What becomes of `Forwarded` (RFC 7239).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForwardedHeader {
+    /// That of `trusted_proxies` is kept, that of others removed.
+    #[default]
+    Off,
+    /// The same, and the gateway adds its part.
+    Append,
+    /// It is the gateway's alone.
+    Replace,
+}
+
+impl Default for HttpTracing {
+    fn default() -> HttpTracing {
+        HttpTracing {
+            mode: TraceMode::Off,
+            w3c: true,
+            b3: false,
+            trusted_only: false,
+            sample: 1.0,
+        }
+    }
+}
+
+impl HttpTracing {
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        ensure!(
+            (0.0..=1.0).contains(&self.sample),
+            "http.tracing.sample must be from 0 to 1"
+        );
+        Ok(())
+    }
+}
+
+impl HttpAccessLog {
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.headers.len() <= MAX_LOGGED_HEADERS,
+            "http.access_log.headers must be at most {MAX_LOGGED_HEADERS}"
+        );
+        for name in &self.headers {
+            ensure!(
+                HeaderName::from_bytes(name.as_bytes()).is_ok(),
+                "http.access_log.headers: {name:?} is no name of a header"
+            );
+        }
+        Ok(())
+    }
+}
