@@ -99,7 +99,7 @@ impl Gateway {
         let metrics = Arc::<Metrics>::default();
         let l7_metrics = Arc::<L7Metrics>::default();
         let admin_listener = admin::bind(&config.admin.listen)?;
-        let mut proxy = match config.http.is_on() {
+        let proxy = match config.http.is_on() {
             false => None,
             true => Some(
                 l7::start(
@@ -127,7 +127,7 @@ impl Gateway {
         };
         let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);
         let tunnels = health::Tunnels::default();
-        let listeners = proxy.as_mut().map(Proxy::take_listeners);
+        let listeners = proxy.as_ref().map(Proxy::listeners).transpose()?;
         let parts = ControlParts {
             context,
             published: Arc::clone(&published),

@@ -2,9 +2,10 @@
 //!
 //! It shares with other workers the published snapshot and settings, both read through a cached
 //! pointer, and [what they know together](crate::l7::shared) of backends. Tasks of a worker: one acceptor for each listener, one for each client
-//! connection, one for each backend connection, and a sweep about once a second. When told to
-//! drain it accepts what has already connected and no more, lets each connection end after its
-//! request, and leaves what is left at the deadline.
+//! connection, one for each backend connection, and a sweep about once a second. It is handed its
+//! listeners while it runs, and gives each up when its address is; when told to drain it accepts what
+//! has already connected and no more, lets each connection end after its request, and leaves what is
+//! left at the deadline.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -23,6 +24,7 @@ use rand::{Rng, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::l7::Settings;
@@ -30,6 +32,7 @@ use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
+use crate::l7::listen;
 use crate::l7::metrics::WorkerMetrics;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
@@ -54,7 +57,8 @@ const REQUEST_IDS_AT_ONCE: usize = 32;
 pub(super) struct WorkerParts {
     /// From 0 on.
     pub index: usize,
-    pub listeners: Vec<(std::net::TcpListener, ListenerKind)>,
+    /// As many at once as addresses are configured.
+    pub listeners: mpsc::UnboundedReceiver<Listener>,
     pub published: Published,
     pub settings: Arc<ArcSwap<Settings>>,
     pub shared: Arc<Shared>,
@@ -64,6 +68,14 @@ pub(super) struct WorkerParts {
     pub stop: watch::Receiver<Option<Instant>>,
     /// Dropped when the worker has ended.
     pub alive: mpsc::Sender<()>,
+}
+
+/// A socket to accept from.
+pub(super) struct Listener {
+    pub socket: std::net::TcpListener,
+    pub kind: ListenerKind,
+    /// Closed when no more is to be accepted than is in the queue.
+    pub open: watch::Receiver<()>,
 }
 
 pub(super) struct Worker {
@@ -119,7 +131,7 @@ fn runtime() -> anyhow::Result<LocalRuntime> {
 async fn run(parts: WorkerParts) {
     let WorkerParts {
         index,
-        listeners,
+        mut listeners,
         published,
         settings,
         shared,
@@ -130,25 +142,23 @@ async fn run(parts: WorkerParts) {
     } = parts;
     let backends = Backends::new(index, shared);
     let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
-    let acceptors: Vec<_> = listeners
-        .into_iter()
-        .filter_map(|(listener, kind)| match TcpListener::from_std(listener) {
-            Ok(listener) => Some((listener, kind)),
-            Err(error) => {
-                tracing::error!(%error, "l7 listener cannot be polled");
-                None
-            }
-        })
-        .map(|(listener, kind)| {
-            tokio::task::spawn_local(accept(Rc::clone(&worker), listener, kind))
-        })
-        .collect();
     let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
+    let mut acceptors = Vec::new();
 
     // An error means that the proxy was dropped: end now.
-    let deadline = match stop.wait_for(Option::is_some).await {
-        Ok(deadline) => deadline.unwrap_or_else(Instant::now),
-        Err(_) => Instant::now(),
+    let deadline = loop {
+        tokio::select! {
+            // Both may be dropped: a listener that was not taken out stays in the channel.
+            stopped = stop.wait_for(Option::is_some) => break match stopped {
+                Ok(deadline) => deadline.unwrap_or_else(Instant::now),
+                Err(_) => Instant::now(),
+            },
+            Some(listener) = listeners.recv() => {
+                acceptors.retain(|acceptor: &JoinHandle<()>| !acceptor.is_finished());
+                let accept = accept(Rc::clone(&worker), listener);
+                acceptors.push(tokio::task::spawn_local(accept));
+            }
+        }
     };
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
@@ -163,13 +173,27 @@ async fn run(parts: WorkerParts) {
     drop(alive);
 }
 
-/// Accepts until the worker drains, and then what the kernel has accepted in its name: closing the
-/// listener before would reset those connections.
-async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: ListenerKind) {
+/// Accepts until the worker drains or the address is given up, and then what the kernel has accepted
+/// in its name: closing the listener before would reset those connections.
+async fn accept(worker: Rc<Worker>, listener: Listener) {
+    let Listener {
+        socket,
+        kind,
+        mut open,
+    } = listener;
+    let listener = match listen::begin(&socket).and_then(|()| TcpListener::from_std(socket)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "l7 listener cannot be polled");
+            return;
+        }
+    };
     while !worker.is_draining() {
         tokio::select! {
-            // Both may be dropped: a connection that was not handed over stays in the backlog.
+            // All may be dropped: a connection that was not handed over stays in the backlog.
             () = worker.drain_notice() => {}
+            // Nothing is ever sent: the other end is gone.
+            _ = open.changed() => break,
             accepted = next_connection(&worker, &listener) => match accepted {
                 Ok((stream, peer)) => serve(&worker, kind, stream, peer),
                 Err(error) => {
