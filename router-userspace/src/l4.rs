@@ -175,7 +175,8 @@ impl L4 {
             self.datapath.probe();
         }
         let config = self.config.clone();
-        self.datapath.attach_all(&config.interfaces, config.attach)?;
+        self.datapath
+            .attach_all(&config.interfaces, config.attach)?;
         self.publish_marks();
         self.attach_local(&config)
     }

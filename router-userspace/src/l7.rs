@@ -31,7 +31,7 @@ use crate::l7::listen::Listening;
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
-use crate::l7::worker::WorkerParts;
+use crate::l7::worker::{Stop, WorkerParts};
 use crate::route::Balance;
 use crate::snapshot::Published;
 
@@ -102,7 +102,7 @@ pub fn stand_by(
     let mut proxy = Proxy {
         local_addresses: listening.iter().map(|it| it.local).collect(),
         listening: Mutex::new(listening),
-        configured_workers: config.workers,
+        fixed: Fixed::new(config),
         tls: Arc::clone(&tls),
         settings,
         stop,
@@ -143,10 +143,10 @@ pub struct Proxy {
     local_addresses: Vec<SocketAddr>,
     /// Locked for a reload and for whoever asks for sockets.
     listening: Mutex<Vec<Listening>>,
-    configured_workers: usize,
+    fixed: Fixed,
     tls: Arc<Tls>,
     settings: Arc<ArcSwap<Settings>>,
-    stop: watch::Sender<Option<Instant>>,
+    stop: watch::Sender<Option<Stop>>,
     /// Closed when the last worker has ended.
     ended: mpsc::Receiver<()>,
     workers: Vec<RunningWorker>,
@@ -205,10 +205,9 @@ impl Proxy {
     /// # Errors
     /// Names the first key whose change needs a restart, or the file that cannot be used.
     pub fn check_reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
-        ensure!(
-            self.configured_workers == config.workers,
-            "http.workers needs a restart to change"
-        );
+        let wanted = Fixed::new(config);
+        let key = "needs a restart to change";
+        ensure!(self.fixed.workers == wanted.workers, "http.workers {key}");
         self.tls.check_reload(config)
     }
 
@@ -239,8 +238,19 @@ impl Proxy {
 
     /// Stops accepting, lets open requests end with `Connection: close`, and cuts what is left,
     /// upgraded connections among it, after `timeout`.
-    pub async fn drain(mut self, timeout: Duration) {
-        self.stop.send_replace(Some(Instant::now() + timeout));
+    pub async fn drain(self, timeout: Duration) {
+        self.end(timeout, false).await;
+    }
+
+    /// The same where another process serves by the same sockets: an idle connection may make one more
+    /// request, which is answered with `Connection: close`.
+    pub async fn retire(self, timeout: Duration) {
+        self.end(timeout, true).await;
+    }
+
+    async fn end(mut self, timeout: Duration, retiring: bool) {
+        let deadline = Instant::now() + timeout;
+        self.stop.send_replace(Some(Stop { deadline, retiring }));
         // Descriptors that nobody accepts by would go on taking connections in.
         self.listening().clear();
         while self.ended.recv().await.is_some() {}
@@ -270,6 +280,19 @@ impl Proxy {
             let _ = worker.listeners.send(listener);
         }
         Ok(())
+    }
+}
+
+/// What cannot change while the workers run.
+struct Fixed {
+    workers: usize,
+}
+
+impl Fixed {
+    fn new(config: &HttpConfig) -> Fixed {
+        Fixed {
+            workers: config.workers,
+        }
     }
 }
 

@@ -64,10 +64,18 @@ pub(super) struct WorkerParts {
     pub shared: Arc<Shared>,
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
-    /// The time to end at, once it is set.
-    pub stop: watch::Receiver<Option<Instant>>,
+    pub stop: watch::Receiver<Option<Stop>>,
     /// Dropped when the worker has ended.
     pub alive: mpsc::Sender<()>,
+}
+
+/// What ends a worker.
+#[derive(Clone, Copy)]
+pub(super) struct Stop {
+    pub deadline: Instant,
+    /// Another process serves: idle connections of HTTP/1 are not closed before they made one more
+    /// request, so that none is lost that is on its way.
+    pub retiring: bool,
 }
 
 /// A socket to accept from.
@@ -93,6 +101,7 @@ pub(super) struct Worker {
     request_start: RefCell<RequestStart>,
     scratch: RefCell<Vec<u8>>,
     draining: Cell<bool>,
+    retiring: Cell<bool>,
     drain_notice: Notify,
     open_connections: Cell<usize>,
     connection_ended: Notify,
@@ -146,12 +155,12 @@ async fn run(parts: WorkerParts) {
     let mut acceptors = Vec::new();
 
     // An error means that the proxy was dropped: end now.
-    let deadline = loop {
+    let Stop { deadline, retiring } = loop {
         tokio::select! {
             // Both may be dropped: a listener that was not taken out stays in the channel.
             stopped = stop.wait_for(Option::is_some) => break match stopped {
-                Ok(deadline) => deadline.unwrap_or_else(Instant::now),
-                Err(_) => Instant::now(),
+                Ok(stop) => stop.expect("waited for"),
+                Err(_) => Stop { deadline: Instant::now(), retiring: false },
             },
             Some(listener) = listeners.recv() => {
                 acceptors.retain(|acceptor: &JoinHandle<()>| !acceptor.is_finished());
@@ -160,6 +169,7 @@ async fn run(parts: WorkerParts) {
             }
         }
     };
+    worker.retiring.set(retiring);
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
     let ended = async {
@@ -308,6 +318,7 @@ impl Worker {
             request_start: RefCell::new(RequestStart::new(Instant::now())),
             scratch: RefCell::default(),
             draining: Cell::new(false),
+            retiring: Cell::new(false),
             drain_notice: Notify::new(),
             open_connections: Cell::new(0),
             connection_ended: Notify::new(),
@@ -417,6 +428,11 @@ impl Worker {
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.get()
+    }
+
+    /// Whether it drains because another process serves.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retiring.get()
     }
 
     /// Ends when the worker begins to drain.
