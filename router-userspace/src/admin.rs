@@ -18,6 +18,7 @@
 
 use std::io::ErrorKind::ConnectionRefused;
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -38,7 +39,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::admin::listing::PageRequest;
-use crate::admin::ready::Sources;
+use crate::admin::ready::{Readiness, Sources};
 use crate::config::{AdminListen, Config};
 use crate::event::Event;
 use crate::l4::L4Reader;
@@ -78,6 +79,25 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
+impl Listener {
+    /// Another descriptor of the same socket.
+    pub fn try_clone(&self) -> std::io::Result<OwnedFd> {
+        match self {
+            Listener::Tcp(listener) => Ok(listener.try_clone()?.into()),
+            Listener::Unix(listener) => Ok(listener.try_clone()?.into()),
+        }
+    }
+
+    /// As [`serve`] wants it.
+    pub fn into_nonblocking(self) -> std::io::Result<Listener> {
+        match &self {
+            Listener::Tcp(listener) => listener.set_nonblocking(true)?,
+            Listener::Unix(listener) => listener.set_nonblocking(true)?,
+        }
+        Ok(self)
+    }
+}
+
 /// Takes the admin address, so that a busy one ends the start and not the service.
 ///
 /// # Errors
@@ -90,15 +110,18 @@ pub fn bind(address: &AdminListen) -> anyhow::Result<Listener> {
             listener.set_nonblocking(true).with_context(what)?;
             Ok(Listener::Tcp(listener))
         }
-        AdminListen::Unix(path) => {
-            if is_left_over(path) {
-                std::fs::remove_file(path).with_context(what)?;
-            }
-            let listener = UnixListener::bind(path).with_context(what)?;
-            listener.set_nonblocking(true).with_context(what)?;
-            Ok(Listener::Unix(listener))
-        }
+        AdminListen::Unix(path) => Ok(Listener::Unix(bind_unix(path).with_context(what)?)),
     }
+}
+
+/// Binds a unix socket, in place of one that nobody answers on.
+pub fn bind_unix(path: &Path) -> std::io::Result<UnixListener> {
+    if is_left_over(path) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Whether a path is a socket of an earlier run, that nobody answers on.
@@ -111,7 +134,7 @@ fn is_left_over(path: &Path) -> bool {
 }
 
 /// Answers until dropped. Must be called inside a tokio runtime.
-pub async fn serve(listener: Listener, admin: Admin) -> anyhow::Result<()> {
+pub async fn serve(listener: Listener, admin: Arc<Admin>) -> anyhow::Result<()> {
     let router = router(admin);
     match listener {
         Listener::Tcp(listener) => {
@@ -147,7 +170,7 @@ async fn accept(mut listener: impl axum::serve::Listener, router: Router) {
     }
 }
 
-fn router(admin: Admin) -> Router {
+fn router(admin: Arc<Admin>) -> Router {
     Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz))
@@ -162,25 +185,32 @@ fn router(admin: Admin) -> Router {
         .route("/v1/watch", get(flows::watch))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/drain", get(drain::list).post(drain::drain))
-        .with_state(Arc::new(admin))
+        .with_state(admin)
+}
+
+impl Admin {
+    /// What `/readyz` says.
+    pub fn readiness(&self) -> Readiness {
+        let metrics = &self.scrape.metrics;
+        let snapshot = self.scrape.published.load();
+        let config = self.config.borrow().clone();
+        let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
+        ready::judge(&Sources {
+            draining: *self.draining.borrow(),
+            nats_configured: !config.nats.servers.is_empty(),
+            nats_connected: metrics.nats_connected.get() == 1,
+            nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
+            files_unread,
+            files_refused,
+            has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
+            uptime: self.started.elapsed(),
+            grace: config.nats.startup_grace,
+        })
+    }
 }
 
 async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
-    let metrics = &admin.scrape.metrics;
-    let snapshot = admin.scrape.published.load();
-    let config = admin.config.borrow().clone();
-    let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
-    let readiness = ready::judge(&Sources {
-        draining: *admin.draining.borrow(),
-        nats_configured: !config.nats.servers.is_empty(),
-        nats_connected: metrics.nats_connected.get() == 1,
-        nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
-        files_unread,
-        files_refused,
-        has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
-        uptime: admin.started.elapsed(),
-        grace: config.nats.startup_grace,
-    });
+    let readiness = admin.readiness();
     let status = if readiness.ready {
         StatusCode::OK
     } else {

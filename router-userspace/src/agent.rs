@@ -6,6 +6,7 @@
 //! and drains. Nothing here waits but for the inbox and the tick, and both are cancel safe.
 
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,9 @@ const MAX_TICK: Duration = Duration::from_secs(1);
 pub struct Agent {
     table: RouteTable,
     published: Published,
+    /// While this agent writes to it.
     l4: Option<L4>,
+    held: Option<Held>,
     /// To the health checker.
     reports: mpsc::Sender<Unanswered>,
     /// VIPs with so few healthy backends that all are used.
@@ -41,6 +44,13 @@ pub struct Agent {
     metrics: Arc<Metrics>,
     tick: Duration,
     full: WarningLimit,
+}
+
+/// Layer 4 while another agent writes to it.
+struct Held {
+    l4: L4,
+    /// The other agent is gone.
+    resume: bool,
 }
 
 impl Agent {
@@ -62,6 +72,7 @@ impl Agent {
             table,
             published,
             l4,
+            held: None,
             reports,
             in_panic: BTreeSet::new(),
             metrics,
@@ -143,6 +154,17 @@ impl Agent {
                 Event::Interfaces => interfaces = true,
                 Event::Release { budget, bytes } => budget.add_permits(bytes),
                 Event::Reload(config) => change.merge(self.reload(&config)),
+                Event::Listeners(listeners) => self.hand_up_to(&listeners),
+                Event::HoldLayer4(held) => {
+                    self.hold();
+                    // Whoever asked may have gone, and says so.
+                    let _ = held.send(());
+                }
+                Event::ResumeLayer4 => {
+                    if let Some(held) = &mut self.held {
+                        held.resume = true;
+                    }
+                }
             }
         }
         if self.publish(change, now) {
@@ -155,7 +177,12 @@ impl Agent {
             for (backend, next_hop) in next_hops {
                 l4.next_hop(backend, next_hop, now);
             }
+        } else if let Some(held) = &mut self.held {
+            for (backend, next_hop) in next_hops {
+                held.l4.note_next_hop(backend, next_hop);
+            }
         }
+        self.resume(now);
     }
 
     fn tick(&mut self) {
@@ -168,6 +195,7 @@ impl Agent {
             );
         }
         self.publish(change, now);
+        self.resume(now);
         let mut reports = Vec::new();
         if let Some(l4) = &mut self.l4 {
             l4.tick(now);
@@ -175,6 +203,44 @@ impl Agent {
         }
         for report in reports {
             self.report(report);
+        }
+    }
+
+    fn hand_up_to(&mut self, listeners: &[TcpListener]) {
+        let l4 = self.l4.as_mut();
+        if let Some(l4) = l4.or(self.held.as_mut().map(|held| &mut held.l4))
+            && let Err(error) = l4.hand_up_to(listeners)
+        {
+            let error = format!("{error:#}");
+            tracing::error!(
+                error,
+                "connections to VIPs of l7 mode do not reach the proxy"
+            );
+        }
+    }
+
+    fn hold(&mut self) {
+        if let Some(mut l4) = self.l4.take() {
+            l4.hold();
+            tracing::info!("another agent takes layer 4 over");
+            self.held = Some(Held { l4, resume: false });
+        }
+    }
+
+    /// Takes layer 4 back once the other agent is gone; tried with every tick until it is.
+    fn resume(&mut self, now: Instant) {
+        let Some(mut held) = self.held.take_if(|held| held.resume) else {
+            return;
+        };
+        match held.l4.resume(&self.published.load(), now) {
+            Ok(()) => {
+                tracing::info!("the other agent is gone: layer 4 is taken back");
+                self.l4 = Some(held.l4);
+            }
+            Err(error) => {
+                tracing::warn!("take layer 4 back: {error:#}; it is tried again");
+                self.held = Some(held);
+            }
         }
     }
 
@@ -232,8 +298,10 @@ impl Agent {
     fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
         self.tick = tick(&config.nats);
-        if let Some(l4) = &mut self.l4 {
-            l4.reload(&config.l4, now());
+        match (&mut self.l4, &mut self.held) {
+            (Some(l4), _) => l4.reload(&config.l4, now()),
+            (None, Some(held)) => held.l4.note_config(&config.l4),
+            (None, None) => {}
         }
         let mut change = self
             .table

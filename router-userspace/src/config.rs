@@ -56,6 +56,7 @@ pub struct Config {
     pub l4: L4Config,
     pub health: HealthConfig,
     pub admin: AdminConfig,
+    pub handover: HandoverConfig,
     pub log: LogConfig,
 }
 
@@ -151,6 +152,16 @@ pub struct AdminConfig {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub struct HandoverConfig {
+    /// A unix socket by which a process started later takes this one's place; unset, none does.
+    pub socket: Option<PathBuf>,
+    /// How long that process may take to be ready, as `/readyz` has it, before it gives up.
+    #[serde(with = "humantime_serde")]
+    pub ready_timeout: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
     pub format: LogFormat,
     /// In the syntax of `RUST_LOG`, which wins over it.
@@ -222,6 +233,15 @@ impl Default for AdminConfig {
     }
 }
 
+impl Default for HandoverConfig {
+    fn default() -> HandoverConfig {
+        HandoverConfig {
+            socket: None,
+            ready_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
 impl Default for LogConfig {
     fn default() -> LogConfig {
         LogConfig {
@@ -255,6 +275,7 @@ impl Config {
             ("file.poll_interval", self.file.poll_interval),
             ("health.interval", self.health.interval),
             ("health.timeout", self.health.timeout),
+            ("handover.ready_timeout", self.handover.ready_timeout),
         ];
         ensure_positive(&positive)?;
         let at_least_one = [
@@ -263,6 +284,13 @@ impl Config {
             ("health.concurrency", self.health.concurrency),
         ];
         ensure_at_least_one(&at_least_one)?;
+        if let Some(socket) = &self.handover.socket {
+            ensure!(
+                socket.is_absolute(),
+                "handover.socket {} is not an absolute path",
+                socket.display()
+            );
+        }
         self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()

@@ -1,9 +1,9 @@
 //! Everything the agent reacts to: one closed list.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::l4::explain::Question;
 use crate::l4::next_hop::NextHop;
@@ -49,4 +49,10 @@ pub enum Event {
     },
     /// The configuration file was read again and is valid.
     Reload(Box<crate::config::Config>),
+    /// The proxy listens elsewhere than before: one descriptor for each address.
+    Listeners(Vec<TcpListener>),
+    /// Another agent takes layer 4 over; answered once this one writes no more.
+    HoldLayer4(oneshot::Sender<()>),
+    /// The other agent is gone.
+    ResumeLayer4,
 }

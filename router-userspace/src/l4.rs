@@ -5,6 +5,7 @@
 //! of events; [`L4Reader`] is what everyone else may look at.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -88,6 +89,8 @@ pub struct L4 {
     unanswered: unanswered::Watch,
     marks: CheckMarks,
     shared: Arc<Shared>,
+    /// `None` while another agent writes to the maps.
+    lock: Option<File>,
 }
 
 /// Where the sweep stands in the flow table.
@@ -111,6 +114,9 @@ impl L4 {
         tunnels: Tunnels,
     ) -> anyhow::Result<L4> {
         check_port_ranges(config.nat_ports)?;
+        datapath::check_capabilities()?;
+        pins::prepare_pin_path(&config.pin_path)?;
+        let lock = pins::lock(&config.pin_path)?;
         let mut datapath = Datapath::open(&datapath::Options {
             limits: config.limits.clone(),
             timeouts: config.timeouts.clone(),
@@ -118,29 +124,8 @@ impl L4 {
             gue_port: config.gue_port,
             pin_path: Some(config.pin_path.clone()),
         })?;
-        let mut planner = Planner::new(
-            config.limits.vips,
-            config.limits.backends,
-            *datapath.hash_keys(),
-            datapath.vip_mask(),
-        );
         let policies = Policies::new(config);
-        let world = World {
-            now: Instant::now(),
-            policies: &policies,
-            timeouts: &config.timeouts,
-            ticks_per_second: datapath.ticks_per_second(),
-            next_hops: &HashMap::new(),
-            unhealthy: &imbl::HashSet::new(),
-            panic_threshold: 0,
-            draining: &imbl::HashSet::new(),
-            draining_at: &imbl::HashSet::new(),
-        };
-        for op in planner.adopt(datapath.installed()?, &world) {
-            datapath
-                .apply(&op)
-                .with_context(|| format!("write {op:?}"))?;
-        }
+        let planner = adopt(&mut datapath, config, &policies)?;
         let shared = Arc::new(Shared {
             counters: datapath.counters(),
             flows: datapath.flows(),
@@ -167,25 +152,81 @@ impl L4 {
             unanswered: unanswered::Watch::default(),
             marks: CheckMarks::new(tunnels),
             shared,
+            lock: Some(lock),
         };
         l4.adopt_next_hops();
         let declared: Vec<Vip> = l4.policies.declared().collect();
         for vip in declared {
             l4.apply_vip(vip, Instant::now());
         }
-        let planned: Vec<Vip> = l4.planner.vips().keys().copied().collect();
-        for vip in planned {
-            l4.route_locally(vip);
-        }
-        l4.local_routes.remove_unused();
-        if !l4.marks.is_empty() {
-            // What an earlier agent attached for them stays.
-            l4.datapath.probe();
-        }
-        l4.datapath.attach_all(&config.interfaces, config.attach)?;
-        l4.publish_marks();
-        l4.attach_local(config)?;
+        l4.take_hold()?;
         Ok(l4)
+    }
+
+    /// Puts everything beside the maps in order: local routes, links, and clients on this host.
+    fn take_hold(&mut self) -> anyhow::Result<()> {
+        let planned: Vec<Vip> = self.planner.vips().keys().copied().collect();
+        for vip in planned {
+            self.route_locally(vip);
+        }
+        self.local_routes.remove_unused();
+        if !self.marks.is_empty() {
+            // What an earlier agent attached for them stays.
+            self.datapath.probe();
+        }
+        let config = self.config.clone();
+        self.datapath
+            .attach_all(&config.interfaces, config.attach)?;
+        self.publish_marks();
+        self.attach_local(&config)
+    }
+
+    /// Lets another agent write to the maps. Until [`L4::resume`], only what is said there to be
+    /// allowed may be called; connections to VIPs of `l7` mode are handed up all the while.
+    pub fn hold(&mut self) {
+        // Another agent gives marks other meanings.
+        self.marks.publish(false);
+        self.lock = None;
+    }
+
+    /// Takes the maps back as that agent left them, and brings them in line with `snapshot`.
+    ///
+    /// # Errors
+    /// The other agent still runs, or the kernel refused; may be called again then.
+    pub fn resume(&mut self, snapshot: &Snapshot, now: Instant) -> anyhow::Result<()> {
+        if self.lock.is_none() {
+            self.lock = Some(pins::lock(&self.config.pin_path)?);
+        }
+        self.datapath.rewrite_settings()?;
+        self.policies = Policies::new(&self.config);
+        self.planner = adopt(&mut self.datapath, &self.config, &self.policies)?;
+        self.backlog.clear();
+        self.refused.clear();
+        self.sweep = Sweep::default();
+        self.unanswered = unanswered::Watch::default();
+        self.local_routes = LocalRoutes::adopt()?;
+        self.snapshot = snapshot.clone();
+        let mut vips: BTreeSet<Vip> = self.planner.vips().keys().copied().collect();
+        vips.extend(snapshot.vips.keys().copied());
+        vips.extend(self.policies.declared());
+        vips.extend(self.shared.vips.load().keys().copied());
+        for vip in vips {
+            self.apply_vip(vip, now);
+        }
+        self.take_hold()
+    }
+
+    /// Remembers the way to a backend. Allowed while another agent writes to the maps.
+    pub fn note_next_hop(&mut self, backend: IpAddr, next_hop: Option<NextHop>) {
+        match next_hop {
+            Some(next_hop) => self.next_hops.insert(backend, next_hop),
+            None => self.next_hops.remove(&backend),
+        };
+    }
+
+    /// Remembers a configuration. Allowed while another agent writes to the maps.
+    pub fn note_config(&mut self, config: &L4Config) {
+        self.config = config.clone();
     }
 
     /// Clients on this host are served where that can be; where it was asked for, it must.
@@ -206,7 +247,8 @@ impl L4 {
         Ok(())
     }
 
-    /// Has connections to VIPs of `l7` mode handed to these listeners of the proxy.
+    /// Has connections to VIPs of `l7` mode handed to these listeners of the proxy. Allowed while
+    /// another agent writes to the maps.
     ///
     /// # Errors
     /// The kernel refused.
@@ -572,6 +614,37 @@ impl L4 {
             .end_drains(now, |id| flows.get(&id) == Some(&0));
         self.settle(now)
     }
+}
+
+/// Makes the tables whole that an earlier agent left.
+fn adopt(
+    datapath: &mut Datapath,
+    config: &L4Config,
+    policies: &Policies,
+) -> anyhow::Result<Planner> {
+    let mut planner = Planner::new(
+        config.limits.vips,
+        config.limits.backends,
+        *datapath.hash_keys(),
+        datapath.vip_mask(),
+    );
+    let world = World {
+        now: Instant::now(),
+        policies,
+        timeouts: &config.timeouts,
+        ticks_per_second: datapath.ticks_per_second(),
+        next_hops: &HashMap::new(),
+        unhealthy: &imbl::HashSet::new(),
+        panic_threshold: 0,
+        draining: &imbl::HashSet::new(),
+        draining_at: &imbl::HashSet::new(),
+    };
+    for op in planner.adopt(datapath.installed()?, &world) {
+        datapath
+            .apply(&op)
+            .with_context(|| format!("write {op:?}"))?;
+    }
+    Ok(planner)
 }
 
 fn adopted(vip: Vip, address: SocketAddr, weight: u16) -> Registration {

@@ -11,7 +11,7 @@
 //! through the published snapshot.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,12 +27,13 @@ use crate::config::{
     HttpZoneBalance, ProxyProtocol,
 };
 use crate::l7::access_log::AccessLog;
-use crate::l7::handshake::{ListenerKind, Rules};
+use crate::l7::handshake::Rules;
 use crate::l7::headers::Via;
+use crate::l7::listen::Listening;
 use crate::l7::metrics::L7Metrics;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
-use crate::l7::worker::WorkerParts;
+use crate::l7::worker::{Stop, WorkerParts};
 use crate::route::Balance;
 use crate::snapshot::Published;
 
@@ -70,35 +71,37 @@ mod tunnel;
 mod validate;
 mod worker;
 
-/// Binds every address of `http.listen` and `http.tls.listen` and starts the workers.
+/// [`stand_by`] with no sockets but its own, and [`Proxy::serve`].
 ///
 /// # Errors
-/// Names the address that cannot be bound or the certificate file that cannot be read. Nothing is
-/// left running then.
+/// As [`stand_by`].
 pub fn start(
     config: &HttpConfig,
     published: Published,
     metrics: Arc<L7Metrics>,
 ) -> anyhow::Result<Proxy> {
+    let proxy = stand_by(config, published, metrics, Vec::new())?;
+    proxy.serve()?;
+    Ok(proxy)
+}
+
+/// Binds every address of `http.listen` and `http.tls.listen`, but for the sockets `inherited`, and
+/// starts the workers, which accept nothing before [`Proxy::serve`].
+///
+/// # Errors
+/// Names the address that cannot be bound or the certificate file that cannot be read. Nothing is
+/// left running then.
+pub fn stand_by(
+    config: &HttpConfig,
+    published: Published,
+    metrics: Arc<L7Metrics>,
+    inherited: Vec<TcpListener>,
+) -> anyhow::Result<Proxy> {
     let worker_count = worker_count(config);
     let tls = Tls::start(config, Arc::clone(&metrics))?;
     let access_log = AccessLog::open(config, None, &metrics)?;
     metrics.configure(&config.metrics);
-    let mut local_addresses = Vec::new();
-    let mut hand_up = Vec::new();
-    let mut listeners: Vec<Vec<(TcpListener, ListenerKind)>> = Vec::new();
-    listeners.resize_with(worker_count, Vec::new);
-    let in_clear = config.listen.iter().map(|it| (it, ListenerKind::Http));
-    let in_tls = config.tls.listen.iter().map(|it| (it, ListenerKind::Https));
-    for (&address, kind) in in_clear.chain(in_tls) {
-        let sockets = listen::listen(address, worker_count)?;
-        local_addresses.push(sockets[0].local_addr()?);
-        hand_up.push(sockets[0].try_clone()?);
-        for (worker, socket) in listeners.iter_mut().zip(sockets) {
-            worker.push((socket, kind));
-        }
-    }
-
+    let listening = listen::bind(&[], config, inherited, worker_count)?;
     let settings = Settings {
         access_log,
         ..Settings::new(config)
@@ -108,8 +111,8 @@ pub fn start(
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
     let mut proxy = Proxy {
-        local_addresses,
-        hand_up,
+        local_addresses: listening.iter().map(|it| it.local).collect(),
+        listening: Mutex::new(listening),
         fixed: Fixed::new(config),
         tls: Arc::clone(&tls),
         metrics: Arc::clone(&metrics),
@@ -118,10 +121,11 @@ pub fn start(
         ended,
         workers: Vec::new(),
     };
-    for (index, listeners) in listeners.into_iter().enumerate() {
+    for index in 0..worker_count {
+        let (listeners, assigned) = mpsc::unbounded_channel();
         let parts = WorkerParts {
             index,
-            listeners,
+            listeners: assigned,
             published: Arc::clone(&published),
             settings: Arc::clone(&proxy.settings),
             shared: Arc::clone(&shared),
@@ -130,9 +134,11 @@ pub fn start(
             stop: stopped.clone(),
             alive: alive.clone(),
         };
-        proxy.workers.push(worker::spawn(parts)?);
+        proxy.workers.push(RunningWorker {
+            thread: worker::spawn(parts)?,
+            listeners,
+        });
     }
-    tracing::info!(listen = ?proxy.local_addresses, workers = worker_count, "layer 7 serves");
     Ok(proxy)
 }
 
@@ -148,76 +154,131 @@ pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
 /// The running layer 7. Dropping it ends the workers at once; [`Proxy::drain`] lets requests end.
 pub struct Proxy {
     local_addresses: Vec<SocketAddr>,
-    hand_up: Vec<TcpListener>,
+    /// Locked for a reload and for whoever asks for sockets.
+    listening: Mutex<Vec<Listening>>,
     fixed: Fixed,
     tls: Arc<Tls>,
     metrics: Arc<L7Metrics>,
     settings: Arc<ArcSwap<Settings>>,
-    stop: watch::Sender<Option<Instant>>,
+    stop: watch::Sender<Option<Stop>>,
     /// Closed when the last worker has ended.
     ended: mpsc::Receiver<()>,
-    workers: Vec<JoinHandle<()>>,
+    workers: Vec<RunningWorker>,
+}
+
+struct RunningWorker {
+    thread: JoinHandle<()>,
+    listeners: mpsc::UnboundedSender<worker::Listener>,
 }
 
 impl Proxy {
-    /// In the order of `http.listen` and then `http.tls.listen`, with the ports that were taken for port 0.
+    /// In the order of `http.listen` and then `http.tls.listen` at the start, with the ports that were
+    /// taken for port 0.
     pub fn local_addresses(&self) -> &[SocketAddr] {
         &self.local_addresses
     }
 
-    /// A descriptor of one listener for each address, once, for layer 4 to hand connections
-    /// to. To be dropped soon: a listener is open while there is one, and nobody accepts by this.
-    pub fn take_listeners(&mut self) -> Vec<TcpListener> {
-        std::mem::take(&mut self.hand_up)
+    /// Begins to accept.
+    ///
+    /// # Errors
+    /// The system is out of descriptors.
+    pub fn serve(&self) -> anyhow::Result<()> {
+        let listening = self.listening();
+        for listening in listening.iter() {
+            self.assign(listening)?;
+        }
+        let addresses: Vec<_> = listening.iter().map(|it| it.local).collect();
+        tracing::info!(listen = ?addresses, workers = self.workers.len(), "layer 7 serves");
+        Ok(())
     }
 
-    /// Whether [`Proxy::reload`] would take this configuration.
+    /// A descriptor of one listener for each address, for layer 4 to hand connections to. To be
+    /// dropped soon: a listener is open while there is one, and nobody accepts by this.
+    ///
+    /// # Errors
+    /// The system is out of descriptors.
+    pub fn listeners(&self) -> anyhow::Result<Vec<TcpListener>> {
+        let listening = self.listening();
+        let first = listening.iter().map(|it| it.sockets[0].try_clone());
+        Ok(first.collect::<Result<_, _>>()?)
+    }
+
+    /// Descriptors of all listeners, for a process that takes over. To be dropped soon.
+    ///
+    /// # Errors
+    /// The system is out of descriptors.
+    pub fn sockets(&self) -> anyhow::Result<Vec<TcpListener>> {
+        let listening = self.listening();
+        let sockets = listening.iter().flat_map(|it| it.sockets.iter());
+        let sockets = sockets.map(TcpListener::try_clone);
+        Ok(sockets.collect::<Result<_, _>>()?)
+    }
+
+    /// Whether [`Proxy::reload`] would take this configuration, if its addresses are free.
     ///
     /// # Errors
     /// Names the first key whose change needs a restart, or the file that cannot be used.
     pub fn check_reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         let wanted = Fixed::new(config);
         let key = "needs a restart to change";
-        ensure!(self.fixed.listen == wanted.listen, "http.listen {key}");
         ensure!(self.fixed.workers == wanted.workers, "http.workers {key}");
-        ensure!(
-            self.fixed.tls_listen == wanted.tls_listen,
-            "http.tls.listen {key}"
-        );
         ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
         AccessLog::check(&config.access_log)?;
         self.tls.check_reload(config)
     }
 
-    /// Makes timeouts, limits, trusted proxies, the default balance and all of TLS those of `config`:
-    /// for requests from here on, for certificates and the size of a request's head from the next
-    /// connection on. Reads certificates again in any case.
+    /// Listens where `config` says, and makes timeouts, limits, trusted proxies, the default balance
+    /// and all of TLS those of `config`: for requests from here on, for certificates and the size of
+    /// a request's head from the next connection on. Reads certificates again in any case. True if
+    /// it listens elsewhere than before.
     ///
     /// # Errors
-    /// As [`Proxy::check_reload`]; nothing is changed then.
-    pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
+    /// As [`Proxy::check_reload`], or an address cannot be bound; nothing is changed then.
+    pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<bool> {
         self.check_reload(config)?;
         let former = self.settings.load();
         let former = former.access_log.as_deref();
         let access_log = AccessLog::open(config, former, &self.metrics)?;
+        let mut listening = self.listening();
+        let wanted = listen::bind(&listening, config, Vec::new(), self.workers.len())?;
         self.tls.reload(config)?;
         self.metrics.configure(&config.metrics);
         self.settings.store(Arc::new(Settings {
             access_log,
             ..Settings::new(config)
         }));
-        Ok(())
+        let changed = listen::is_other(&listening, &wanted);
+        if changed {
+            let before = std::mem::replace(&mut *listening, wanted);
+            for wanted in listening.iter() {
+                if !before.iter().any(|it| it.is_same(wanted)) {
+                    self.assign(wanted)?;
+                }
+            }
+        }
+        Ok(changed)
     }
 
     /// Stops accepting, lets open requests end with `Connection: close`, and cuts what is left,
     /// upgraded connections among it, after `timeout`.
-    pub async fn drain(mut self, timeout: Duration) {
-        // A listener that nobody took would go on taking connections in.
-        self.hand_up.clear();
-        self.stop.send_replace(Some(Instant::now() + timeout));
+    pub async fn drain(self, timeout: Duration) {
+        self.end(timeout, false).await;
+    }
+
+    /// The same where another process serves by the same sockets: an idle connection may make one more
+    /// request, which is answered with `Connection: close`.
+    pub async fn retire(self, timeout: Duration) {
+        self.end(timeout, true).await;
+    }
+
+    async fn end(mut self, timeout: Duration, retiring: bool) {
+        let deadline = Instant::now() + timeout;
+        self.stop.send_replace(Some(Stop { deadline, retiring }));
+        // Descriptors that nobody accepts by would go on taking connections in.
+        self.listening().clear();
         while self.ended.recv().await.is_some() {}
         for worker in self.workers.drain(..) {
-            if worker.join().is_err() {
+            if worker.thread.join().is_err() {
                 tracing::error!("an l7 worker panicked");
             }
         }
@@ -229,6 +290,27 @@ impl Proxy {
             let _ = end.recv_timeout(LOG_DRAIN);
         }
     }
+
+    fn listening(&self) -> MutexGuard<'_, Vec<Listening>> {
+        self.listening
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the workers accept on an address.
+    fn assign(&self, listening: &Listening) -> anyhow::Result<()> {
+        for (index, socket) in listening.sockets.iter().enumerate() {
+            let listener = worker::Listener {
+                socket: socket.try_clone()?,
+                kind: listening.kind,
+                open: listening.open.subscribe(),
+            };
+            let worker = &self.workers[index % self.workers.len()];
+            // Fails only for a worker that panicked, which is told when it is waited for.
+            let _ = worker.listeners.send(listener);
+        }
+        Ok(())
+    }
 }
 
 /// How long the last lines of the access log may take to be written.
@@ -236,8 +318,6 @@ const LOG_DRAIN: Duration = Duration::from_secs(1);
 
 /// What cannot change while the workers run.
 struct Fixed {
-    listen: Vec<SocketAddr>,
-    tls_listen: Vec<SocketAddr>,
     workers: usize,
     sockmap: bool,
 }
@@ -245,8 +325,6 @@ struct Fixed {
 impl Fixed {
     fn new(config: &HttpConfig) -> Fixed {
         Fixed {
-            listen: config.listen.clone(),
-            tls_listen: config.tls.listen.clone(),
             workers: config.workers,
             sockmap: config.sockmap,
         }

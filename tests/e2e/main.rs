@@ -14,6 +14,7 @@ mod health;
 mod l4;
 mod l7;
 mod lab;
+mod life;
 mod local;
 mod many_flows;
 mod modes;

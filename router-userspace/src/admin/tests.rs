@@ -199,7 +199,7 @@ async fn the_api_answers_on_a_unix_socket() {
         draining,
         started: Instant::now(),
     };
-    tokio::spawn(serve(listener, admin));
+    tokio::spawn(serve(listener, Arc::new(admin)));
     let get = async |path: &str| {
         crate::cli::client::get(&address, path)
             .await

@@ -151,7 +151,10 @@ pub struct HttpTimeouts {
     /// A request waiting for a backend that may take one more.
     #[serde(with = "humantime_serde")]
     pub queue: Duration,
-    /// How long open requests may take to end after SIGTERM.
+    /// How long the gateway serves on after SIGUSR1, while `/readyz` says that it drains.
+    #[serde(with = "humantime_serde")]
+    pub drain_wait: Duration,
+    /// From there, or from SIGTERM, how long open requests and upgraded connections may take to end.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
 }
@@ -222,6 +225,7 @@ impl Default for HttpTimeouts {
             body_idle: Duration::from_secs(900),
             backend_idle: Duration::from_secs(50),
             queue: Duration::from_secs(5),
+            drain_wait: Duration::ZERO,
             drain: Duration::from_secs(20),
         }
     }
@@ -260,6 +264,7 @@ impl HttpConfig {
             body_idle,
             backend_idle,
             queue: _,
+            drain_wait: _,
             drain: _,
         } = self.timeouts;
         ensure_positive(&[

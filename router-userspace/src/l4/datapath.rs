@@ -142,6 +142,13 @@ impl Datapath {
         }
     }
 
+    /// Writes the settings again, after another agent wrote its own.
+    pub fn rewrite_settings(&mut self) -> anyhow::Result<()> {
+        // What is installed is as that agent left it.
+        self.settings.dnat = self.maps.settings()?.dnat;
+        self.maps.set_settings(self.settings)
+    }
+
     /// What the maps hold: all that an earlier agent left.
     pub fn installed(&self) -> anyhow::Result<Installed> {
         self.maps.installed(self.settings.dnat != 0)
@@ -214,7 +221,7 @@ impl Datapath {
 }
 
 /// The kernel says only "operation not permitted"; this says what is missing.
-fn check_capabilities() -> anyhow::Result<()> {
+pub(super) fn check_capabilities() -> anyhow::Result<()> {
     let missing = missing_capabilities()?;
     ensure!(
         missing.is_empty(),

@@ -1,7 +1,7 @@
 //! Where layer 4 pins its maps and links: the folder, its names, and its end.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -65,6 +65,25 @@ pub(super) fn prepare_pin_path(path: &Path) -> anyhow::Result<()> {
         bail!("l4.pin_path {} is not on a bpffs", path.display());
     }
     Ok(())
+}
+
+/// Makes this process the one that writes the pinned maps, until the file is closed.
+///
+/// # Errors
+/// Another process is.
+pub(super) fn lock(path: &Path) -> anyhow::Result<File> {
+    let what = || format!("lock l4.pin_path {}", path.display());
+    let folder = File::open(path).with_context(what)?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "l4.pin_path {}: another viaduct runs with it",
+                path.display()
+            )
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(what),
+    }
 }
 
 pub fn is_bpffs(path: &Path) -> bool {

@@ -89,14 +89,19 @@ pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
 /// Waits until the client says something. `None` if it does not in time, or the worker drains.
 async fn next_request(worker: &Worker, progress: &Progress, io: ClientIo) -> Option<ClientIo> {
     let deadline = worker.settings(|settings| progress.deadline(&settings.timeouts))?;
-    let mut drains = pin!(worker.drain_notice());
-    if worker.is_draining() {
-        return None;
-    }
+    let ends = async {
+        if !worker.is_draining() {
+            worker.drain_notice().await;
+        }
+        // One of a retiring worker is good for one more request.
+        if worker.is_retiring() {
+            std::future::pending().await
+        }
+    };
     worker.metrics.connections_quiet.add(1);
     let woken = tokio::select! {
         _ = io.readable() => true,
-        () = drains.as_mut() => false,
+        () = ends => false,
         () = tokio::time::sleep_until(deadline) => {
             worker.metrics.connections_timed_out.add(1);
             false

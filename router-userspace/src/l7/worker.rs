@@ -2,9 +2,10 @@
 //!
 //! It shares with other workers the published snapshot and settings, both read through a cached
 //! pointer, and [what they know together](crate::l7::shared) of backends. Tasks of a worker: one acceptor for each listener, one for each client
-//! connection, one for each backend connection, and a sweep about once a second. When told to
-//! drain it accepts what has already connected and no more, lets each connection end after its
-//! request, and leaves what is left at the deadline.
+//! connection, one for each backend connection, and a sweep about once a second. It is handed its
+//! listeners while it runs, and gives each up when its address is; when told to drain it accepts what
+//! has already connected and no more, lets each connection end after its request, and leaves what is
+//! left at the deadline.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -23,6 +24,7 @@ use rand::{Rng, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::l7::Settings;
@@ -31,6 +33,7 @@ use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
+use crate::l7::listen;
 use crate::l7::metrics::{RouteCounters, WorkerMetrics};
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
@@ -55,16 +58,33 @@ const REQUEST_IDS_AT_ONCE: usize = 32;
 pub(super) struct WorkerParts {
     /// From 0 on.
     pub index: usize,
-    pub listeners: Vec<(std::net::TcpListener, ListenerKind)>,
+    /// As many at once as addresses are configured.
+    pub listeners: mpsc::UnboundedReceiver<Listener>,
     pub published: Published,
     pub settings: Arc<ArcSwap<Settings>>,
     pub shared: Arc<Shared>,
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
-    /// The time to end at, once it is set.
-    pub stop: watch::Receiver<Option<Instant>>,
+    pub stop: watch::Receiver<Option<Stop>>,
     /// Dropped when the worker has ended.
     pub alive: mpsc::Sender<()>,
+}
+
+/// What ends a worker.
+#[derive(Clone, Copy)]
+pub(super) struct Stop {
+    pub deadline: Instant,
+    /// Another process serves: idle connections of HTTP/1 are not closed before they made one more
+    /// request, so that none is lost that is on its way.
+    pub retiring: bool,
+}
+
+/// A socket to accept from.
+pub(super) struct Listener {
+    pub socket: std::net::TcpListener,
+    pub kind: ListenerKind,
+    /// Closed when no more is to be accepted than is in the queue.
+    pub open: watch::Receiver<()>,
 }
 
 pub(super) struct Worker {
@@ -85,6 +105,7 @@ pub(super) struct Worker {
     draining: Cell<bool>,
     /// What is left is ended, for the time of the drain is up.
     cutting: Cell<bool>,
+    retiring: Cell<bool>,
     drain_notice: Notify,
     open_connections: Cell<usize>,
     connection_ended: Notify,
@@ -123,7 +144,7 @@ fn runtime() -> anyhow::Result<LocalRuntime> {
 async fn run(parts: WorkerParts) {
     let WorkerParts {
         index,
-        listeners,
+        mut listeners,
         published,
         settings,
         shared,
@@ -135,26 +156,25 @@ async fn run(parts: WorkerParts) {
     let routes = RouteCounters::new(Arc::clone(&metrics));
     let backends = Backends::new(index, shared, routes);
     let worker = Rc::new(Worker::new(published, settings, backends, metrics, tls));
-    let acceptors: Vec<_> = listeners
-        .into_iter()
-        .filter_map(|(listener, kind)| match TcpListener::from_std(listener) {
-            Ok(listener) => Some((listener, kind)),
-            Err(error) => {
-                tracing::error!(%error, "l7 listener cannot be polled");
-                None
-            }
-        })
-        .map(|(listener, kind)| {
-            tokio::task::spawn_local(accept(Rc::clone(&worker), listener, kind))
-        })
-        .collect();
     let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
+    let mut acceptors = Vec::new();
 
     // An error means that the proxy was dropped: end now.
-    let deadline = match stop.wait_for(Option::is_some).await {
-        Ok(deadline) => deadline.unwrap_or_else(Instant::now),
-        Err(_) => Instant::now(),
+    let Stop { deadline, retiring } = loop {
+        tokio::select! {
+            // Both may be dropped: a listener that was not taken out stays in the channel.
+            stopped = stop.wait_for(Option::is_some) => break match stopped {
+                Ok(stop) => stop.expect("waited for"),
+                Err(_) => Stop { deadline: Instant::now(), retiring: false },
+            },
+            Some(listener) = listeners.recv() => {
+                acceptors.retain(|acceptor: &JoinHandle<()>| !acceptor.is_finished());
+                let accept = accept(Rc::clone(&worker), listener);
+                acceptors.push(tokio::task::spawn_local(accept));
+            }
+        }
     };
+    worker.retiring.set(retiring);
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
     let ended = async {
@@ -169,13 +189,27 @@ async fn run(parts: WorkerParts) {
     drop(alive);
 }
 
-/// Accepts until the worker drains, and then what the kernel has accepted in its name: closing the
-/// listener before would reset those connections.
-async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: ListenerKind) {
+/// Accepts until the worker drains or the address is given up, and then what the kernel has accepted
+/// in its name: closing the listener before would reset those connections.
+async fn accept(worker: Rc<Worker>, listener: Listener) {
+    let Listener {
+        socket,
+        kind,
+        mut open,
+    } = listener;
+    let listener = match listen::begin(&socket).and_then(|()| TcpListener::from_std(socket)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "l7 listener cannot be polled");
+            return;
+        }
+    };
     while !worker.is_draining() {
         tokio::select! {
-            // Both may be dropped: a connection that was not handed over stays in the backlog.
+            // All may be dropped: a connection that was not handed over stays in the backlog.
             () = worker.drain_notice() => {}
+            // Nothing is ever sent: the other end is gone.
+            _ = open.changed() => break,
             accepted = next_connection(&worker, &listener) => match accepted {
                 Ok((stream, peer)) => serve(&worker, kind, stream, peer),
                 Err(error) => {
@@ -300,6 +334,7 @@ impl Worker {
             access_log: RefCell::default(),
             draining: Cell::new(false),
             cutting: Cell::new(false),
+            retiring: Cell::new(false),
             drain_notice: Notify::new(),
             open_connections: Cell::new(0),
             connection_ended: Notify::new(),
@@ -430,6 +465,11 @@ impl Worker {
 
     pub(super) fn is_cutting(&self) -> bool {
         self.cutting.get()
+    }
+
+    /// Whether it drains because another process serves.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retiring.get()
     }
 
     /// Ends when the worker begins to drain.

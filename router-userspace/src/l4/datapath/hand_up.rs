@@ -13,7 +13,7 @@ use super::{Datapath, programs, take};
 impl Datapath {
     /// Has the kernel hand connections to VIPs of `l7` mode to the first of `listeners` of either
     /// family, in this thread's network namespace and for as long as this process runs: nothing is
-    /// pinned, since there is nobody to hand them to without the proxy. Called once.
+    /// pinned, since there is nobody to hand them to without the proxy. Called again, to others.
     ///
     /// # Errors
     /// The kernel refused the program or a listener.
@@ -28,11 +28,18 @@ impl Datapath {
         let v6 = of_family(false);
         // A listener of IPv6 may take IPv4 as well.
         let v4 = of_family(true).or(v6);
-        let mut map = SockMap::try_from(take(&mut self.ebpf, "LISTENERS")?)?;
+        let first_call = self.listeners.is_none();
+        let map = match &mut self.listeners {
+            Some(map) => map,
+            none => none.insert(SockMap::try_from(take(&mut self.ebpf, "LISTENERS")?)?),
+        };
         for (index, listener) in [(LISTENER_V4, v4), (LISTENER_V6, v6)] {
             if let Some(listener) = listener {
                 map.set(index, listener, 0).context("write LISTENERS")?;
             }
+        }
+        if !first_call {
+            return Ok(());
         }
         let program: &mut SkLookup = self
             .ebpf
@@ -44,7 +51,6 @@ impl Datapath {
         program
             .attach(netns)
             .context("attach to the lookup of sockets")?;
-        self.listeners = Some(map);
         Ok(())
     }
 }

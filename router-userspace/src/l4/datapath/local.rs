@@ -57,6 +57,10 @@ impl Datapath {
     fn attach_to_cgroup(&mut self, path: &Path) -> anyhow::Result<()> {
         let cgroup = File::open(path).context("open the cgroup")?;
         for name in PROGRAMS {
+            // They are when layer 4 is taken back.
+            if self.loaded.iter().any(|loaded| loaded.name == name) {
+                continue;
+            }
             let loaded = programs::load_one(&mut self.ebpf, name)?;
             self.loaded.push(programs::Loaded {
                 name,

@@ -301,6 +301,10 @@ impl Maps {
         })
     }
 
+    pub(super) fn settings(&self) -> anyhow::Result<Settings> {
+        self.settings.get(&0, 0).context("read SETTINGS")
+    }
+
     pub(super) fn set_settings(&mut self, settings: Settings) -> anyhow::Result<()> {
         self.settings.set(0, settings, 0).context("write SETTINGS")
     }

@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::rc::Rc;
 
-use http::{Request, StatusCode};
+use http::{HeaderValue, Request, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -24,7 +24,19 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
     let service = service_fn({
         let (client, progress) = (Rc::clone(client), Rc::clone(progress));
         move |request: Request<Incoming>| {
-            forward::answer(Rc::clone(&client), Rc::clone(&progress), request)
+            let client = Rc::clone(&client);
+            let answer = forward::answer(Rc::clone(&client), Rc::clone(&progress), request);
+            async move {
+                let mut answer = answer.await;
+                if let Ok(response) = &mut answer
+                    && client.worker.is_retiring()
+                    && response.status() != StatusCode::SWITCHING_PROTOCOLS
+                {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(header::CONNECTION, close);
+                }
+                answer
+            }
         }
     });
     let mut builder = worker.settings(|settings| server_builder(&settings.limits));
@@ -39,7 +51,12 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         client,
         pin!(&mut connection).as_mut(),
         drains,
-        |mut connection| std::pin::Pin::new(&mut **connection).graceful_shutdown(),
+        |mut connection| {
+            // hyper would close an idle one, and perhaps a request that is on its way with it.
+            if !worker.is_retiring() {
+                std::pin::Pin::new(&mut **connection).graceful_shutdown();
+            }
+        },
         |_, now| match look_at(worker, progress, now) {
             Look::Again(_) if progress.is_quiet(now, PARK_AFTER) => Look::Park,
             Look::Again(at) => Look::Again(at.min(now + PARK_AFTER)),

@@ -220,3 +220,128 @@ async fn a_connection_that_is_owed_bytes_is_not_quiet() {
     let response = read_to_end(&mut slow).await;
     assert!(response.ends_with(&body));
 }
+
+#[tokio::test]
+async fn a_reload_listens_elsewhere_and_serves_what_had_connected() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let before = gateway.proxy.local_addresses()[0];
+    let mut kept = gateway.connect().await;
+    let mut wanted = config();
+    wanted.listen.push(SocketAddr::from(([127, 0, 0, 2], 0)));
+    assert!(gateway.proxy.reload(&wanted).unwrap());
+    assert!(!gateway.proxy.reload(&wanted).unwrap());
+    let addresses = local_addresses(&gateway.proxy);
+    assert_eq!(addresses[0], before);
+    for address in &addresses {
+        assert_status(&get(*address).await, 200);
+    }
+
+    wanted.listen.remove(0);
+    assert!(gateway.proxy.reload(&wanted).unwrap());
+    assert_eq!(local_addresses(&gateway.proxy), addresses[1..]);
+    // The worker gives up the address on its own thread.
+    while TcpStream::connect(before).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    kept.write_all(GET).await.unwrap();
+    assert_status(&read_to_end(&mut kept).await, 200);
+    assert_status(&get(addresses[1]).await, 200);
+}
+
+#[tokio::test]
+async fn a_reload_to_an_address_that_is_taken_changes_nothing() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let mut wanted = config();
+    wanted.listen = vec![a.address];
+    wanted.limits.uri_bytes = 0;
+    let error = gateway.proxy.reload(&wanted).unwrap_err();
+    let name = format!("listen on {}: ", a.address);
+    assert!(format!("{error:#}").starts_with(&name), "{error:#}");
+    assert_status(&gateway.get("a.com").await, 200);
+}
+
+#[tokio::test]
+async fn a_retiring_proxy_answers_one_more_request_of_idle_connections() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
+    let mut idle = gateway.connect().await;
+    idle.write_all(request).await.unwrap();
+    assert_status(&read_until(&mut idle, "\r\n\r\na").await, 200);
+    let address = gateway.proxy.local_addresses()[0];
+    let retired = tokio::spawn(gateway.proxy.retire(PATIENCE));
+    while TcpStream::connect(address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    idle.write_all(request).await.unwrap();
+    let response = read_to_end(&mut idle).await;
+    assert_status(&response, 200);
+    assert!(response.contains("connection: close\r\n"), "{response}");
+    drop(idle);
+    tokio::time::timeout(PATIENCE, retired)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn no_connection_is_lost_between_proxies_with_other_numbers_of_workers() {
+    let a = TestBackend::named("a").await;
+    let routes = snapshot([("a.com", pool([backend(a.address)]))]);
+    let mut gateway = Gateway::start(routes.clone());
+    let address = gateway.proxy.local_addresses()[0];
+    let (stop, stopped) = tokio::sync::watch::channel(());
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let stopped = stopped.clone();
+            tokio::spawn(async move {
+                let mut served = 0;
+                while stopped.has_changed().is_ok() {
+                    assert_status(&get(address).await, 200);
+                    served += 1;
+                }
+                served
+            })
+        })
+        .collect();
+    for workers in [4, 2, 1, 3] {
+        let wanted = HttpConfig {
+            listen: vec![address],
+            workers,
+            ..config()
+        };
+        let published: Published = Arc::new(ArcSwap::from_pointee(routes.clone()));
+        let metrics = Arc::new(L7Metrics::default());
+        let sockets = gateway.proxy.sockets().unwrap();
+        let proxy = stand_by(&wanted, published.clone(), metrics.clone(), sockets).unwrap();
+        proxy.serve().unwrap();
+        let successor = Gateway {
+            proxy,
+            published,
+            metrics,
+        };
+        let before = std::mem::replace(&mut gateway, successor);
+        before.proxy.retire(PATIENCE).await;
+        gateway.totals(|totals| totals.responses[1] > 50).await;
+    }
+    drop(stop);
+    for client in clients {
+        assert!(client.await.unwrap() > 0);
+    }
+}
+
+const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+
+async fn get(address: SocketAddr) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(GET).await.unwrap();
+    read_to_end(&mut stream).await
+}
+
+fn local_addresses(proxy: &Proxy) -> Vec<SocketAddr> {
+    let listeners = proxy.listeners().unwrap();
+    let addresses = listeners.iter().map(|it| it.local_addr().unwrap());
+    addresses.collect()
+}
