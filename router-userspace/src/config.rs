@@ -20,7 +20,8 @@ mod l4;
 pub use http::{
     BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth, ClientCertFormat,
     ForwardedClientCert, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries,
-    HttpSticky, HttpTimeouts, HttpTlsConfig, HttpZoneBalance, ProxyProtocol, TlsVersion,
+    HttpRouteServices, HttpSticky, HttpTimeouts, HttpTlsConfig, HttpZoneBalance, ProxyProtocol,
+    TlsVersion,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

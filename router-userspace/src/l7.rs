@@ -28,6 +28,7 @@ use crate::config::{
 };
 use crate::l7::handshake::{ListenerKind, Rules};
 use crate::l7::metrics::L7Metrics;
+use crate::l7::route_service::RouteServices;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
 use crate::l7::worker::WorkerParts;
@@ -57,6 +58,7 @@ mod proxy_protocol;
 mod record;
 mod replay;
 mod retry_budget;
+mod route_service;
 pub mod router;
 mod shared;
 pub mod sockmap;
@@ -93,7 +95,7 @@ pub fn start(
         }
     }
 
-    let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)));
+    let settings = Arc::new(ArcSwap::from_pointee(Settings::new(config)?));
     let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
@@ -125,11 +127,12 @@ pub fn start(
     Ok(proxy)
 }
 
-/// Whether [`start`] would take the files that `config` names.
+/// Whether [`start`] would take the files and secrets that `config` names.
 ///
 /// # Errors
-/// Names the key and the file that cannot be used.
+/// Names the key, and the file that cannot be used.
 pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
+    RouteServices::load(&config.route_services)?;
     tls::check(config)
 }
 
@@ -172,6 +175,7 @@ impl Proxy {
             "http.tls.listen {key}"
         );
         ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
+        RouteServices::load(&config.route_services)?;
         self.tls.check_reload(config)
     }
 
@@ -183,8 +187,9 @@ impl Proxy {
     /// As [`Proxy::check_reload`]; nothing is changed then.
     pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<()> {
         self.check_reload(config)?;
+        let settings = Settings::new(config)?;
         self.tls.reload(config)?;
-        self.settings.store(Arc::new(Settings::new(config)));
+        self.settings.store(Arc::new(settings));
         Ok(())
     }
 
@@ -239,11 +244,15 @@ struct Settings {
     zone: Option<String>,
     prefer_zone: bool,
     slow_start: Duration,
+    /// `None` without `http.route_services.secret`.
+    route_services: Option<Arc<RouteServices>>,
 }
 
 impl Settings {
-    fn new(config: &HttpConfig) -> Settings {
-        Settings {
+    /// # Errors
+    /// Names the secret that cannot be read.
+    fn new(config: &HttpConfig) -> anyhow::Result<Settings> {
+        Ok(Settings {
             timeouts: config.timeouts.clone(),
             limits: config.limits.clone(),
             retries: config.retries.clone(),
@@ -262,7 +271,8 @@ impl Settings {
             zone: config.zone.clone(),
             prefer_zone: config.balance_zone == HttpZoneBalance::Prefer,
             slow_start: config.slow_start,
-        }
+            route_services: RouteServices::load(&config.route_services)?,
+        })
     }
 
     /// Of those a client connection watches; as often it has to look.

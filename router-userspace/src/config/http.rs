@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
+mod route_services;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use route_services::HttpRouteServices;
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +51,7 @@ pub struct HttpConfig {
     pub ejection: HttpEjection,
     pub sticky: HttpSticky,
     pub backend_tls: BackendTlsConfig,
+    pub route_services: HttpRouteServices,
 }
 
 /// PROXY protocol towards clients, version 1 or 2.
@@ -185,6 +188,7 @@ impl Default for HttpConfig {
             ejection: HttpEjection::default(),
             sticky: HttpSticky::default(),
             backend_tls: BackendTlsConfig::default(),
+            route_services: HttpRouteServices::default(),
         }
     }
 }
@@ -271,6 +275,7 @@ impl HttpConfig {
         );
         self.tls.validate()?;
         self.backend_tls.validate()?;
+        self.route_services.validate()?;
         ensure!(
             self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
             "http.balance_zone needs http.zone"
