@@ -147,7 +147,8 @@ async fn forward(
         Leg::Direct => {}
         Leg::Returned => route_service::strip(request.headers_mut()),
         Leg::ToService(detour) => {
-            pool = detour.begin(worker, &mut request).await?;
+            // Boxed, or every request's future would have its size.
+            pool = Box::pin(detour.begin(worker, &mut request)).await?;
             // Which instance it is for, the service hands back.
             only = None;
             findings.app_instance = None;

@@ -143,7 +143,12 @@ impl Lease {
         match status {
             StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT => self.answered_badly(status.as_str()),
+            | StatusCode::GATEWAY_TIMEOUT
+                // A route service passes on what backends answer.
+                if !self.backend().is_route_service() =>
+            {
+                self.answered_badly(status.as_str());
+            }
             _ => self.backend().outlier().succeeded(),
         }
     }

@@ -56,7 +56,7 @@ pub(super) struct RouteServices {
 pub(super) enum Leg {
     /// Its route has no service.
     Direct,
-    ToService(Detour),
+    ToService(Box<Detour>),
     /// It has been to the service.
     Returned,
 }
@@ -157,7 +157,7 @@ pub(super) fn leg<B>(
         };
     }
     match detour(worker, rules, service, findings, request) {
-        Some(detour) => Ok(Leg::ToService(detour)),
+        Some(detour) => Ok(Leg::ToService(Box::new(detour))),
         None => Err(Failure::RouteService(RouteServiceFailure::Request)),
     }
 }
