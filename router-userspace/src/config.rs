@@ -20,8 +20,9 @@ mod l4;
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
     ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpAccessLog, HttpBalance, HttpConfig,
-    HttpEjection, HttpLimits, HttpMetrics, HttpRetries, HttpSticky, HttpTimeouts, HttpTlsConfig,
-    HttpTracing, HttpZoneBalance, ProxyProtocol, RedactQuery, TlsVersion, TraceMode,
+    HttpEjection, HttpLimits, HttpMetrics, HttpRetries, HttpRouteServices, HttpSticky,
+    HttpTimeouts, HttpTlsConfig, HttpTracing, HttpZoneBalance, ProxyProtocol, RedactQuery,
+    TlsVersion, TraceMode,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

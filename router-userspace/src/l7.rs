@@ -31,6 +31,7 @@ use crate::l7::handshake::Rules;
 use crate::l7::headers::Via;
 use crate::l7::listen::Listening;
 use crate::l7::metrics::L7Metrics;
+use crate::l7::route_service::RouteServices;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
 use crate::l7::worker::{Stop, WorkerParts};
@@ -61,6 +62,7 @@ mod proxy_protocol;
 mod record;
 mod replay;
 mod retry_budget;
+mod route_service;
 pub mod router;
 mod shared;
 pub mod sockmap;
@@ -104,7 +106,7 @@ pub fn stand_by(
     let listening = listen::bind(&[], config, inherited, worker_count)?;
     let settings = Settings {
         access_log,
-        ..Settings::new(config)
+        ..Settings::new(config)?
     };
     let settings = Arc::new(ArcSwap::from_pointee(settings));
     let shared = Arc::new(Shared::new(worker_count));
@@ -142,11 +144,12 @@ pub fn stand_by(
     Ok(proxy)
 }
 
-/// Whether [`start`] would take the files that `config` names.
+/// Whether [`start`] would take the files and secrets that `config` names.
 ///
 /// # Errors
-/// Names the key and the file that cannot be used.
+/// Names the key, and the file that cannot be used.
 pub fn check_files(config: &HttpConfig) -> anyhow::Result<()> {
+    RouteServices::load(&config.route_services)?;
     tls::check(config)?;
     AccessLog::check(&config.access_log)
 }
@@ -224,6 +227,7 @@ impl Proxy {
         ensure!(self.fixed.workers == wanted.workers, "http.workers {key}");
         ensure!(self.fixed.sockmap == wanted.sockmap, "http.sockmap {key}");
         AccessLog::check(&config.access_log)?;
+        RouteServices::load(&config.route_services)?;
         self.tls.check_reload(config)
     }
 
@@ -236,6 +240,7 @@ impl Proxy {
     /// As [`Proxy::check_reload`], or an address cannot be bound; nothing is changed then.
     pub fn reload(&self, config: &HttpConfig) -> anyhow::Result<bool> {
         self.check_reload(config)?;
+        let settings = Settings::new(config)?;
         let former = self.settings.load();
         let former = former.access_log.as_deref();
         let access_log = AccessLog::open(config, former, &self.metrics)?;
@@ -245,7 +250,7 @@ impl Proxy {
         self.metrics.configure(&config.metrics);
         self.settings.store(Arc::new(Settings {
             access_log,
-            ..Settings::new(config)
+            ..settings
         }));
         let changed = listen::is_other(&listening, &wanted);
         if changed {
@@ -354,11 +359,15 @@ struct Settings {
     tracing: HttpTracing,
     /// Open, so not made from the configuration alone.
     access_log: Option<Arc<AccessLog>>,
+    /// `None` without `http.route_services.secret`.
+    route_services: Option<Arc<RouteServices>>,
 }
 
 impl Settings {
-    fn new(config: &HttpConfig) -> Settings {
-        Settings {
+    /// # Errors
+    /// Names the secret that cannot be read.
+    fn new(config: &HttpConfig) -> anyhow::Result<Settings> {
+        Ok(Settings {
             timeouts: config.timeouts.clone(),
             limits: config.limits.clone(),
             retries: config.retries.clone(),
@@ -382,7 +391,8 @@ impl Settings {
             via: config.via.as_deref().map(Via::new),
             tracing: config.tracing.clone(),
             access_log: None,
-        }
+            route_services: RouteServices::load(&config.route_services)?,
+        })
     }
 
     /// Of those a client connection watches; as often it has to look.

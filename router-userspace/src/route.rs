@@ -114,10 +114,21 @@ impl Backend {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BackendTls {
     /// `server_cert_domain_san`; `None` checks the certificate against the backend's address.
     pub server_name: Option<Arc<str>>,
+    pub roots: TlsRoots,
+}
+
+/// What a backend's certificate is verified with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TlsRoots {
+    /// `http.backend_tls`.
+    #[default]
+    Backends,
+    /// `http.route_services`: the backend is an address of such a service.
+    RouteServices,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -14,6 +14,7 @@ use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
 mod observe;
+mod route_services;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
@@ -21,6 +22,7 @@ pub use observe::{
     AccessLogFormat, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing, RedactQuery,
     TraceMode,
 };
+pub use route_services::HttpRouteServices;
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +66,7 @@ pub struct HttpConfig {
     pub access_log: HttpAccessLog,
     pub metrics: HttpMetrics,
     pub tracing: HttpTracing,
+    pub route_services: HttpRouteServices,
 }
 
 /// PROXY protocol towards clients, version 1 or 2.
@@ -209,6 +212,7 @@ impl Default for HttpConfig {
             access_log: HttpAccessLog::default(),
             metrics: HttpMetrics::default(),
             tracing: HttpTracing::default(),
+            route_services: HttpRouteServices::default(),
         }
     }
 }
@@ -297,6 +301,7 @@ impl HttpConfig {
         );
         self.tls.validate()?;
         self.backend_tls.validate()?;
+        self.route_services.validate()?;
         ensure!(
             self.balance_zone == HttpZoneBalance::None || self.zone.is_some(),
             "http.balance_zone needs http.zone"

@@ -29,7 +29,7 @@ use crate::l7::retry_budget::RetryBudget;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::{BackendKey, Shared, SharedBackend};
 use crate::l7::tls::BackendTlsClient;
-use crate::route::{Backend, BackendTls, HttpProtocol, Pool};
+use crate::route::{Backend, BackendTls, HttpProtocol, Pool, TlsRoots};
 
 mod connection;
 mod io;
@@ -79,8 +79,7 @@ impl Backends {
             return Rc::clone(state);
         }
         let state_of = |backend: &Backend| {
-            let server_name = backend.tls.as_ref().map(|tls| tls.server_name.clone());
-            let key = (backend.address, server_name, backend.protocol);
+            let key = (backend.address, backend.tls.clone(), backend.protocol);
             if let Some(known) = self.states.get(&key) {
                 return Rc::clone(known);
             }
@@ -191,6 +190,12 @@ impl BackendState {
 
     fn tls(&self) -> Option<&BackendTls> {
         self.tls.as_ref()
+    }
+
+    /// It is an address of a route service.
+    pub(super) fn is_route_service(&self) -> bool {
+        let tls = self.tls.as_ref();
+        tls.is_some_and(|tls| tls.roots == TlsRoots::RouteServices)
     }
 
     /// Counts a request unless there are `limit` in flight (0: no limit).

@@ -51,7 +51,8 @@ pub(super) struct PoolState {
     pub matched: HttpMatch,
     pub balance: Option<Balance>,
     pub policy: Option<Arc<HttpPolicy>>,
-    pub has_route_service: bool,
+    /// Where its requests go first.
+    pub route_service_url: Option<Arc<str>>,
     /// In the order of the pool's backends.
     pub targets: Box<[Target]>,
     /// Of a route with a policy, what all workers know.
@@ -92,6 +93,7 @@ pub(super) struct Target {
 }
 
 /// What the backend is told of itself, made once a pool instead of once a request.
+#[derive(Default)]
 pub(super) struct InstanceHeaders {
     pub app: Option<HeaderValue>,
     pub id: Option<HeaderValue>,
@@ -203,7 +205,7 @@ impl PoolState {
             },
             balance: pool.balance().cloned(),
             policy: pool.policy.clone(),
-            has_route_service: pool.route_service_url().is_some(),
+            route_service_url: pool.route_service_url().cloned(),
             route,
             queue: Arc::default(),
             budget,
@@ -504,9 +506,13 @@ impl PoolState {
 impl Target {
     fn new(backend: &Backend, state: Rc<BackendState>) -> Target {
         let instance_id = backend.instance_id.clone();
+        let instance = match state.is_route_service() {
+            true => InstanceHeaders::default(),
+            false => InstanceHeaders::new(backend),
+        };
         Target {
             backend: state,
-            instance: InstanceHeaders::new(backend),
+            instance,
             instance_id: instance_id.filter(|id| !id.is_empty()),
             process: backend.tags.get("process_id").cloned(),
             weight: backend.weight,

@@ -421,7 +421,7 @@ mod tests {
 
     fn progress() -> Progress {
         let config = HttpConfig::default();
-        let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&config));
+        let settings = arc_swap::ArcSwap::from_pointee(Settings::new(&config).unwrap());
         let worker = Worker::new(
             Published::default(),
             Arc::new(settings),

@@ -11,6 +11,7 @@ use http::header::{
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 
 use crate::l7::body::ResponseBody;
+use crate::l7::route_service::InvalidSignature;
 
 /// Methods a 405 offers (RFC 9110 §15.5.6 requires the list).
 pub(super) const ALLOWED_METHODS: HeaderValue =
@@ -54,7 +55,7 @@ pub enum Failure {
         host: String,
     },
     /// The route asks for a route service, which must not be passed by.
-    RouteService,
+    RouteService(RouteServiceFailure),
     Backend(BackendFailure),
     BackendTimeout(BackendTimeout),
     Gateway(GatewayFailure),
@@ -104,6 +105,23 @@ pub enum GatewayFailure {
     TlsRoots,
 }
 
+/// What keeps a request from going through its route's service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteServiceFailure {
+    /// There is no `http.route_services.secret`.
+    Disabled,
+    /// A WebSocket, or another upgrade.
+    Upgrade,
+    /// The service's URL is none that can be called.
+    Request,
+    /// The service's name has no address.
+    Unresolved,
+    /// It comes back with a signature that does not hold.
+    Signature(InvalidSignature),
+    /// The same on a route that has no service, where signatures are looked at.
+    StraySignature(InvalidSignature),
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendTimeout {
     Connect,
@@ -114,7 +132,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 24] = [
+pub const REASONS: [&str; 26] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -138,6 +156,8 @@ pub const REASONS: [&str; 24] = [
     "too_many_headers",
     "session_gone",
     "limit_reached",
+    "route_service_signature",
+    "route_service_failed",
     "unparsable",
 ];
 
@@ -167,9 +187,8 @@ impl Failure {
             // gorouter's own codes, outside the registry.
             Failure::Backend(BackendFailure::TlsHandshake) => gorouter_code(525),
             Failure::Backend(BackendFailure::TlsCertificate) => gorouter_code(526),
-            Failure::RouteService | Failure::SessionGone | Failure::Backend(_) => {
-                StatusCode::BAD_GATEWAY
-            }
+            Failure::RouteService(failure) => failure.status(),
+            Failure::SessionGone | Failure::Backend(_) => StatusCode::BAD_GATEWAY,
             Failure::BackendTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -186,7 +205,9 @@ impl Failure {
             Failure::ClientTimeout => 6,
             Failure::UnknownRoute { .. } => 7,
             Failure::NoEndpoints { .. } => 8,
-            Failure::RouteService => 9,
+            Failure::RouteService(RouteServiceFailure::Disabled | RouteServiceFailure::Upgrade) => {
+                9
+            }
             Failure::Backend(BackendFailure::Refused) => 10,
             Failure::Backend(BackendFailure::Unreachable) => 11,
             Failure::Backend(BackendFailure::Closed) => 12,
@@ -200,6 +221,12 @@ impl Failure {
             Failure::TooManyHeaders => 20,
             Failure::SessionGone => 21,
             Failure::LimitReached { .. } => 22,
+            Failure::RouteService(
+                RouteServiceFailure::Signature(_) | RouteServiceFailure::StraySignature(_),
+            ) => 23,
+            Failure::RouteService(
+                RouteServiceFailure::Request | RouteServiceFailure::Unresolved,
+            ) => 24,
         }
     }
 
@@ -225,7 +252,7 @@ impl Failure {
             Failure::NoEndpoints { .. } => "no_endpoints",
             Failure::SessionGone => "endpoint_failure (No endpoints available)",
             Failure::LimitReached { .. } => "Connection Limit Reached",
-            Failure::RouteService => "route_service_unsupported",
+            Failure::RouteService(failure) => failure.router_error(),
             Failure::Backend(failure) => match failure {
                 BackendFailure::Refused => "endpoint_failure (connection refused)",
                 BackendFailure::Unreachable => "endpoint_failure (unreachable)",
@@ -348,12 +375,70 @@ impl fmt::Display for Failure {
                     "Requested route ('{host}') has reached the connection limit."
                 );
             }
-            Failure::RouteService => "Support for route services is disabled.",
+            Failure::RouteService(failure) => return failure.fmt(f),
             Failure::Backend(_) => "Registered endpoint failed to handle the request.",
             Failure::BackendTimeout(_) => "Registered endpoint did not answer in time.",
             Failure::Gateway(_) => "The gateway cannot reach any endpoint.",
         };
         f.write_str(text)
+    }
+}
+
+impl RouteServiceFailure {
+    fn status(self) -> StatusCode {
+        match self {
+            RouteServiceFailure::Disabled
+            | RouteServiceFailure::Unresolved
+            | RouteServiceFailure::Signature(
+                InvalidSignature::NoMetadata
+                | InvalidSignature::Malformed
+                | InvalidSignature::Forged
+                | InvalidSignature::OtherRoute,
+            ) => StatusCode::BAD_GATEWAY,
+            RouteServiceFailure::Upgrade => StatusCode::SERVICE_UNAVAILABLE,
+            RouteServiceFailure::Request => StatusCode::INTERNAL_SERVER_ERROR,
+            RouteServiceFailure::Signature(InvalidSignature::Expired)
+            | RouteServiceFailure::StraySignature(InvalidSignature::Expired) => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
+            RouteServiceFailure::StraySignature(_) => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    fn router_error(self) -> &'static str {
+        match self {
+            RouteServiceFailure::Disabled | RouteServiceFailure::Upgrade => {
+                "route_service_unsupported"
+            }
+            RouteServiceFailure::Request => "route_service_failure",
+            RouteServiceFailure::Unresolved => "endpoint_failure (name not resolved)",
+            RouteServiceFailure::Signature(InvalidSignature::Expired)
+            | RouteServiceFailure::StraySignature(InvalidSignature::Expired) => {
+                "expired_route_service_signature"
+            }
+            RouteServiceFailure::Signature(_) | RouteServiceFailure::StraySignature(_) => {
+                "invalid_route_service_signature"
+            }
+        }
+    }
+}
+
+/// The message to the client.
+impl fmt::Display for RouteServiceFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            RouteServiceFailure::Disabled => "Support for route services is disabled.",
+            RouteServiceFailure::Upgrade => {
+                "Websocket requests are not supported for routes bound to Route Services."
+            }
+            RouteServiceFailure::Request => "Route service request failed.",
+            RouteServiceFailure::Unresolved => "Registered endpoint failed to handle the request.",
+            RouteServiceFailure::Signature(error)
+            | RouteServiceFailure::StraySignature(error @ InvalidSignature::Expired) => {
+                return write!(f, "Failed to validate Route Service Signature: {error}");
+            }
+            RouteServiceFailure::StraySignature(_) => "invalid route service signature detected",
+        })
     }
 }
 

@@ -24,6 +24,7 @@ use crate::l7::exchange::{Exchange, Exchanged};
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
+use crate::l7::route_service::{self, Leg};
 use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::sticky;
 use crate::l7::trace;
@@ -108,25 +109,24 @@ async fn forward(
     started: Instant,
 ) -> Result<Forwarded, Failure> {
     let worker = &client.worker;
-    let findings = worker.settings(|settings| validate::inspect(&request, &settings.limits))?;
+    let mut findings = worker.settings(|settings| validate::inspect(&request, &settings.limits))?;
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
-    let pool = find_pool(worker, &findings, &request)?;
+    let mut pool = find_pool(worker, &findings, &request)?;
     progress.observed.set_route(&pool);
     if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
         return Ok(Forwarded::Response(response));
     }
-    if pool.has_route_service {
-        return Err(Failure::RouteService);
-    }
+    let leg = route_service::leg(worker, &pool, &findings, &request)?;
     if let Some(policy) = &pool.policy {
         progress.set_timeouts(client, &policy.timeouts, started);
     }
-    let only = find_instance(&pool, &findings)?;
+    let mut only = find_instance(&pool, &findings)?;
     let version = request.version();
     let origin = worker.settings(|settings| {
-        let trusted = settings.trusts(client.peer.ip());
+        // A service passes on what the gateway has told it.
+        let trusted = settings.trusts(client.peer.ip()) || matches!(leg, Leg::Returned);
         let shown = client
             .tls
             .as_ref()
@@ -145,12 +145,29 @@ async fn forward(
         }
     });
     let target = request.uri().path_and_query().cloned();
-    let wanted = worker
+    let mut request = outgoing(progress, &findings, request);
+    let is_detour = matches!(leg, Leg::ToService(_));
+    match leg {
+        Leg::Direct => {}
+        Leg::Returned => route_service::strip(request.headers_mut()),
+        Leg::ToService(detour) => {
+            // Boxed, or every request's future would have its size.
+            pool = Box::pin(detour.begin(worker, &mut request)).await?;
+            // Which instance it is for, the service hands back.
+            only = None;
+            findings.app_instance = None;
+        }
+    }
+    let mut wanted = worker
         .settings(|settings| Wanted::new(&pool, request.headers(), client.peer.ip(), settings));
-    let request = outgoing(progress, &findings, request);
+    if is_detour {
+        wanted.session = None;
+    }
     let exchange = Exchange::new(client, progress, pool, &findings, &origin, &wanted, only);
     let mut exchanged = exchange.run(request).await?;
-    if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, target.as_ref()) {
+    if is_detour {
+        route_service::strip(exchanged.response.headers_mut());
+    } else if let Some(cookie) = session_cookie(worker, &exchanged, &wanted, target.as_ref()) {
         let headers = exchanged.response.headers_mut();
         headers.append(SET_COOKIE, cookie);
     }

@@ -76,7 +76,10 @@ impl Lease {
                 settings.backend_proxy_protocol,
             )
         });
-        let proxy_header = proxy_protocol::header(proxy_protocol, client.peer, client.local);
+        let proxy_header = match self.backend().is_route_service() {
+            true => None,
+            false => proxy_protocol::header(proxy_protocol, client.peer, client.local),
+        };
         self.is_of_one_client = proxy_header.is_some();
         let now = self.worker.now();
         let kept = match fresh || self.is_of_one_client {
@@ -109,7 +112,10 @@ impl Lease {
         proxy_header: Option<Vec<u8>>,
     ) -> Result<Connection, Failure> {
         let connect = self.worker.settings(|settings| settings.timeouts.connect);
-        let tls = self.worker.tls.backend();
+        let tls = match self.backend().is_route_service() {
+            true => self.worker.tls.route_services(),
+            false => self.worker.tls.backend(),
+        };
         let opening = self.backend().open(purpose, tls, proxy_header);
         let opened = match tokio::time::timeout(connect, opening).await {
             Ok(opened) => opened,
@@ -138,7 +144,12 @@ impl Lease {
         match status {
             StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT => self.answered_badly(status.as_str()),
+            | StatusCode::GATEWAY_TIMEOUT
+                // A route service passes on what backends answer.
+                if !self.backend().is_route_service() =>
+            {
+                self.answered_badly(status.as_str());
+            }
             _ => self.backend().outlier().succeeded(),
         }
     }

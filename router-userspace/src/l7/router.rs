@@ -159,7 +159,7 @@ fn of_path<'a>(
 }
 
 /// The host of `host[:port]`, where an IPv6 literal keeps its brackets.
-fn strip_port(host: &str) -> &str {
+pub(super) fn strip_port(host: &str) -> &str {
     let end = if host.starts_with('[') {
         host.find(']').map_or(host.len(), |bracket| bracket + 1)
     } else {

@@ -13,12 +13,12 @@ use tokio::time::Instant;
 
 use crate::l7::admission::InFlight;
 use crate::l7::outlier::Outlier;
-use crate::route::HttpProtocol;
 use crate::route::policy::HttpPolicy;
+use crate::route::{BackendTls, HttpProtocol};
 
 /// Connections are shared between pools that reach the same socket with the same proof of identity
 /// and protocol.
-pub(super) type BackendKey = (SocketAddr, Option<Option<Arc<str>>>, HttpProtocol);
+pub(super) type BackendKey = (SocketAddr, Option<BackendTls>, HttpProtocol);
 
 /// One for all workers.
 #[derive(Debug)]

@@ -30,6 +30,7 @@ mod http2;
 mod lifecycle;
 mod refusals;
 mod retries;
+mod route_services;
 mod routing;
 mod sessions;
 mod tls;

@@ -34,6 +34,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct Tls {
     server: ArcSwapOption<TlsServer>,
     backend: ArcSwapOption<BackendTlsClient>,
+    route_services: ArcSwapOption<BackendTlsClient>,
     sources: Mutex<Sources>,
     metrics: Arc<L7Metrics>,
     /// Dropped to end the thread.
@@ -53,6 +54,7 @@ impl Tls {
         let tls = Arc::new(Tls {
             server: ArcSwapOption::new(sources.server()?),
             backend: ArcSwapOption::new(sources.backend()),
+            route_services: ArcSwapOption::new(sources.route_services()),
             sources: Mutex::new(sources),
             metrics,
             _watch: watch,
@@ -84,6 +86,11 @@ impl Tls {
         self.backend.load_full()
     }
 
+    /// None where no route service is ever called.
+    pub(super) fn route_services(&self) -> Option<Arc<BackendTlsClient>> {
+        self.route_services.load_full()
+    }
+
     /// Whether [`Tls::reload`] would take this configuration.
     ///
     /// # Errors
@@ -110,6 +117,7 @@ impl Tls {
         tell(&refused, &self.metrics);
         self.server.store(wanted.server()?);
         self.backend.store(wanted.backend());
+        self.route_services.store(wanted.route_services());
         *sources = wanted;
         self.publish_expiry(&sources);
         Ok(())
@@ -121,6 +129,7 @@ impl Tls {
         let Changed {
             server,
             backend,
+            route_services,
             refused,
         } = sources.look(anyway);
         tell(&refused, &self.metrics);
@@ -139,6 +148,11 @@ impl Tls {
             self.backend.store(sources.backend());
             self.metrics.tls.count_load();
             tracing::info!("certificates for backends read");
+        }
+        if route_services {
+            self.route_services.store(sources.route_services());
+            self.metrics.tls.count_load();
+            tracing::info!("certificates for route services read");
         }
     }
 

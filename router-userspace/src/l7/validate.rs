@@ -38,6 +38,8 @@ pub(super) struct Findings {
     pub forwarded: bool,
     pub request_id: bool,
     pub request_start: bool,
+    /// It says that it comes from a route service.
+    pub proxy_signature: bool,
     /// The client wants this instance and no other; well formed.
     pub app_instance: Option<HeaderValue>,
     pub process_instance: Option<HeaderValue>,
@@ -120,6 +122,7 @@ fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
             | "x-forwarded-client-cert" => findings.forwarded = true,
             "x-request-id" => findings.request_id = true,
             "x-request-start" => findings.request_start = true,
+            "x-cf-proxy-signature" => findings.proxy_signature = true,
             "x-cf-app-instance" if !value.is_empty() => {
                 if !is_instance(value, true) {
                     return Err(Failure::Bad(BadRequest::AppInstance));

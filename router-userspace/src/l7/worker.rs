@@ -35,6 +35,7 @@ use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
 use crate::l7::listen;
 use crate::l7::metrics::{RouteCounters, WorkerMetrics};
+use crate::l7::route_service::Services;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -92,6 +93,7 @@ pub(super) struct Worker {
     pub index: usize,
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
+    pub route_services: Services,
     handshakes: Handshakes,
     snapshot: RefCell<Cache<Published, Arc<Snapshot>>>,
     settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
@@ -287,6 +289,7 @@ async fn sweep(worker: Rc<Worker>) {
         // Also lets go of a snapshot that no request has replaced.
         worker.snapshot(|_| ());
         worker.forget_clock();
+        worker.route_services.sweep(worker.now());
         let mut backends = worker.backends.borrow_mut();
         let backend_idle = worker.settings(|settings| {
             backends.set_zone(settings.zone.as_deref());
@@ -321,6 +324,7 @@ impl Worker {
         Worker {
             handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
             index: backends.worker,
+            route_services: Services::default(),
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),

@@ -18,7 +18,8 @@ use crate::route::declared::policy::Policy;
 use crate::route::policy::HttpPolicy;
 use crate::route::table::MAX_POOL_BACKENDS;
 use crate::route::{
-    Backend, BackendTls, Declaration, HttpMatch, HttpProtocol, Origin, Registration, RouteKey, wire,
+    Backend, BackendTls, Declaration, HttpMatch, HttpProtocol, Origin, Registration, RouteKey,
+    TlsRoots, wire,
 };
 
 mod policy;
@@ -333,6 +334,7 @@ impl BackendTable {
             weight: self.weight.0,
             tls: self.tls.map(|tls| BackendTls {
                 server_name: tls.server_name,
+                roots: TlsRoots::Backends,
             }),
             protocol: match self.protocol {
                 Protocol::Http1 => HttpProtocol::Http1,

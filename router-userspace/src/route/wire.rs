@@ -25,7 +25,7 @@ use serde::{Deserialize, Deserializer};
 use crate::route::policy::{BALANCE_PERCENT, HashKey, HashOf};
 use crate::route::{
     Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Origin, Registration, RouteKey,
-    Unregistration, Vip,
+    TlsRoots, Unregistration, Vip,
 };
 
 /// Bytes of one message; nats-server's own default limit.
@@ -104,6 +104,7 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
             let san = &message.server_cert_domain_san;
             Some(BackendTls {
                 server_name: message.text("server_cert_domain_san", san)?,
+                roots: TlsRoots::Backends,
             })
         }
         None | Some(0) => None,

@@ -117,7 +117,7 @@ impl Server {
 
     async fn accept(&self, kind: ListenerKind) -> Result<Established, HandshakeFailure> {
         let (stream, peer) = self.listener.accept().await.unwrap();
-        let rules = Settings::new(&self.config).handshake_rules(peer);
+        let rules = Settings::new(&self.config).unwrap().handshake_rules(peer);
         self.handshakes.establish(kind, &rules, stream, peer).await
     }
 

@@ -9,7 +9,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
 use crate::config::{BackendTlsConfig, CertificateFiles, HttpTlsConfig};
-use crate::route::BackendTls;
+use crate::route::{BackendTls, TlsRoots};
 
 /// A TLS backend for `app.internal` that answers 200, and a file with its certificate.
 async fn tls_backend() -> (SocketAddr, tempfile::NamedTempFile) {
@@ -47,6 +47,7 @@ async fn tls_backend() -> (SocketAddr, tempfile::NamedTempFile) {
 fn gateway(address: SocketAddr, name: Option<&str>, ca_file: Option<PathBuf>) -> Gateway {
     let tls = Some(BackendTls {
         server_name: name.map(Into::into),
+        roots: TlsRoots::Backends,
     });
     let route = (
         "a.com",

@@ -1,7 +1,8 @@
-//! TLS towards backends that registered a `tls_port`.
+//! TLS towards backends that registered a `tls_port`, and towards route services.
 //!
 //! Certificates are verified against `http.backend_tls.ca_file`, and the system's roots only if they
-//! are asked for: those vouch for the public web, not for a platform's instances.
+//! are asked for: those vouch for the public web, not for a platform's instances. Route services have
+//! roots of their own, of `http.route_services`.
 
 use std::io;
 use std::net::IpAddr;
@@ -27,19 +28,24 @@ pub(in crate::l7) struct BackendTlsClient {
 }
 
 impl BackendTlsClient {
+    /// `section` is that of the configuration.
+    ///
     /// # Errors
     /// Names the key and the file that cannot be used.
-    pub(super) fn load(config: &BackendTlsConfig) -> anyhow::Result<BackendTlsClient> {
+    pub(super) fn load(
+        config: &BackendTlsConfig,
+        section: &str,
+    ) -> anyhow::Result<BackendTlsClient> {
         let mut roots = RootCertStore::empty();
         if let Some(path) = &config.ca_file {
-            files::add_roots(&mut roots, path).context("http.backend_tls.ca_file")?;
+            files::add_roots(&mut roots, path).with_context(|| format!("{section}.ca_file"))?;
         }
         if config.system_roots {
             let found = rustls_native_certs::load_native_certs();
             let (added, _) = roots.add_parsable_certificates(found.certs);
             ensure!(
                 added > 0,
-                "http.backend_tls.system_roots: none found on this system"
+                "{section}.system_roots: none found on this system"
             );
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -50,13 +56,10 @@ impl BackendTlsClient {
         let http1 = match (&config.certificate_file, &config.key_file) {
             (Some(certificate), Some(key)) => {
                 let chain = files::certificates(certificate)
-                    .context("http.backend_tls.certificate_file")?;
-                let key = files::private_key(key).context("http.backend_tls.key_file")?;
+                    .with_context(|| format!("{section}.certificate_file"))?;
+                let key = files::private_key(key).with_context(|| format!("{section}.key_file"))?;
                 builder.with_client_auth_cert(chain, key).with_context(|| {
-                    format!(
-                        "http.backend_tls.certificate_file {}",
-                        certificate.display()
-                    )
+                    format!("{section}.certificate_file {}", certificate.display())
                 })?
             }
             _ => builder.with_no_client_auth(),

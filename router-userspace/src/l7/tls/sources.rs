@@ -17,6 +17,7 @@ use crate::config::{BackendTlsConfig, CertificateFiles, HttpConfig, HttpTlsConfi
 pub(super) struct Sources {
     tls: HttpTlsConfig,
     backend_tls: BackendTlsConfig,
+    route_services_tls: Option<BackendTlsConfig>,
     directory: Option<Watched<Vec<CertificateFiles>>>,
     /// In the order of the configuration, and of the directory behind it.
     pairs: Vec<(CertificateFiles, Watched<Certificate>)>,
@@ -24,6 +25,7 @@ pub(super) struct Sources {
     /// Made with the first server, and others when the clients' roots change.
     tickets: Option<Arc<dyn ProducesTickets>>,
     backend: Option<Watched<Arc<BackendTlsClient>>>,
+    route_services: Option<Watched<Arc<BackendTlsClient>>>,
 }
 
 /// What a look found to be otherwise.
@@ -31,6 +33,7 @@ pub(super) struct Sources {
 pub(super) struct Changed {
     pub server: bool,
     pub backend: bool,
+    pub route_services: bool,
     /// Files that changed for the worse, by name.
     pub refused: Vec<anyhow::Error>,
 }
@@ -43,6 +46,7 @@ impl Sources {
     pub(super) fn load(config: &HttpConfig) -> anyhow::Result<(Sources, Vec<anyhow::Error>)> {
         let tls = config.tls.clone();
         let backend_tls = config.backend_tls.clone();
+        let route_services_tls = config.route_services.tls();
         let serves = !tls.listen.is_empty();
         let watched = |path: &Option<PathBuf>| path.clone().filter(|_| serves).map(|it| vec![it]);
         let mut sources = Sources {
@@ -53,8 +57,12 @@ impl Sources {
             backend: backend_tls
                 .has_roots()
                 .then(|| Watched::new(backend::files_of(&backend_tls))),
+            route_services: route_services_tls
+                .as_ref()
+                .map(|tls| Watched::new(backend::files_of(tls))),
             tls,
             backend_tls,
+            route_services_tls,
         };
         let mut refused = sources.look(true).refused;
         let is_bad = sources.directory.as_ref().is_some_and(Watched::is_refused)
@@ -63,6 +71,10 @@ impl Sources {
                 .as_ref()
                 .is_some_and(Watched::is_refused)
             || sources.backend.as_ref().is_some_and(Watched::is_refused)
+            || sources
+                .route_services
+                .as_ref()
+                .is_some_and(Watched::is_refused)
             || sources.configured().any(Watched::is_refused);
         // The directory's pairs come last, so an error of another file stands first.
         match is_bad {
@@ -72,15 +84,24 @@ impl Sources {
     }
 
     pub(super) fn is_of(&self, config: &HttpConfig) -> bool {
-        self.tls == config.tls && self.backend_tls == config.backend_tls
+        self.tls == config.tls
+            && self.backend_tls == config.backend_tls
+            && self.route_services_tls == config.route_services.tls()
     }
 
     /// Reads what changed; `anyway`, all.
     pub(super) fn look(&mut self, anyway: bool) -> Changed {
         let mut changed = Changed::default();
         if let (Some(backend), config) = (&mut self.backend, &self.backend_tls) {
-            let look = backend.look(anyway, || BackendTlsClient::load(config).map(Arc::new));
+            let read = || BackendTlsClient::load(config, "http.backend_tls").map(Arc::new);
+            let look = backend.look(anyway, read);
             changed.backend = changed.take(look);
+        }
+        if let (Some(services), Some(config)) = (&mut self.route_services, &self.route_services_tls)
+        {
+            let read = || BackendTlsClient::load(config, "http.route_services").map(Arc::new);
+            let look = services.look(anyway, read);
+            changed.route_services = changed.take(look);
         }
         if let (Some(roots), Some(path)) = (&mut self.client_roots, &self.tls.client_ca_file) {
             let read = || files::roots(path).context("http.tls.client_ca_file");
@@ -136,6 +157,13 @@ impl Sources {
 
     pub(super) fn backend(&self) -> Option<Arc<BackendTlsClient>> {
         self.backend.as_ref().and_then(Watched::value).cloned()
+    }
+
+    pub(super) fn route_services(&self) -> Option<Arc<BackendTlsClient>> {
+        self.route_services
+            .as_ref()
+            .and_then(Watched::value)
+            .cloned()
     }
 
     /// When each certificate in use ends, in seconds since the Unix epoch.
