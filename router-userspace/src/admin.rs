@@ -336,6 +336,10 @@ fn counters(admin: &Admin) -> Value {
         "changes": object(&mut metrics.changes().into_iter()),
         "l4": l4,
         "l7": scrape.l7.totals(),
+        "access_log": {
+            "written": scrape.l7.access_log.written(),
+            "dropped": scrape.l7.access_log.dropped(),
+        },
     })
 }
 
