@@ -50,7 +50,7 @@ mod flows;
 pub mod listing;
 mod policy;
 pub mod ready;
-mod traffic;
+pub mod traffic;
 
 /// Connections at once. Scrapers and operators are few.
 const MAX_CONNECTIONS: usize = 64;

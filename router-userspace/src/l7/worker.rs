@@ -250,8 +250,9 @@ async fn sweep(worker: Rc<Worker>) {
             );
             failures_before = failures;
         }
-        // Also lets go of a snapshot that no request has replaced.
+        // Also lets go of a snapshot and an access log that no request has replaced.
         worker.snapshot(|_| ());
+        worker.access_log();
         worker.forget_clock();
         let mut backends = worker.backends.borrow_mut();
         let backend_idle = worker.settings(|settings| {
