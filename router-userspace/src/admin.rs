@@ -51,7 +51,7 @@ mod flows;
 pub mod listing;
 mod policy;
 pub mod ready;
-mod traffic;
+pub mod traffic;
 
 /// Connections at once. Scrapers and operators are few.
 const MAX_CONNECTIONS: usize = 64;
@@ -366,6 +366,10 @@ fn counters(admin: &Admin) -> Value {
         "changes": object(&mut metrics.changes().into_iter()),
         "l4": l4,
         "l7": scrape.l7.totals(),
+        "access_log": {
+            "written": scrape.l7.access_log.written(),
+            "dropped": scrape.l7.access_log.dropped(),
+        },
     })
 }
 

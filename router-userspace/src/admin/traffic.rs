@@ -53,7 +53,7 @@ struct LatencyRow {
     mean: Option<f64>,
 }
 
-pub(super) fn routes(
+pub fn routes(
     snapshot: &Snapshot,
     metrics: &L7Metrics,
     request: &PageRequest,
@@ -72,7 +72,7 @@ pub(super) fn routes(
     )
 }
 
-pub(super) fn backends(
+pub fn backends(
     snapshot: &Snapshot,
     metrics: &L7Metrics,
     request: &PageRequest,

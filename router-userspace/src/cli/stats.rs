@@ -10,13 +10,21 @@ use crate::cli::table::{cell, table};
 use crate::cli::{Failure, block_on, print};
 use crate::config::AdminListen;
 
+mod traffic;
+
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Print what VIPs and backends do a second, over so many seconds [default: 1]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
           value_parser = clap::value_parser!(u16).range(1..=3600))]
     rate: Option<u16>,
-    /// Print JSON: all counters in one object, or with --rate one object a row
+    /// Print what layer 7 counted of each route
+    #[arg(long, conflicts_with_all = ["rate", "backends"])]
+    routes: bool,
+    /// Print what layer 7 counted of each backend
+    #[arg(long, conflicts_with = "rate")]
+    backends: bool,
+    /// Print JSON: all counters in one object, or with another option one object a row
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -35,6 +43,11 @@ const COUNTERS: [&str; 5] = [
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let admin = options.admin.address()?;
+    if options.routes || options.backends {
+        let kind = if options.routes { "route" } else { "backend" };
+        let text = block_on(traffic::text(&admin, kind, options.json))?;
+        return Ok(print(&text)?);
+    }
     let text = match options.rate {
         Some(seconds) => {
             let seconds = Duration::from_secs(seconds.into());

@@ -159,6 +159,7 @@ pub struct L7Totals {
     /// From and to clients, heads included.
     pub bytes_in: u64,
     pub bytes_out: u64,
+    #[serde(flatten)]
     pub latency: LatencyTotals,
 }
 

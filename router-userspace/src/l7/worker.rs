@@ -286,8 +286,9 @@ async fn sweep(worker: Rc<Worker>) {
             );
             failures_before = failures;
         }
-        // Also lets go of a snapshot that no request has replaced.
+        // Also lets go of a snapshot and an access log that no request has replaced.
         worker.snapshot(|_| ());
+        worker.access_log();
         worker.forget_clock();
         worker.route_services.sweep(worker.now());
         let mut backends = worker.backends.borrow_mut();

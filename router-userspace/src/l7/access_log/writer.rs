@@ -37,6 +37,8 @@ pub(super) struct Block {
 pub(super) struct Writer {
     blocks: SyncSender<Option<Block>>,
     is_stale: Arc<AtomicBool>,
+    /// The last block found no room.
+    is_behind: AtomicBool,
     metrics: Arc<L7Metrics>,
     end: Mutex<Option<Receiver<()>>>,
 }
@@ -67,6 +69,7 @@ impl Writer {
         Ok(Writer {
             blocks,
             is_stale,
+            is_behind: AtomicBool::new(false),
             metrics,
             end: Mutex::new(Some(end)),
         })
@@ -74,10 +77,15 @@ impl Writer {
 
     /// Drops the block if too many wait.
     pub(super) fn write(&self, block: Block) {
-        if let Err(TrySendError::Full(Some(block)) | TrySendError::Disconnected(Some(block))) =
-            self.blocks.try_send(Some(block))
-        {
-            self.metrics.access_log.count_dropped(block.lines);
+        let lines = block.lines;
+        match self.blocks.try_send(Some(block)) {
+            Ok(()) => self.is_behind.store(false, Ordering::Relaxed),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.metrics.access_log.count_dropped(lines);
+                if !self.is_behind.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("the access log is not written fast enough, lines are dropped");
+                }
+            }
         }
     }
 

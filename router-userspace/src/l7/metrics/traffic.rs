@@ -67,7 +67,9 @@ pub(super) struct Latency {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LatencyTotals {
     /// Not cumulative; bounds in [`LATENCY_BOUNDS_US`].
+    #[serde(rename = "latency_buckets")]
     pub buckets: [u64; BUCKET_COUNT],
+    #[serde(rename = "latency_sum")]
     pub sum: Duration,
 }
 

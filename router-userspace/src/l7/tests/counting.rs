@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::admin::listing::PageRequest;
+use crate::admin::traffic;
 use crate::l7::metrics::{OTHER, TrafficTotals, UNKNOWN};
 
 /// Routes once they add up to as many requests as the totals have.
@@ -113,4 +115,83 @@ async fn a_route_that_is_withdrawn_leaves_the_sums_as_they_were() {
     })
     .await;
     assert_eq!(routes[OTHER].responses, [0, 1, 0, 0, 0]);
+}
+
+/// What `/metrics` says.
+fn exposition(gateway: &Gateway) -> String {
+    let scrape = crate::metrics::Scrape {
+        metrics: Arc::default(),
+        published: Arc::clone(&gateway.published),
+        l4: None,
+        l7: Arc::clone(&gateway.metrics),
+    };
+    let mut registry = prometheus_client::registry::Registry::default();
+    registry.register_collector(Box::new(scrape));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    text
+}
+
+#[tokio::test]
+async fn metrics_have_each_route_and_backend_if_asked_for() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    gateway.get("a.com").await;
+    routes(&gateway).await;
+    assert!(!exposition(&gateway).contains("viaduct_http_route_"));
+
+    let mut asking = config();
+    asking.metrics.per_route = true;
+    asking.metrics.per_backend = true;
+    gateway.proxy.reload(&asking).unwrap();
+    let text = exposition(&gateway);
+    for line in [
+        "viaduct_http_route_responses_total{route=\"a.com\",status=\"2xx\"} 1".to_owned(),
+        "viaduct_http_route_request_seconds_count{route=\"a.com\"} 1".to_owned(),
+        "viaduct_http_route_request_seconds_bucket{le=\"+Inf\",route=\"a.com\"} 1".to_owned(),
+        "viaduct_http_route_sent_bytes_total{route=\"a.com\"} 1".to_owned(),
+        format!(
+            "viaduct_http_backend_responses_total{{backend=\"{}\",status=\"2xx\"}} 1",
+            a.address
+        ),
+    ] {
+        assert!(
+            text.lines().any(|it| it == line),
+            "{line} is missing in {text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_admin_api_has_pages_of_routes_and_backends() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    gateway.get("a.com").await;
+    routes(&gateway).await;
+    let snapshot = gateway.published.load();
+    let mut request = PageRequest {
+        limit: Some(2),
+        after: None,
+    };
+    let first = traffic::routes(&snapshot, &gateway.metrics, &request).unwrap();
+    let first = serde_json::to_value(first).unwrap();
+    assert_eq!(first["rows"][0]["route"], OTHER);
+    assert_eq!(
+        (&first["rows"][1]["route"], &first["next"]),
+        (&UNKNOWN.into(), &UNKNOWN.into())
+    );
+    request.after = Some(UNKNOWN.to_owned());
+    let second = traffic::routes(&snapshot, &gateway.metrics, &request).unwrap();
+    let second = serde_json::to_value(second).unwrap();
+    assert_eq!(second["rows"][0]["route"], "a.com");
+    assert_eq!(
+        second["rows"][0]["responses"],
+        serde_json::json!([0, 1, 0, 0, 0])
+    );
+    assert!(second["rows"][0]["latency"]["p99"].as_f64().unwrap() > 0.0);
+    assert!(second["next"].is_null());
+    let backends = traffic::backends(&snapshot, &gateway.metrics, &PageRequest::default());
+    let backends = serde_json::to_value(backends.unwrap()).unwrap();
+    assert_eq!(backends["rows"][0]["backend"], a.address.to_string());
+    assert_eq!(backends["rows"][0]["requests"], 1);
 }
