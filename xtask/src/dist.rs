@@ -26,7 +26,7 @@ pub(crate) fn pack() -> anyhow::Result<()> {
     cargo::status(&mut strip)?;
     for file in [
         "packaging/viaduct.service",
-    "packaging/viaduct.socket",
+        "packaging/viaduct.socket",
         "packaging/viaduct.toml",
         "LICENSE-MIT",
         "LICENSE-APACHE",
