@@ -11,6 +11,7 @@
 //! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
 //! | `/v1/explain` | what would become of a packet or a request |
 //! | `/v1/drain` | backends that an operator drains; by POST, drains one |
+//! | `/v1/drain/gateway` | by POST, drains the gateway itself |
 //!
 //! Reads the published snapshot and the counters, never the table, so that no answer delays a
 //! registration; a drain and a packet to explain are events to the agent. There is no authentication:
@@ -30,7 +31,7 @@ use axum::Router;
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
@@ -185,6 +186,7 @@ fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/watch", get(flows::watch))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/drain", get(drain::list).post(drain::drain))
+        .route("/v1/drain/gateway", post(drain::drain_gateway))
         .with_state(admin)
 }
 

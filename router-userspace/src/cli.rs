@@ -58,7 +58,7 @@ enum Command {
     Watch(watch::Options),
     /// Say what the running gateway would do with a packet or a request, and why
     Explain(explain::Options),
-    /// Give a backend nothing new at both layers, whatever it announces
+    /// Give a backend nothing new at both layers, whatever it announces; or drain the gateway
     Drain(drain::Options),
     /// Announce a backend over NATS, once
     Register(announce::Options),

@@ -1,6 +1,7 @@
-//! `/v1/drain`: backends that an operator takes out of both layers, or of one VIP, without their help.
+//! `/v1/drain`: backends that an operator takes out of both layers, or of one VIP, without their help;
+//! `/v1/drain/gateway`: the gateway itself, to its end.
 //!
-//! The one path that changes the gateway. What it takes is a JSON body, which a page of another site
+//! The paths that change the gateway. What they take is a JSON body, which a page of another site
 //! cannot have a browser send here unasked (Fetch standard, §3.3: a simple request has no such type).
 
 use std::net::SocketAddr;
@@ -9,6 +10,8 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -24,6 +27,12 @@ pub(super) struct DrainRequest {
     /// Without it, whatever the backend serves at both layers.
     vip: Option<String>,
     /// False undoes it.
+    drain: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DrainGatewayRequest {
     drain: bool,
 }
 
@@ -69,5 +78,17 @@ pub(super) async fn drain(
     match admin.inbox.send(order).await {
         Ok(()) => StatusCode::ACCEPTED.into_response(),
         Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the agent has ended"),
+    }
+}
+
+/// Does what SIGUSR1 does, by that signal, so that there is one way to drain.
+pub(super) async fn drain_gateway(Json(request): Json<DrainGatewayRequest>) -> Response {
+    if !request.drain {
+        let error = "drain: a gateway that drains is not brought back";
+        return refuse(StatusCode::BAD_REQUEST, error);
+    }
+    match kill(Pid::this(), Signal::SIGUSR1) {
+        Ok(()) => StatusCode::ACCEPTED.into_response(),
+        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
     }
 }

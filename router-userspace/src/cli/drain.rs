@@ -1,4 +1,5 @@
-//! `viaduct drain`: takes a backend out of both layers, or of one VIP, without its help.
+//! `viaduct drain`: takes a backend out of both layers, or of one VIP, without its help; or the
+//! gateway itself out of service.
 
 use std::net::SocketAddr;
 
@@ -10,6 +11,7 @@ use crate::cli::{Failure, block_on, print};
 use crate::route::Vip;
 
 const PATH: &str = "/v1/drain";
+const GATEWAY_PATH: &str = "/v1/drain/gateway";
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
@@ -21,12 +23,23 @@ pub struct Options {
     /// Give it new flows and requests again
     #[arg(long, requires = "backend")]
     undo: bool,
+    /// The gateway itself: it serves on for http.timeouts.drain_wait, lets end what is open, and ends
+    #[arg(long, conflicts_with = "backend")]
+    gateway: bool,
     #[command(flatten)]
     admin: AdminOption,
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let admin = options.admin.address()?;
+    if options.gateway {
+        block_on(client::post(
+            &admin,
+            GATEWAY_PATH,
+            &json!({ "drain": true }),
+        ))?;
+        return Ok(print("the gateway drains, and then ends\n")?);
+    }
     let Some(backend) = options.backend else {
         let drained = block_on(client::get_json(&admin, PATH))?;
         let backends = drained["backends"].as_array();

@@ -486,7 +486,8 @@ async fn wait_until_ready(
     let begun = Instant::now();
     loop {
         let readiness = admin.readiness();
-        if readiness.ready {
+        // What is good enough for a gateway alone is not, where the other one knows more.
+        if readiness.ready && readiness.degraded.is_empty() {
             return Ok(());
         }
         if predecessor.is_gone() {
@@ -496,7 +497,7 @@ async fn wait_until_ready(
         ensure!(
             begun.elapsed() < patience,
             "not ready within handover.ready_timeout {patience:?}: {}; the running gateway goes on",
-            readiness.waiting.join(", ")
+            [readiness.waiting, readiness.degraded].concat().join(", ")
         );
         tokio::time::sleep(READY_POLL).await;
     }

@@ -246,3 +246,99 @@ pub(super) async fn successor(listener: Option<&UnixListener>) -> UnixStream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::event::INBOX_DEPTH;
+
+    /// A gateway that hands `sockets` over to whoever comes first; what becomes of that, and what its
+    /// agent is told.
+    struct Running {
+        _folder: tempfile::TempDir,
+        path: PathBuf,
+        handed: tokio::task::JoinHandle<anyhow::Result<Option<u32>>>,
+        inbox: mpsc::Receiver<Event>,
+    }
+
+    fn running(sockets: usize) -> Running {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("handover.sock");
+        let listener = bind(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let listener = UnixListener::from_std(listener).unwrap();
+        let sockets = (0..sockets).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().into());
+        let sockets: Vec<OwnedFd> = sockets.collect();
+        let (events, inbox) = mpsc::channel(INBOX_DEPTH);
+        let handed = tokio::spawn(async move {
+            let stream = successor(Some(&listener)).await;
+            hand_over(stream, sockets, &events).await
+        });
+        Running {
+            _folder: folder,
+            path,
+            handed,
+            inbox,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_successor_gets_all_sockets_and_layer_4_and_tells_when_it_serves() {
+        // Two messages, and one more socket.
+        const SOCKETS: usize = 2 * SOCKETS_PER_MESSAGE + 1;
+        let mut running = running(SOCKETS);
+        let path = running.path.clone();
+        let successor = std::thread::spawn(move || {
+            let (mut predecessor, sockets) = Predecessor::find(&path).unwrap().unwrap();
+            let addresses = sockets
+                .into_iter()
+                .map(|it| TcpListener::from(it).local_addr().unwrap());
+            let addresses: std::collections::BTreeSet<_> = addresses.collect();
+            assert_eq!(addresses.len(), SOCKETS);
+            predecessor.release_layer_4().unwrap();
+            assert!(!predecessor.is_gone());
+            predecessor.serving().unwrap();
+        });
+        let Some(Event::HoldLayer4(held)) = running.inbox.recv().await else {
+            panic!("layer 4 is to be released first")
+        };
+        held.send(()).unwrap();
+        let pid = running.handed.await.unwrap().unwrap();
+        assert_eq!(pid, Some(std::process::id()));
+        successor.join().unwrap();
+        assert!(running.inbox.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_successor_that_ends_or_talks_nonsense_has_layer_4_taken_back() {
+        for said in [
+            b"".as_slice(),
+            b"GET / HTTP",
+            b"viaduct 1\n",
+            b"viaduct 1\n?",
+        ] {
+            let mut running = running(1);
+            let mut stream = net::UnixStream::connect(&running.path).unwrap();
+            stream.write_all(said).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            assert!(running.handed.await.unwrap().is_err());
+            while let Some(event) = running.inbox.recv().await {
+                assert!(matches!(event, Event::ResumeLayer4), "{event:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_nobody_listens_there_is_no_predecessor() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("handover.sock");
+        assert!(Predecessor::find(&path).unwrap().is_none());
+        drop(bind(&path).unwrap());
+        assert!(Predecessor::find(&path).unwrap().is_none());
+        bind(&path).unwrap();
+    }
+}

@@ -5,7 +5,7 @@ use anyhow::bail;
 use crate::config::{Config, NatsConfig};
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 15] = [
+const RELOADABLE: [&str; 16] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
@@ -19,6 +19,7 @@ const RELOADABLE: [&str; 15] = [
     "l4.slow_start",
     "l4.vip",
     "l4.vip_ranges",
+    "handover.ready_timeout",
     "health.",
     "log.filter",
 ];
