@@ -9,6 +9,7 @@
 
 mod attach;
 mod cli;
+mod clients;
 mod hand_up;
 mod health;
 mod l4;
