@@ -23,3 +23,4 @@ mod routes;
 mod seeing;
 mod sockmap;
 mod start;
+mod under_load;
