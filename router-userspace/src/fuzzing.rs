@@ -13,8 +13,10 @@ use crate::route::wire;
 use crate::route::{Declaration, Registration, RouteKey};
 use crate::{config, source};
 
-/// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 8] = [
+/// The name of a corpus, and what its files are given to.
+pub type Target = (&'static str, fn(&[u8]));
+
+pub const TARGETS: [Target; 8] = [
     ("certificate", certificate),
     ("config", configuration),
     ("cookies", cookies),

@@ -147,7 +147,7 @@ fn a_thousand_websockets_survive_ten_thousand_route_changes() {
         (0..WEBSOCKETS).map(|_| open().unwrap()).collect()
     });
     let mut publisher = Publisher::connect(&site.lab).unwrap();
-    for batch in 0..BATCHES {
+    for (batch, socket) in sockets.iter_mut().enumerate().take(BATCHES) {
         let mut messages = Vec::new();
         for n in 0..REGISTRATIONS {
             // Other hosts, other paths of the same host, and every tenth time the host itself.
@@ -163,7 +163,6 @@ fn a_thousand_websockets_survive_ten_thousand_route_changes() {
         publisher.publish_encoded(&messages).unwrap();
         wait_until_known(&site, &mut publisher, &format!("batch{batch}.example.com"));
         // One of them on the way.
-        let socket = &mut sockets[batch];
         echo(socket, batch).unwrap_or_else(|error| panic!("after batch {batch}: {error:#}"));
     }
     for (n, socket) in sockets.iter_mut().enumerate() {

@@ -80,7 +80,7 @@ fn bodies_arrive_whole_with_a_length_and_without_and_after_100_continue() {
     let clients = Clients::new("http1_backend", "http1");
     let file = clients.site.lab.folder().join("body");
     for size in [0, 1, 65_536, 3_000_000] {
-        let body: Vec<u8> = (0..size).map(|n: u32| (n * 31 >> 3) as u8).collect();
+        let body: Vec<u8> = (0..size).map(|n: u32| ((n * 31) >> 3) as u8).collect();
         fs::write(&file, body).unwrap();
         let sum = succeed(Command::new("sha256sum").arg(&file));
         let expected = format!("POST /a {size} {} ", sum.split(' ').next().unwrap());
