@@ -51,6 +51,8 @@ pub mod edits;
 pub mod error;
 mod exchange;
 mod forward;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod headers;
 mod lease;

@@ -29,3 +29,6 @@ pub mod l7;
 pub mod admin;
 pub mod metrics;
 pub mod warning;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;

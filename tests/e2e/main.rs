@@ -9,6 +9,7 @@
 
 mod attach;
 mod cli;
+mod clients;
 mod hand_up;
 mod health;
 mod l4;
@@ -23,3 +24,4 @@ mod routes;
 mod seeing;
 mod sockmap;
 mod start;
+mod under_load;

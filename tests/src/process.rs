@@ -131,6 +131,16 @@ impl Process {
             .context("read ticks of /proc/PID/stat")?;
         Ok(Duration::from_millis(ticks * 10))
     }
+
+    /// Bytes of memory that it has in RAM (proc_pid_status(5), `VmRSS`).
+    pub fn memory(&self) -> anyhow::Result<u64> {
+        let path = format!("/proc/{}/status", self.id());
+        let status = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        let kib: u64 = kib.context("no VmRSS")?.parse().context("read VmRSS")?;
+        Ok(kib << 10)
+    }
 }
 
 impl Drop for Process {

@@ -30,9 +30,11 @@ const TESTS: &[(&str, &[&str])] = &[
         "e2e",
         &[
             "--skip=cli::",
+            "--skip=clients::",
             "--skip=l7::",
             "--skip=many_flows::",
             "--skip=routes::",
+            "--skip=under_load::",
         ],
     ),
 ];

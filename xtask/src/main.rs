@@ -103,9 +103,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Setup { bench: false } => setup::report(&[setup::BASE, setup::CI].concat()),
+        Command::Setup { bench: false } => {
+            setup::report(&[setup::BASE, setup::TEST, setup::CI].concat())
+        }
         Command::Setup { bench: true } => {
-            setup::report(&[setup::BASE, setup::CI, setup::BENCH].concat())?;
+            setup::report(&[setup::BASE, setup::TEST, setup::CI, setup::BENCH].concat())?;
             peers::offer(None);
             Ok(())
         }
@@ -170,7 +172,7 @@ fn lab(check: bool) -> anyhow::Result<()> {
 
 fn test(filter: &[OsString]) -> anyhow::Result<()> {
     require_root("packet and end-to-end tests load XDP programs and make network namespaces")?;
-    setup::ensure(setup::BASE)?;
+    setup::ensure(&[setup::BASE, setup::TEST].concat())?;
     // The end-to-end tests start the binary of the same profile; nextest alone would not build it.
     cargo::run([
         "build",
@@ -219,7 +221,7 @@ fn bench(
 }
 
 fn ci() -> anyhow::Result<()> {
-    setup::ensure(&[setup::BASE, setup::CI].concat())?;
+    setup::ensure(&[setup::BASE, setup::TEST, setup::CI].concat())?;
     cargo::run(["fmt", "--all", "--check"])?;
     cargo::run([
         "clippy",

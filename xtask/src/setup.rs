@@ -76,12 +76,33 @@ pub(crate) const BASE: &[Item] = &[
     },
     Item {
         name: "curl",
-        purpose: "tries the lab by hand",
+        purpose: "tries the gateway, in tests and by hand",
         find: || on_path("curl"),
         packages: &["curl"],
         install: None,
     },
 ];
+
+/// What the tests need besides.
+pub(crate) const TEST: &[Item] = &[
+    Item {
+        name: "h2load",
+        purpose: "tries HTTP/2, as does nghttp",
+        find: || on_path("nghttp").and(on_path("h2load")),
+        packages: &["nghttp2-client"],
+        install: None,
+    },
+    Item {
+        name: "Python clients",
+        purpose: "tries gRPC, HTTP/2 and WebSockets from both sides",
+        find: python_clients,
+        packages: &["python3-venv"],
+        install: Some(Install::By(install_python_clients)),
+    },
+];
+
+/// Names and versions of the packages that [`install_python_clients`] installs.
+const REQUIREMENTS: &str = "tests/e2e/clients/requirements.txt";
 
 /// What `ci` needs besides.
 pub(crate) const CI: &[Item] = &[
@@ -313,6 +334,32 @@ fn component(program: &str) -> Option<String> {
     // rustup's stand-in is there without the component, and fails.
     let text = output(Command::new(&found).arg("--version"))?;
     Some(format!("{found}, {text}"))
+}
+
+/// A virtual environment with what is required today.
+fn python_clients() -> Option<String> {
+    let venv = cargo::tools().join("clients");
+    let required = fs::read(cargo::root().join(REQUIREMENTS)).ok()?;
+    let installed = fs::read(venv.join("requirements.txt")).ok()?;
+    let imports = ["-c", "import grpc, h2.connection, websockets"];
+    output(Command::new(venv.join("bin/python")).args(imports))?;
+    (installed == required).then(|| venv.display().to_string())
+}
+
+fn install_python_clients() -> anyhow::Result<()> {
+    let venv = cargo::tools().join("clients");
+    cargo::status(
+        Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&venv),
+    )?;
+    let requirements = cargo::root().join(REQUIREMENTS);
+    let mut pip = Command::new(venv.join("bin/pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check", "-r"]);
+    cargo::status(pip.arg(&requirements))?;
+    // Says what is installed, so it comes last.
+    fs::copy(&requirements, venv.join("requirements.txt")).context("copy the requirements")?;
+    Ok(())
 }
 
 fn install_packages(packages: &[&str]) -> anyhow::Result<()> {

@@ -215,7 +215,7 @@ fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<A
     parse(text, vip_ranges).with_context(|| format!("routes file {}", path.display()))
 }
 
-fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
+pub(crate) fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
     let file: File = toml::from_str(text)?;
     let mut content = Announcement::default();
     let mut policies: BTreeMap<HttpMatch, Arc<HttpPolicy>> = BTreeMap::new();
