@@ -41,11 +41,13 @@ mod body;
 mod client;
 mod client_cert;
 mod client_io;
+pub mod clients;
 mod connection;
 pub mod edits;
 pub mod error;
 mod exchange;
 mod forward;
+mod frames;
 mod handshake;
 mod headers;
 mod lease;
@@ -54,12 +56,15 @@ mod liveness;
 pub mod metrics;
 mod outlier;
 mod proxy_protocol;
+mod rate;
+mod raw_heads;
 mod record;
 mod replay;
 mod retry_budget;
 pub mod router;
 mod shared;
 mod sticky;
+mod throttle;
 mod tls;
 mod tunnel;
 mod validate;
@@ -262,11 +267,15 @@ impl Settings {
     /// Of those a client connection watches; as often it has to look.
     fn shortest_timeout(&self) -> Duration {
         let timeouts = &self.timeouts;
-        timeouts
+        let shortest = timeouts
             .idle
             .min(timeouts.request_headers)
             .min(timeouts.response_headers)
-            .min(timeouts.body_idle)
+            .min(timeouts.body_idle);
+        match self.limits.min_bytes_per_second {
+            0 => shortest,
+            _ => shortest.min(timeouts.slow_grace),
+        }
     }
 
     /// For a connection that `peer` has opened.

@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
+mod limits;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use limits::HttpRate;
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -133,6 +135,10 @@ pub struct HttpTimeouts {
     /// A request waiting for a backend that may take one more.
     #[serde(with = "humantime_serde")]
     pub queue: Duration,
+    /// How long the gateway waits for a client, in all of one body, before `limits.min_bytes_per_second`
+    /// is asked of it.
+    #[serde(with = "humantime_serde")]
+    pub slow_grace: Duration,
     /// How long open requests may take to end after SIGTERM.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
@@ -158,6 +164,22 @@ pub struct HttpLimits {
     pub requests_per_backend: u32,
     /// Requests of one route that wait for a backend below its limit, of one worker; more are answered 503.
     pub queue: usize,
+    /// Connections of one client address, over all workers, those of trusted proxies apart; further ones
+    /// are closed. An IPv6 client is a /64. 0: no limit.
+    pub connections_per_client: u32,
+    /// Requests of one connection, which then ends; 0: no limit.
+    pub requests_per_connection: u32,
+    /// Bytes of a request's body; more is answered 413. 0: no limit.
+    pub request_body_bytes: u64,
+    /// Which a client has to send of a request's body, and take of a response, on the average of the time
+    /// that the gateway waits for it; 0: no limit. Streams of gRPC and upgraded connections are exempt.
+    pub min_bytes_per_second: u32,
+    /// PING, SETTINGS, PRIORITY, RST_STREAM and WINDOW_UPDATE frames of a connection of HTTP/2 in ten
+    /// seconds, beyond what its requests and their bytes account for; then it is closed. 0: no limit.
+    pub control_frames: u32,
+    /// New requests of one client address, over all workers and routes; more are answered 429.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_rate: Option<HttpRate>,
 }
 
 impl Default for HttpConfig {
@@ -197,6 +219,7 @@ impl Default for HttpTimeouts {
             body_idle: Duration::from_secs(900),
             backend_idle: Duration::from_secs(50),
             queue: Duration::from_secs(5),
+            slow_grace: Duration::from_secs(30),
             drain: Duration::from_secs(20),
         }
     }
@@ -214,6 +237,12 @@ impl Default for HttpLimits {
             attempts: 2,
             requests_per_backend: 0,
             queue: 128,
+            connections_per_client: 0,
+            requests_per_connection: 0,
+            request_body_bytes: 0,
+            min_bytes_per_second: 100,
+            control_frames: 1000,
+            client_rate: None,
         }
     }
 }
@@ -234,6 +263,7 @@ impl HttpConfig {
             response_headers,
             body_idle,
             backend_idle,
+            slow_grace,
             queue: _,
             drain: _,
         } = self.timeouts;
@@ -246,6 +276,7 @@ impl HttpConfig {
             ("http.timeouts.response_headers", response_headers),
             ("http.timeouts.body_idle", body_idle),
             ("http.timeouts.backend_idle", backend_idle),
+            ("http.timeouts.slow_grace", slow_grace),
         ])?;
         ensure_at_least_one(&[
             ("http.limits.connections", self.limits.connections),
@@ -261,6 +292,9 @@ impl HttpConfig {
             self.limits.request_header_bytes >= 8192,
             "http.limits.request_header_bytes must be at least 8192"
         );
+        if let Some(rate) = self.limits.client_rate {
+            rate.validate("http.limits.client_rate")?;
+        }
         ensure!(
             self.proxy_protocol == ProxyProtocol::Off || !self.trusted_proxies.is_empty(),
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"

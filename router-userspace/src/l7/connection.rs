@@ -118,6 +118,10 @@ where
             if let Poll::Ready(result) = connection.as_mut().poll(cx) {
                 return Poll::Ready(Some(result));
             }
+            if client.take_end() {
+                graceful(connection.as_mut());
+                continue;
+            }
             if let Some(at) = client.take_look_at() {
                 watch.look_by(at);
             }
@@ -194,7 +198,7 @@ impl Watch {
 fn look_at(worker: &Worker, progress: &Progress, now: Instant) -> Look {
     let (deadline, shortest) = worker.settings(|settings| {
         (
-            progress.deadline(&settings.timeouts),
+            progress.deadline(&settings.timeouts, &settings.limits),
             settings.shortest_timeout(),
         )
     });

@@ -351,6 +351,9 @@ impl<'a> Exchange<'a> {
                 return Err(failure);
             }
         };
+        if self.progress.body_is_too_large() {
+            return Err(Failure::BodyTooLarge);
+        }
         if error.error().is_user() {
             // The body is the client's: hyper could not read it, and the backend is not at fault.
             return Err(Failure::Bad(BadRequest::Body));

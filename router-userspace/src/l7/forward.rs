@@ -8,7 +8,7 @@ use std::rc::Rc;
 use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -26,6 +26,7 @@ use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::sticky;
+use crate::l7::throttle;
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
@@ -111,7 +112,10 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
+    throttle::by_gateway(worker, client.peer.ip(), request.headers())?;
     let pool = find_pool(worker, &findings, &request)?;
+    throttle::by_route(worker, &pool, client.peer.ip(), request.headers())?;
+    limit_body(progress, &pool, &findings, &request)?;
     if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
         return Ok(Forwarded::Response(response));
     }
@@ -151,6 +155,36 @@ async fn forward(
         headers.append(SET_COOKIE, cookie);
     }
     returned(exchanged, version, &findings, origin.request_id)
+}
+
+/// What the route, or the gateway, allows a request's body to be.
+///
+/// # Errors
+/// It says itself that it is longer.
+fn limit_body(
+    progress: &Progress,
+    pool: &PoolState,
+    findings: &Findings,
+    request: &Request<Incoming>,
+) -> Result<(), Failure> {
+    if request.body().is_end_stream() {
+        return Ok(());
+    }
+    let own = pool
+        .policy
+        .as_ref()
+        .and_then(|it| it.limits.request_body_bytes);
+    let limit = own.or_else(|| {
+        (progress.worker).settings(|settings| match settings.limits.request_body_bytes {
+            0 => None,
+            limit => Some(limit),
+        })
+    });
+    if limit.is_some_and(|limit| request.body().size_hint().lower() > limit) {
+        return Err(Failure::BodyTooLarge);
+    }
+    progress.set_body_limit(limit, findings.grpc);
+    Ok(())
 }
 
 /// The cookie that tells the client which instance its session is with, if it has to be told.

@@ -15,6 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::l7::clients::{CUTOFFS, Cutoff};
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 use crate::l7::handshake;
 use crate::l7::shared::SharedBackend;
@@ -96,6 +97,10 @@ pub struct L7Totals {
     pub handshake_failures: Vec<(&'static str, u64)>,
     /// Client connections closed for sending a request's head too slowly or being idle.
     pub connections_timed_out: u64,
+    /// Client connections refused or ended, and streams reset, for what the client did, by reason.
+    pub cutoffs: Vec<(&'static str, u64)>,
+    /// Rates of clients that were forgotten for others', though the clients were not idle.
+    pub client_buckets_full: u64,
     pub retries: u64,
     /// Attempts that were not made, for the route's budget was spent.
     pub retries_refused: u64,
@@ -145,6 +150,7 @@ impl L7Metrics {
         let mut totals = L7Totals {
             errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),
             handshake_failures: handshake::REASONS.map(|reason| (reason, 0)).to_vec(),
+            cutoffs: CUTOFFS.map(|reason| (reason, 0)).to_vec(),
             ..L7Totals::default()
         };
         for worker in self.workers().iter() {
@@ -199,6 +205,9 @@ pub(super) struct WorkerMetrics {
     /// In the order of [`handshake::REASONS`].
     pub handshake_failures: [Counter; handshake::REASONS.len()],
     pub connections_timed_out: Counter,
+    /// In the order of [`CUTOFFS`].
+    pub cutoffs: [Counter; CUTOFFS.len()],
+    pub client_buckets_full: Counter,
     pub retries: Counter,
     pub retries_refused: Counter,
     pub ejections: Counter,
@@ -257,6 +266,10 @@ impl WorkerMetrics {
         self.latency_sum_us.add(us);
     }
 
+    pub(super) fn count_cutoff(&self, cutoff: Cutoff) {
+        self.cutoffs[cutoff as usize].add(1);
+    }
+
     /// Requests answered for by [`Failure::Gateway`](crate::l7::error::Failure::Gateway).
     pub(super) fn gateway_failures(&self) -> u64 {
         GATEWAY_FAILURES
@@ -285,6 +298,9 @@ impl WorkerMetrics {
         for ((_, total), counter) in failures.zip(&self.handshake_failures) {
             *total += counter.read();
         }
+        for ((_, total), counter) in totals.cutoffs.iter_mut().zip(&self.cutoffs) {
+            *total += counter.read();
+        }
         for (total, counter) in totals.latency_buckets.iter_mut().zip(&self.latency_buckets) {
             *total += counter.read();
         }
@@ -298,6 +314,7 @@ impl WorkerMetrics {
         totals.tls_resumptions += self.tls_resumptions.read();
         totals.tls_handshakes_full += self.tls_handshakes_full.read();
         totals.connections_timed_out += self.connections_timed_out.read();
+        totals.client_buckets_full += self.client_buckets_full.read();
         totals.retries += self.retries.read();
         totals.retries_refused += self.retries_refused.read();
         totals.ejections += self.ejections.read();

@@ -38,12 +38,13 @@ const CLIENT_ERROR_RESETS: usize = 100;
 
 pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo, read_ahead: Bytes) {
     let worker = &client.worker;
-    io.forget_progress();
+    io.begin_http2(&read_ahead);
     worker.metrics.http2_connections.add(1);
     let tasks = StreamTasks::default();
     let service = service_fn({
         let (client, tasks) = (Rc::clone(client), tasks.clone());
         move |request: Request<Incoming>| {
+            client.count_request();
             let progress = client.begin_stream();
             tasks.next.set(Some(Rc::clone(&progress)));
             forward::answer(Rc::clone(&client), progress, request)
