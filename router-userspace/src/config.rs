@@ -19,7 +19,7 @@ mod l4;
 
 pub use http::{
     BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth, ClientCertFormat,
-    ForwardedClientCert, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRetries,
+    ForwardedClientCert, HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpRate, HttpRetries,
     HttpSticky, HttpTimeouts, HttpTlsConfig, HttpZoneBalance, ProxyProtocol, TlsVersion,
 };
 pub use l4::{

@@ -42,6 +42,7 @@ mod client;
 mod client_cert;
 mod client_io;
 pub mod clients;
+mod compress;
 mod connection;
 pub mod edits;
 pub mod error;

@@ -15,6 +15,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::l7::client::Progress;
+use crate::l7::compress::Compressed;
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
@@ -185,6 +186,7 @@ enum Source {
     Backend {
         incoming: Incoming,
         lease: Option<Lease>,
+        compressed: Option<Box<Compressed>>,
     },
 }
 
@@ -211,8 +213,19 @@ impl ResponseBody {
             Some(lease)
         };
         ResponseBody {
-            source: Source::Backend { incoming, lease },
+            source: Source::Backend {
+                incoming,
+                lease,
+                compressed: None,
+            },
             record: None,
+        }
+    }
+
+    /// Sends what comes of a backend's response through an encoder.
+    pub(super) fn compress(&mut self, encoder: Compressed) {
+        if let Source::Backend { compressed, .. } = &mut self.source {
+            *compressed = Some(Box::new(encoder));
         }
     }
 
@@ -246,10 +259,21 @@ impl Body for ResponseBody {
         }
         let (frame, ended) = match &mut this.source {
             Source::Text(text) => (text.take().map(|text| Ok(Frame::data(text))), true),
-            Source::Backend { incoming, lease } => {
-                let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+            Source::Backend {
+                incoming,
+                lease,
+                compressed,
+            } => {
+                let frame = ready!(match compressed {
+                    None => Pin::new(&mut *incoming).poll_frame(cx),
+                    Some(compressed) => compressed.poll_frame(incoming, cx),
+                });
                 let failed = matches!(frame, Some(Err(_)));
-                let ended = !failed && (frame.is_none() || incoming.is_end_stream());
+                let is_over = match compressed {
+                    None => incoming.is_end_stream(),
+                    Some(compressed) => compressed.is_over(),
+                };
+                let ended = !failed && (frame.is_none() || is_over);
                 if let Some(record) = &this.record {
                     record.progress.on_frame();
                     let data = frame
@@ -272,6 +296,10 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Text(text) => text.is_none(),
+            Source::Backend {
+                compressed: Some(compressed),
+                ..
+            } => compressed.is_over(),
             Source::Backend { incoming, .. } => incoming.is_end_stream(),
         }
     }
@@ -279,6 +307,10 @@ impl Body for ResponseBody {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            Source::Backend {
+                compressed: Some(_),
+                ..
+            } => SizeHint::default(),
             Source::Backend { incoming, .. } => incoming.size_hint(),
         }
     }

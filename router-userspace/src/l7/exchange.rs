@@ -25,7 +25,7 @@ use crate::l7::edits;
 use crate::l7::error::{BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
 use crate::l7::lease::Lease;
-use crate::l7::validate::Findings;
+use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
 
 /// The client answers for a request being made twice (draft-ietf-httpapi-idempotency-key-header §2).
@@ -142,6 +142,11 @@ impl<'a> Exchange<'a> {
             headers::set_instance(request.headers_mut(), &target.instance);
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
+                Ok(response) if !validate::is_framed_once(response.headers()) => {
+                    let failed = Failure::Backend(BackendFailure::Malformed);
+                    lease.failed(&failed);
+                    return Err(failed);
+                }
                 Ok(response) => {
                     lease.answered(response.status());
                     return Ok(Exchanged {

@@ -18,6 +18,7 @@ use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_cert;
+use crate::l7::compress::{self, Coding, Compressed};
 use crate::l7::edits::{self, RequestUrl};
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
@@ -143,6 +144,7 @@ async fn forward(
         request_start: worker.request_start(),
         request_id: worker.new_request_id(),
     };
+    let compression = Compression::wanted(&pool, &request);
     let version = request.version();
     let target = request.uri().path_and_query().cloned();
     let wanted = worker
@@ -154,7 +156,46 @@ async fn forward(
         let headers = exchanged.response.headers_mut();
         headers.append(SET_COOKIE, cookie);
     }
-    returned(exchanged, version, &findings, origin.request_id)
+    let forwarded = returned(exchanged, version, &findings, origin.request_id)?;
+    Ok(compression.apply(worker, forwarded))
+}
+
+/// What a request and its route say of compression.
+#[derive(Clone, Copy, Debug)]
+struct Compression {
+    is_on: bool,
+    accepted: Option<Coding>,
+}
+
+impl Compression {
+    fn wanted(pool: &PoolState, request: &Request<Incoming>) -> Compression {
+        let is_on = pool.policy.as_ref().is_some_and(|it| it.compression);
+        Compression {
+            is_on,
+            accepted: is_on
+                .then(|| compress::accepted(request.headers()))
+                .flatten(),
+        }
+    }
+
+    fn apply(self, worker: &Worker, forwarded: Forwarded) -> Forwarded {
+        let Forwarded::Response(mut response) = forwarded else {
+            return forwarded;
+        };
+        let len = response.body().size_hint().exact();
+        if self.is_on && compress::is_compressible(response.status(), response.headers(), len) {
+            compress::vary(response.headers_mut());
+            // A HEAD has nothing to compress, but says what a GET would.
+            if let Some(coding) = self.accepted
+                && !response.body().is_end_stream()
+                && let Some(compressed) = Compressed::new(coding, &worker.compressing)
+            {
+                compress::rewrite_head(response.headers_mut(), coding);
+                response.body_mut().compress(compressed);
+            }
+        }
+        Forwarded::Response(response)
+    }
 }
 
 /// What the route, or the gateway, allows a request's body to be.

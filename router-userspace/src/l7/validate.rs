@@ -75,6 +75,20 @@ pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Fi
     Ok(findings)
 }
 
+/// Whether a response of HTTP/1 says once, and in the one way everybody understands, where it ends
+/// (RFC 9112 §6.3).
+pub(super) fn is_framed_once(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(http::header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => true,
+        (Some(coding), None) => {
+            coding.as_bytes().eq_ignore_ascii_case(b"chunked")
+                && !headers.contains_key(http::header::CONTENT_LENGTH)
+        }
+        (Some(_), Some(_)) => false,
+    }
+}
+
 fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
     let mut findings = Findings::default();
     let mut transfer_encoding = false;

@@ -73,6 +73,8 @@ pub(super) struct Worker {
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
     pub shared: Arc<Shared>,
+    /// Cloned for each response that is being compressed.
+    pub compressing: Rc<()>,
     handshakes: Handshakes,
     snapshot: RefCell<Cache<Published, Arc<Snapshot>>>,
     settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
@@ -288,6 +290,7 @@ impl Worker {
             handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
             index: backends.worker,
             shared: Arc::clone(&backends.common),
+            compressing: Rc::new(()),
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),
