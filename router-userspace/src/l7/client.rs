@@ -101,9 +101,15 @@ impl Client {
         progress
     }
 
-    /// The response has ended, or nothing will come of it.
+    /// The request's response has been handed over, or its stream is closed. A stream of HTTP/2 is open until
+    /// both are.
     pub(super) fn end(&self, progress: &Progress) {
-        if let Some(key) = progress.stream {
+        let Some(key) = progress.stream else {
+            return;
+        };
+        let holders = progress.holders.get() - 1;
+        progress.holders.set(holders);
+        if holders == 0 {
             self.streams.borrow_mut().try_remove(key);
             self.quiet_since.set(self.worker.now());
         }
@@ -152,6 +158,8 @@ pub(super) struct Progress {
     pub worker: Rc<Worker>,
     /// Its place among the client's streams; `None` on HTTP/1.
     stream: Option<usize>,
+    /// Of a stream: its task, and what will be told of its request.
+    holders: Cell<u8>,
     phase: Cell<Phase>,
     /// When the phase began or last made progress.
     since: Cell<Instant>,
@@ -221,6 +229,7 @@ impl Progress {
         Progress {
             worker: Rc::clone(worker),
             stream,
+            holders: Cell::new(1),
             phase: Cell::new(Phase::Idle),
             since: Cell::new(worker.now()),
             waits_for_client: Cell::new(false),
@@ -245,6 +254,7 @@ impl Progress {
             Phase::Head => self.since.get(),
             _ => self.worker.now(),
         };
+        self.holders.set(2);
         self.body_is_open.set(false);
         self.unhurried.set(false);
         self.body_limit.set(u64::MAX);
@@ -312,6 +322,11 @@ impl Progress {
         both
     }
 
+    /// There are no more requests of HTTP/1.
+    pub(super) fn forget_heads(&self) {
+        self.raw_heads.take();
+    }
+
     /// The request's body has ended. Called from the task of the backend's connection.
     pub(super) fn request_body_ended(&self) {
         self.body_is_open.set(false);
@@ -368,8 +383,11 @@ impl Progress {
         self.enter(Phase::Responding, self.worker.now());
     }
 
+    /// The response has been handed over. The client may still have to take the last of a stream.
     pub(super) fn response_ended(&self) {
-        self.enter(Phase::Idle, self.worker.now());
+        if self.stream.is_none() {
+            self.enter(Phase::Idle, self.worker.now());
+        }
     }
 
     /// Whether the request in flight has used up its time.

@@ -38,9 +38,16 @@ impl ClientIo {
         }
     }
 
+    /// From here on bytes are of another protocol.
+    pub(super) fn begin_tunnel(&mut self) {
+        if let Some(progress) = self.progress.take() {
+            progress.forget_heads();
+        }
+    }
+
     /// From here on bytes are of many requests at once.
     pub(super) fn begin_http2(&mut self, read_ahead: &[u8]) {
-        self.progress = None;
+        self.begin_tunnel();
         let mut frames = Frames::new(self.client.worker.now());
         // What of a flood is here has passed.
         let _ = frames.on_read(read_ahead, 0, self.client.worker.now());

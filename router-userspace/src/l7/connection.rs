@@ -60,8 +60,9 @@ pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
             client.switch.take();
         }
         Ended::Http2 { io, read_ahead } => Box::pin(http2::serve(&client, io, read_ahead)).await,
-        Ended::Over { io, read_ahead } => match client.switch.take() {
+        Ended::Over { mut io, read_ahead } => match client.switch.take() {
             Some(switch) => {
+                io.begin_tunnel();
                 Box::pin(tunnel::run_upgraded(&worker, io, read_ahead, switch)).await;
             }
             None if client.has_ended() => {}

@@ -40,7 +40,10 @@ pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo, read_ahead: Byt
     let worker = &client.worker;
     io.begin_http2(&read_ahead);
     worker.metrics.http2_connections.add(1);
-    let tasks = StreamTasks::default();
+    let tasks = StreamTasks {
+        client: Rc::clone(client),
+        next: Rc::default(),
+    };
     let service = service_fn({
         let (client, tasks) = (Rc::clone(client), tasks.clone());
         move |request: Request<Incoming>| {
@@ -131,8 +134,9 @@ fn look_at_streams<C>(
 }
 
 /// Spawns the futures of a connection's streams.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct StreamTasks {
+    client: Rc<Client>,
     /// The progress of the stream that hyper is about to spawn: it calls the service and the executor
     /// one after the other.
     next: Rc<Cell<Option<Rc<Progress>>>>,
@@ -143,6 +147,7 @@ impl<F: Future<Output = ()> + 'static> Executor<F> for StreamTasks {
         let progress = self.next.take();
         tokio::task::spawn_local(StreamTask {
             future: Some(Box::pin(future)),
+            client: Rc::clone(&self.client),
             progress,
         });
     }
@@ -151,6 +156,7 @@ impl<F: Future<Output = ()> + 'static> Executor<F> for StreamTasks {
 /// A stream until it ends or is cut.
 struct StreamTask<F> {
     future: Option<Pin<Box<F>>>,
+    client: Rc<Client>,
     /// `None` for what carries an upgraded stream.
     progress: Option<Rc<Progress>>,
 }
@@ -171,6 +177,14 @@ impl<F: Future<Output = ()>> Future for StreamTask<F> {
             }
         }
         future.as_mut().poll(cx)
+    }
+}
+
+impl<F> Drop for StreamTask<F> {
+    fn drop(&mut self) {
+        if let Some(progress) = &self.progress {
+            self.client.end(progress);
+        }
     }
 }
 

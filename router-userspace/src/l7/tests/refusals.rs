@@ -233,3 +233,55 @@ async fn a_refused_client_that_still_sends_reads_its_answer() {
     stream.shutdown().await.unwrap();
     assert_status(&read_to_end(&mut stream).await, 400);
 }
+
+/// What a backend sees of a request, up to `end`.
+async fn seen_of(request: &str, end: &str) -> String {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut client = gateway.connect().await;
+    client.write_all(request.as_bytes()).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, end).await
+}
+
+#[tokio::test]
+async fn a_backend_sees_what_was_taken_in_one_plain_form() {
+    let seen = seen_of("\r\nGET / HTTP/1.1\nHost: a.com\nX: y\n\n", "\r\n\r\n").await;
+    assert!(seen.starts_with("GET / HTTP/1.1\r\n"), "{seen}");
+    assert!(seen.contains("x: y\r\n"), "{seen}");
+    assert_eq!(seen.matches('\n').count(), seen.matches("\r\n").count());
+
+    let request = "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: Chunked\r\n\r\n\
+                   5;a=b\r\nhello\r\n0\r\nContent-Length: 9\r\nHost: b.com\r\nTransfer-Encoding: x\r\n\r\n";
+    let seen = seen_of(request, "0\r\n\r\n").await;
+    let (head, body) = seen.split_once("\r\n\r\n").unwrap();
+    assert_eq!(body, "5\r\nhello\r\n0\r\n\r\n");
+    assert!(head.contains("\r\ntransfer-encoding: chunked"), "{head}");
+    assert!(!head.contains("content-length"), "{head}");
+}
+
+#[tokio::test]
+async fn a_client_cannot_give_or_take_what_others_rely_on() {
+    let request = "GET / HTTP/1.1\r\nHost: a.com\r\nContent_Length: 5\r\nX_Forwarded_For: 1.2.3.4\r\n\
+                   X-Forwarded-For: 1.2.3.4\r\nKeep-Alive: 1\r\nProxy-Connection: close\r\nTE: gzip\r\n\
+                   Connection: close, Authorization, X-Forwarded-For, X-Own\r\n\
+                   Authorization: secret\r\nX-Own: y\r\n\r\n";
+    let seen = seen_of(request, "\r\n\r\n").await;
+    for kept in [
+        "authorization: secret\r\n",
+        "x-forwarded-for: 127.0.0.1\r\n",
+    ] {
+        assert!(seen.contains(kept), "{seen}");
+    }
+    for gone in [
+        "_",
+        "1.2.3.4",
+        "keep-alive",
+        "proxy-",
+        "\r\nte:",
+        "x-own",
+        "close",
+    ] {
+        assert!(!seen.contains(gone), "{gone}: {seen}");
+    }
+}
