@@ -56,6 +56,7 @@ mod listen;
 mod liveness;
 pub mod metrics;
 mod outlier;
+mod pace;
 mod proxy_protocol;
 mod rate;
 mod raw_heads;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::config::{HttpLimits, HttpTimeouts};
 use crate::l7::clients::Cutoff;
 use crate::l7::handshake::TlsSession;
+use crate::l7::pace::Pace;
 use crate::l7::raw_heads::RawHeads;
 use crate::l7::tunnel::Switch;
 use crate::l7::worker::Worker;
@@ -203,18 +204,6 @@ enum Phase {
     Responding,
 }
 
-/// How a client keeps up with one phase of its request.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pace {
-    bytes: u64,
-    /// Of a response, handed over and not known to be taken.
-    untaken: u64,
-    /// How long the gateway has waited for it.
-    waited: Duration,
-    /// Since when it does so again.
-    since: Option<Instant>,
-}
-
 /// What is to happen now that a phase has lasted too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Expiry {
@@ -343,39 +332,27 @@ impl Progress {
         self.waits_for_client.set(waits);
         if self.phase.get() == Phase::Sending {
             // Called from the task of the backend's connection, which does not look at the clock.
-            self.set_waits(waits, || self.worker.read_clock());
+            self.change_pace(|pace| pace.set_waits(waits, || self.worker.read_clock()));
         }
     }
 
     /// So many bytes of the phase's body have come from the client.
     pub(super) fn count_request_bytes(&self, len: usize) {
         if self.phase.get() == Phase::Sending {
-            let mut pace = self.pace.get();
-            pace.bytes += len as u64;
-            self.pace.set(pace);
+            self.change_pace(|pace| pace.came(len));
         }
     }
 
     /// So many bytes of the response wait for the client to take them; 0: the client has taken all.
     pub(super) fn set_untaken(&self, len: usize) {
         if self.phase.get() == Phase::Responding {
-            let mut pace = self.pace.get();
-            pace.bytes += std::mem::replace(&mut pace.untaken, len as u64);
-            self.pace.set(pace);
-            self.set_waits(len > 0, || self.worker.now());
+            self.change_pace(|pace| pace.hand_over(len, self.worker.now()));
         }
     }
 
-    fn set_waits(&self, waits: bool, now: impl FnOnce() -> Instant) {
+    fn change_pace(&self, change: impl FnOnce(&mut Pace)) {
         let mut pace = self.pace.get();
-        match (waits, pace.since) {
-            (true, None) => pace.since = Some(now()),
-            (false, Some(since)) => {
-                pace.waited += now().saturating_duration_since(since);
-                pace.since = None;
-            }
-            _ => return,
-        }
+        change(&mut pace);
         self.pace.set(pace);
     }
 
@@ -487,10 +464,8 @@ impl Progress {
             Phase::Responding => true,
             _ => false,
         };
-        let pace = self.pace.get();
-        let since = pace.since.filter(|_| is_paced && bytes_per_second > 0)?;
-        let earned = Duration::from_millis(pace.bytes * 1000 / u64::from(bytes_per_second));
-        Some(since + (grace + earned).saturating_sub(pace.waited))
+        let pace = is_paced.then(|| self.pace.get())?;
+        pace.deadline(grace, bytes_per_second)
     }
 
     /// The time is up: tells the request in flight, or what else is to be done. The name of the

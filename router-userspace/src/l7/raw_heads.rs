@@ -203,7 +203,7 @@ mod tests {
     fn naive(lines: &[(String, String)]) -> bool {
         lines
             .iter()
-            .any(|(name, _)| name.to_ascii_lowercase() == "content-length")
+            .any(|(name, _)| name.eq_ignore_ascii_case("content-length"))
     }
 
     fn name() -> impl Strategy<Value = String> {
