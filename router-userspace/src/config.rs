@@ -20,7 +20,7 @@ mod l4;
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
     ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpAccessLog, HttpBalance, HttpConfig,
-    HttpEjection, HttpLimits, HttpMetrics, HttpRetries, HttpRouteServices, HttpSticky,
+    HttpEjection, HttpLimits, HttpMetrics, HttpRate, HttpRetries, HttpRouteServices, HttpSticky,
     HttpTimeouts, HttpTlsConfig, HttpTracing, HttpZoneBalance, ProxyProtocol, RedactQuery,
     TlsVersion, TraceMode,
 };

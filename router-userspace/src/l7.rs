@@ -46,11 +46,14 @@ mod body;
 mod client;
 mod client_cert;
 mod client_io;
+pub mod clients;
+mod compress;
 mod connection;
 pub mod edits;
 pub mod error;
 mod exchange;
 mod forward;
+mod frames;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod handshake;
@@ -60,7 +63,10 @@ mod listen;
 mod liveness;
 pub mod metrics;
 mod outlier;
+mod pace;
 mod proxy_protocol;
+mod rate;
+mod raw_heads;
 mod record;
 mod replay;
 mod retry_budget;
@@ -69,6 +75,7 @@ pub mod router;
 mod shared;
 pub mod sockmap;
 mod sticky;
+mod throttle;
 mod tls;
 mod trace;
 mod tunnel;
@@ -400,11 +407,15 @@ impl Settings {
     /// Of those a client connection watches; as often it has to look.
     fn shortest_timeout(&self) -> Duration {
         let timeouts = &self.timeouts;
-        timeouts
+        let shortest = timeouts
             .idle
             .min(timeouts.request_headers)
             .min(timeouts.response_headers)
-            .min(timeouts.body_idle)
+            .min(timeouts.body_idle);
+        match self.limits.min_bytes_per_second {
+            0 => shortest,
+            _ => shortest.min(timeouts.slow_grace),
+        }
     }
 
     /// For a connection that `peer` has opened.

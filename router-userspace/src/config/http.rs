@@ -13,11 +13,13 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ensure_at_least_one, ensure_positive};
 
 mod balance;
+mod limits;
 mod observe;
 mod route_services;
 mod tls;
 
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
+pub use limits::HttpRate;
 pub use observe::{
     AccessLogFormat, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing, RedactQuery,
     TraceMode,
@@ -154,6 +156,10 @@ pub struct HttpTimeouts {
     /// A request waiting for a backend that may take one more.
     #[serde(with = "humantime_serde")]
     pub queue: Duration,
+    /// How long the gateway waits for a client, in all of one body, before `limits.min_bytes_per_second`
+    /// is asked of it.
+    #[serde(with = "humantime_serde")]
+    pub slow_grace: Duration,
     /// How long the gateway serves on after SIGUSR1, while `/readyz` says that it drains.
     #[serde(with = "humantime_serde")]
     pub drain_wait: Duration,
@@ -182,6 +188,22 @@ pub struct HttpLimits {
     pub requests_per_backend: u32,
     /// Requests of one route that wait for a backend below its limit, of one worker; more are answered 503.
     pub queue: usize,
+    /// Connections of one client address, over all workers, those of trusted proxies apart; further ones
+    /// are closed. An IPv6 client is a /64. 0: no limit.
+    pub connections_per_client: u32,
+    /// Requests of one connection, which then ends; 0: no limit.
+    pub requests_per_connection: u32,
+    /// Bytes of a request's body; more is answered 413. 0: no limit.
+    pub request_body_bytes: u64,
+    /// Which a client has to send of a request's body, and take of a response, on the average of the time
+    /// that the gateway waits for it; 0: no limit. Streams of gRPC and upgraded connections are exempt.
+    pub min_bytes_per_second: u32,
+    /// PING, SETTINGS, PRIORITY, RST_STREAM and WINDOW_UPDATE frames of a connection of HTTP/2 in ten
+    /// seconds, beyond what its requests and their bytes account for; then it is closed. 0: no limit.
+    pub control_frames: u32,
+    /// New requests of one client address, over all workers and routes; more are answered 429.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_rate: Option<HttpRate>,
 }
 
 impl Default for HttpConfig {
@@ -230,6 +252,7 @@ impl Default for HttpTimeouts {
             backend_idle: Duration::from_secs(50),
             queue: Duration::from_secs(5),
             drain_wait: Duration::ZERO,
+            slow_grace: Duration::from_secs(30),
             drain: Duration::from_secs(20),
         }
     }
@@ -247,6 +270,12 @@ impl Default for HttpLimits {
             attempts: 2,
             requests_per_backend: 0,
             queue: 128,
+            connections_per_client: 0,
+            requests_per_connection: 0,
+            request_body_bytes: 0,
+            min_bytes_per_second: 100,
+            control_frames: 1000,
+            client_rate: None,
         }
     }
 }
@@ -267,6 +296,7 @@ impl HttpConfig {
             response_headers,
             body_idle,
             backend_idle,
+            slow_grace,
             queue: _,
             drain_wait: _,
             drain: _,
@@ -280,6 +310,7 @@ impl HttpConfig {
             ("http.timeouts.response_headers", response_headers),
             ("http.timeouts.body_idle", body_idle),
             ("http.timeouts.backend_idle", backend_idle),
+            ("http.timeouts.slow_grace", slow_grace),
         ])?;
         ensure_at_least_one(&[
             ("http.limits.connections", self.limits.connections),
@@ -295,6 +326,9 @@ impl HttpConfig {
             self.limits.request_header_bytes >= 8192,
             "http.limits.request_header_bytes must be at least 8192"
         );
+        if let Some(rate) = self.limits.client_rate {
+            rate.validate("http.limits.client_rate")?;
+        }
         ensure!(
             self.proxy_protocol == ProxyProtocol::Off || !self.trusted_proxies.is_empty(),
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"

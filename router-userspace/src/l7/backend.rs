@@ -42,7 +42,7 @@ pub(super) struct Backends {
     /// Which of the workers this is, from 0 on.
     pub worker: usize,
     /// What it knows together with the others.
-    common: Arc<Shared>,
+    pub common: Arc<Shared>,
     /// The gateway's, of the states of pools that are here.
     zone: Option<String>,
     /// By the address of the pool, which is not given to another while a `Weak` of it is here.

@@ -5,6 +5,7 @@
 //! backend connection goes back to the pool and the request is counted.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -14,13 +15,27 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::l7::client::Progress;
+use crate::l7::compress::Compressed;
 use crate::l7::headers;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::replay::{Attempt, Replay};
 
 /// A client's request body on its way to a backend.
-pub(super) struct RequestBody(Option<(Sent, Rc<Progress>)>);
+pub(super) struct RequestBody {
+    source: Option<(Sent, Rc<Progress>)>,
+    /// Bytes that have gone to the backend.
+    len: u64,
+}
+
+/// Why a request's body ends before its end.
+#[derive(Debug)]
+pub(super) enum RequestBodyError {
+    /// The client's framing is broken, or it left.
+    Client(hyper::Error),
+    /// Longer than it may be.
+    TooLarge,
+}
 
 enum Sent {
     Once(Incoming),
@@ -31,31 +46,49 @@ enum Sent {
 impl RequestBody {
     pub(super) fn new(incoming: Incoming, progress: &Rc<Progress>) -> RequestBody {
         let has_ended = incoming.is_end_stream();
-        RequestBody((!has_ended).then(|| (Sent::Once(incoming), Rc::clone(progress))))
+        RequestBody::of((!has_ended).then(|| (Sent::Once(incoming), Rc::clone(progress))))
     }
 
     pub(super) fn empty() -> RequestBody {
-        RequestBody(None)
+        RequestBody::of(None)
+    }
+
+    fn of(source: Option<(Sent, Rc<Progress>)>) -> RequestBody {
+        RequestBody { source, len: 0 }
+    }
+
+    /// Counts a frame, and refuses what is too much.
+    fn count(&mut self, frame: &Frame<Bytes>) -> Result<(), RequestBodyError> {
+        let (Some((_, progress)), Some(data)) = (&self.source, frame.data_ref()) else {
+            return Ok(());
+        };
+        progress.count_request_bytes(data.len());
+        self.len += data.len() as u64;
+        if self.len > progress.body_limit() {
+            progress.set_body_is_too_large();
+            return Err(RequestBodyError::TooLarge);
+        }
+        Ok(())
     }
 
     /// Makes it possible to send a body of up to `capacity` bytes again, if there is one.
     pub(super) fn keep(&mut self, capacity: usize) -> Option<KeptBody> {
-        let (incoming, progress) = match self.0.take()? {
+        let (incoming, progress) = match self.source.take()? {
             (Sent::Once(incoming), progress) => (incoming, progress),
             again => {
-                self.0 = Some(again);
+                self.source = Some(again);
                 return None;
             }
         };
         if incoming.size_hint().lower() > capacity as u64 {
-            self.0 = Some((Sent::Once(incoming), progress));
+            self.source = Some((Sent::Once(incoming), progress));
             return None;
         }
         let kept = KeptBody {
             replay: Replay::new(incoming, capacity),
             progress,
         };
-        self.0 = kept.again()?.0;
+        self.source = kept.again()?.source;
         Some(kept)
     }
 }
@@ -70,22 +103,20 @@ impl KeptBody {
     /// The body from its start; `None` if it was too long to be kept.
     pub(super) fn again(&self) -> Option<RequestBody> {
         let attempt = self.replay.attempt()?;
-        Some(RequestBody(Some((
-            Sent::Again(attempt),
-            Rc::clone(&self.progress),
-        ))))
+        let source = (Sent::Again(attempt), Rc::clone(&self.progress));
+        Some(RequestBody::of(Some(source)))
     }
 }
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = RequestBodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some((client, progress)) = &mut self.0 else {
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        let Some((client, progress)) = &mut self.source else {
             return Poll::Ready(None);
         };
         let polled = match client {
@@ -101,22 +132,38 @@ impl Body for RequestBody {
         if frame.is_none() || client.is_end_stream() {
             progress.request_body_ended();
         }
-        Poll::Ready(frame.map(|frame| frame.map(passed_on)))
+        let Some(frame) = frame else {
+            return Poll::Ready(None);
+        };
+        let frame = frame.map_err(RequestBodyError::Client);
+        let counted = frame.and_then(|frame| self.count(&frame).map(|()| passed_on(frame)));
+        Poll::Ready(Some(counted))
     }
 
     fn is_end_stream(&self) -> bool {
-        let client = self.0.as_ref();
+        let client = self.source.as_ref();
         client.is_none_or(|(client, _)| client.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.0 {
+        match &self.source {
             None => SizeHint::with_exact(0),
             Some((Sent::Once(incoming), _)) => incoming.size_hint(),
             Some((Sent::Again(attempt), _)) => attempt.size_hint(),
         }
     }
 }
+
+impl fmt::Display for RequestBodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RequestBodyError::Client(error) => error.fmt(f),
+            RequestBodyError::TooLarge => f.write_str("the request body is too large"),
+        }
+    }
+}
+
+impl std::error::Error for RequestBodyError {}
 
 impl Sent {
     fn is_end_stream(&self) -> bool {
@@ -140,6 +187,7 @@ enum Source {
     Backend {
         incoming: Incoming,
         lease: Option<Lease>,
+        compressed: Option<Box<Compressed>>,
     },
 }
 
@@ -166,8 +214,19 @@ impl ResponseBody {
             Some(lease)
         };
         ResponseBody {
-            source: Source::Backend { incoming, lease },
+            source: Source::Backend {
+                incoming,
+                lease,
+                compressed: None,
+            },
             record: None,
+        }
+    }
+
+    /// Sends what comes of a backend's response through an encoder.
+    pub(super) fn compress(&mut self, encoder: Compressed) {
+        if let Source::Backend { compressed, .. } = &mut self.source {
+            *compressed = Some(Box::new(encoder));
         }
     }
 
@@ -195,17 +254,36 @@ impl Body for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = &mut *self;
+        if let Some(record) = &this.record {
+            // Who asks for more has taken what there was.
+            record.progress.set_untaken(0);
+        }
         let (frame, ended) = match &mut this.source {
             Source::Text(text) => (text.take().map(|text| Ok(Frame::data(text))), true),
-            Source::Backend { incoming, lease } => {
-                let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+            Source::Backend {
+                incoming,
+                lease,
+                compressed,
+            } => {
+                let frame = ready!(match compressed {
+                    None => Pin::new(&mut *incoming).poll_frame(cx),
+                    Some(compressed) => compressed.poll_frame(incoming, cx),
+                });
                 let failed = matches!(frame, Some(Err(_)));
                 if failed && let Some(record) = &mut this.record {
                     record.backend_broke_off();
                 }
-                let ended = !failed && (frame.is_none() || incoming.is_end_stream());
+                let is_over = match compressed {
+                    None => incoming.is_end_stream(),
+                    Some(compressed) => compressed.is_over(),
+                };
+                let ended = !failed && (frame.is_none() || is_over);
                 if let Some(record) = &this.record {
                     record.progress.on_frame();
+                    let data = frame
+                        .as_ref()
+                        .and_then(|frame| frame.as_ref().ok()?.data_ref());
+                    record.progress.set_untaken(data.map_or(0, Bytes::len));
                 }
                 if ended && let Some(lease) = lease.take() {
                     lease.finish();
@@ -225,6 +303,10 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Text(text) => text.is_none(),
+            Source::Backend {
+                compressed: Some(compressed),
+                ..
+            } => compressed.is_over(),
             Source::Backend { incoming, .. } => incoming.is_end_stream(),
         }
     }
@@ -232,6 +314,10 @@ impl Body for ResponseBody {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            Source::Backend {
+                compressed: Some(_),
+                ..
+            } => SizeHint::default(),
             Source::Backend { incoming, .. } => incoming.size_hint(),
         }
     }

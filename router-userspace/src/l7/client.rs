@@ -11,12 +11,15 @@ use std::rc::Rc;
 use std::task::Waker;
 use std::time::Duration;
 
-use http::HeaderValue;
+use http::{HeaderValue, Method};
 use slab::Slab;
 use tokio::time::Instant;
 
-use crate::config::HttpTimeouts;
+use crate::config::{HttpLimits, HttpTimeouts};
+use crate::l7::clients::Cutoff;
 use crate::l7::handshake::TlsSession;
+use crate::l7::pace::Pace;
+use crate::l7::raw_heads::RawHeads;
 use crate::l7::record::Observed;
 use crate::l7::tunnel::Switch;
 use crate::l7::worker::Worker;
@@ -39,6 +42,10 @@ pub(super) struct Client {
     /// Open streams of HTTP/2.
     streams: RefCell<Slab<Rc<Progress>>>,
     quiet_since: Cell<Instant>,
+    /// Requests that have begun.
+    requests: Cell<u32>,
+    /// The connection is to end with the requests that have begun.
+    ends: Cell<bool>,
     /// When the connection's timer has to look, if that is before it would.
     look_at: Cell<Option<Instant>>,
 }
@@ -61,12 +68,30 @@ impl Client {
             read_closed: Cell::new(false),
             streams: RefCell::default(),
             quiet_since: Cell::new(worker.now()),
+            requests: Cell::new(0),
+            ends: Cell::new(false),
             look_at: Cell::new(None),
         }
     }
 
     pub(super) fn has_ended(&self) -> bool {
         self.read_closed.get()
+    }
+
+    /// A request begins. The connection ends with the one that is the last it may have.
+    pub(super) fn count_request(&self) {
+        let count = self.requests.get().saturating_add(1);
+        self.requests.set(count);
+        let limit = (self.worker).settings(|settings| settings.limits.requests_per_connection);
+        if count == limit {
+            self.worker.metrics.count_cutoff(Cutoff::Requests);
+            self.ends.set(true);
+        }
+    }
+
+    /// True once, when the connection is to end with the requests that have begun.
+    pub(super) fn take_end(&self) -> bool {
+        self.ends.take()
     }
 
     /// The progress of a new stream.
@@ -78,9 +103,15 @@ impl Client {
         progress
     }
 
-    /// The response has ended, or nothing will come of it.
+    /// The request's response has been handed over, or its stream is closed. A stream of HTTP/2 is open until
+    /// both are.
     pub(super) fn end(&self, progress: &Progress) {
-        if let Some(key) = progress.stream {
+        let Some(key) = progress.stream else {
+            return;
+        };
+        let holders = progress.holders.get() - 1;
+        progress.holders.set(holders);
+        if holders == 0 {
             self.streams.borrow_mut().try_remove(key);
             self.quiet_since.set(self.worker.now());
         }
@@ -126,13 +157,24 @@ impl Client {
 
 /// How far a request has come, and since when.
 pub(super) struct Progress {
-    worker: Rc<Worker>,
+    pub worker: Rc<Worker>,
     /// Its place among the client's streams; `None` on HTTP/1.
     stream: Option<usize>,
+    /// Of a stream: its task, and what will be told of its request.
+    holders: Cell<u8>,
     phase: Cell<Phase>,
     /// When the phase began or last made progress.
     since: Cell<Instant>,
     waits_for_client: Cell<bool>,
+    /// What the client keeps waiting for, in the phase.
+    pace: Cell<Pace>,
+    /// The request's body may be at the client's leisure.
+    unhurried: Cell<bool>,
+    /// Of a request's body; `u64::MAX` is no limit.
+    body_limit: Cell<u64>,
+    body_is_too_large: Cell<bool>,
+    /// Of HTTP/1.
+    raw_heads: RefCell<RawHeads>,
     /// The request's body has not all been read, whatever the phase.
     body_is_open: Cell<bool>,
     expired: Cell<bool>,
@@ -181,9 +223,15 @@ impl Progress {
         Progress {
             worker: Rc::clone(worker),
             stream,
+            holders: Cell::new(1),
             phase: Cell::new(Phase::Idle),
             since: Cell::new(worker.now()),
             waits_for_client: Cell::new(false),
+            pace: Cell::default(),
+            unhurried: Cell::new(false),
+            body_limit: Cell::new(u64::MAX),
+            body_is_too_large: Cell::new(false),
+            raw_heads: RefCell::default(),
             body_is_open: Cell::new(false),
             expired: Cell::new(false),
             stalled: Cell::new(false),
@@ -202,7 +250,11 @@ impl Progress {
             Phase::Head => self.since.get(),
             _ => self.worker.now(),
         };
+        self.holders.set(2);
         self.body_is_open.set(false);
+        self.unhurried.set(false);
+        self.body_limit.set(u64::MAX);
+        self.body_is_too_large.set(false);
         self.own_response_headers.set(None);
         self.own_body_idle.set(None);
         self.deadline.set(None);
@@ -238,9 +290,45 @@ impl Progress {
         self.enter(phase, self.worker.now());
     }
 
+    /// What is asked of the request's body: its length at most (`None`: any), and whether it may come as
+    /// slowly as it likes.
+    pub(super) fn set_body_limit(&self, limit: Option<u64>, unhurried: bool) {
+        self.body_limit.set(limit.unwrap_or(u64::MAX));
+        self.unhurried.set(unhurried);
+    }
+
+    pub(super) fn body_limit(&self) -> u64 {
+        self.body_limit.get()
+    }
+
+    pub(super) fn set_body_is_too_large(&self) {
+        self.body_is_too_large.set(true);
+    }
+
+    pub(super) fn body_is_too_large(&self) -> bool {
+        self.body_is_too_large.get()
+    }
+
+    /// The head of a request of HTTP/1 has been parsed. True if it has a `Transfer-Encoding` and a
+    /// `Content-Length`.
+    pub(super) fn head_ends(&self, method: &Method, is_coded: bool, has_body: bool) -> bool {
+        let mut heads = self.raw_heads.borrow_mut();
+        let both = is_coded && heads.has_content_length(method.as_str());
+        heads.head_ends(has_body);
+        both
+    }
+
+    /// There are no more requests of HTTP/1.
+    pub(super) fn forget_heads(&self) {
+        self.raw_heads.take();
+    }
+
     /// The request's body has ended. Called from the task of the backend's connection.
     pub(super) fn request_body_ended(&self) {
         self.body_is_open.set(false);
+        if self.stream.is_none() {
+            self.raw_heads.borrow_mut().body_ends();
+        }
         if self.phase.get() == Phase::Sending {
             self.enter(Phase::AwaitingResponse, self.worker.read_clock());
         }
@@ -249,14 +337,41 @@ impl Progress {
     /// Whether the backend's connection would send more of the request if the client had.
     pub(super) fn set_waits_for_client(&self, waits: bool) {
         self.waits_for_client.set(waits);
+        if self.phase.get() == Phase::Sending {
+            // Called from the task of the backend's connection, which does not look at the clock.
+            self.change_pace(|pace| pace.set_waits(waits, || self.worker.read_clock()));
+        }
+    }
+
+    /// So many bytes of the phase's body have come from the client.
+    pub(super) fn count_request_bytes(&self, len: usize) {
+        if self.phase.get() == Phase::Sending {
+            self.change_pace(|pace| pace.came(len));
+        }
+    }
+
+    /// So many bytes of the response wait for the client to take them; 0: the client has taken all.
+    pub(super) fn set_untaken(&self, len: usize) {
+        if self.phase.get() == Phase::Responding {
+            self.change_pace(|pace| pace.hand_over(len, self.worker.now()));
+        }
+    }
+
+    fn change_pace(&self, change: impl FnOnce(&mut Pace)) {
+        let mut pace = self.pace.get();
+        change(&mut pace);
+        self.pace.set(pace);
     }
 
     pub(super) fn response_begins(&self) {
         self.enter(Phase::Responding, self.worker.now());
     }
 
+    /// The response has been handed over. The client may still have to take the last of a stream.
     pub(super) fn response_ended(&self) {
-        self.enter(Phase::Idle, self.worker.now());
+        if self.stream.is_none() {
+            self.enter(Phase::Idle, self.worker.now());
+        }
     }
 
     /// Whether the request in flight has used up its time.
@@ -311,7 +426,8 @@ impl Progress {
     }
 
     /// Bytes have come from the client, on HTTP/1.
-    pub(super) fn on_read(&self) {
+    pub(super) fn on_read(&self, bytes: &[u8]) {
+        self.raw_heads.borrow_mut().on_read(bytes);
         match self.phase.get() {
             Phase::Idle => self.enter(Phase::Head, self.worker.now()),
             Phase::Head => self.phase.set(Phase::FurtherHead),
@@ -339,7 +455,7 @@ impl Progress {
     }
 
     /// When the phase has lasted too long, if it lasts.
-    pub(super) fn deadline(&self, timeouts: &HttpTimeouts) -> Option<Instant> {
+    pub(super) fn deadline(&self, timeouts: &HttpTimeouts, limits: &HttpLimits) -> Option<Instant> {
         let timeout = match self.phase.get() {
             Phase::Idle => Some(timeouts.idle),
             Phase::Head | Phase::FurtherHead => Some(timeouts.request_headers),
@@ -358,16 +474,32 @@ impl Progress {
             .deadline
             .get()
             .filter(|_| !matches!(self.phase.get(), Phase::Idle));
-        match (phase, whole) {
-            (Some(phase), Some(whole)) => Some(phase.min(whole)),
-            (phase, whole) => phase.or(whole),
-        }
+        let paced = self.pace_deadline(timeouts.slow_grace, limits.min_bytes_per_second);
+        [phase, whole, paced].into_iter().flatten().min()
+    }
+
+    /// When the client will have kept the gateway waiting for longer than its bytes are worth.
+    fn pace_deadline(&self, grace: Duration, bytes_per_second: u32) -> Option<Instant> {
+        let is_paced = match self.phase.get() {
+            Phase::Sending => !self.unhurried.get(),
+            Phase::Responding => true,
+            _ => false,
+        };
+        let pace = is_paced.then(|| self.pace.get())?;
+        pace.deadline(grace, bytes_per_second)
     }
 
     /// The time is up: tells the request in flight, or what else is to be done. The name of the
     /// timeout goes into the log.
     pub(super) fn expire(&self) -> Expiry {
         tracing::debug!(timeout = self.timeout_name(), "a client's time is up");
+        if self.is_too_slow() {
+            let cutoff = match self.phase.get() {
+                Phase::Sending => Cutoff::SlowRequest,
+                _ => Cutoff::SlowResponse,
+            };
+            self.worker.metrics.count_cutoff(cutoff);
+        }
         let expiry = match self.phase.get() {
             Phase::Connecting | Phase::Sending | Phase::AwaitingResponse
                 if !self.expired.replace(true) =>
@@ -385,8 +517,19 @@ impl Progress {
         expiry
     }
 
+    fn is_too_slow(&self) -> bool {
+        let deadline = self.worker.settings(|settings| {
+            let grace = settings.timeouts.slow_grace;
+            self.pace_deadline(grace, settings.limits.min_bytes_per_second)
+        });
+        deadline.is_some_and(|deadline| deadline <= self.worker.now())
+    }
+
     /// The config key of the timeout that runs.
     fn timeout_name(&self) -> &'static str {
+        if self.is_too_slow() {
+            return "http.limits.min_bytes_per_second";
+        }
         if self.is_past_deadline() {
             return "timeouts.total of the route";
         }
@@ -401,6 +544,7 @@ impl Progress {
 
     fn enter(&self, phase: Phase, since: Instant) {
         self.phase.set(phase);
+        self.pace.set(Pace::default());
         self.since.set(since);
         self.expired.set(false);
     }
@@ -440,7 +584,7 @@ mod tests {
     async fn idle_after_a_read(progress: &Progress) -> Duration {
         tokio::time::advance(Duration::from_secs(1)).await;
         progress.worker.forget_clock();
-        progress.on_read();
+        progress.on_read(b"x");
         progress.worker.now() - progress.since.get()
     }
 

@@ -10,6 +10,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::l7::client::{Client, Progress};
+use crate::l7::frames::Frames;
 use crate::l7::handshake::ClientStream;
 
 /// Head and body of a response up to this size are copied together to be written.
@@ -22,6 +23,8 @@ pub(super) struct ClientIo {
     client: Rc<Client>,
     /// Of HTTP/1, where bytes are of one request at a time.
     progress: Option<Rc<Progress>>,
+    /// Of HTTP/2.
+    frames: Option<Box<Frames>>,
 }
 
 impl ClientIo {
@@ -35,12 +38,24 @@ impl ClientIo {
             read_ahead: Bytes::new(),
             client: Rc::clone(client),
             progress: Some(Rc::clone(progress)),
+            frames: None,
+        }
+    }
+
+    /// From here on bytes are of another protocol.
+    pub(super) fn begin_tunnel(&mut self) {
+        if let Some(progress) = self.progress.take() {
+            progress.forget_heads();
         }
     }
 
     /// From here on bytes are of many requests at once.
-    pub(super) fn forget_progress(&mut self) {
-        self.progress = None;
+    pub(super) fn begin_http2(&mut self) {
+        self.begin_tunnel();
+        let mut frames = Frames::new(self.client.worker.now());
+        // What of a flood is here has passed.
+        let _ = frames.on_read(&self.read_ahead, 0, self.client.worker.now());
+        self.frames = Some(Box::new(frames));
     }
 
     /// The stream as it was before `bytes` were read.
@@ -68,17 +83,32 @@ impl ClientIo {
         polled
     }
 
-    fn on_read(&self, len: usize) {
-        self.client.on_read(len);
-        if len > 0
+    /// # Errors
+    /// The client floods its connection.
+    fn on_read(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.client.on_read(bytes.len());
+        if !bytes.is_empty()
             && let Some(progress) = &self.progress
         {
-            progress.on_read();
+            progress.on_read(bytes);
         }
+        let Some(frames) = &mut self.frames else {
+            return Ok(());
+        };
+        let worker = &self.client.worker;
+        let limit = worker.settings(|settings| settings.limits.control_frames);
+        frames.on_read(bytes, limit, worker.now()).map_err(|flood| {
+            worker.metrics.count_cutoff(flood.into());
+            tracing::debug!(peer = %self.client.peer, ?flood, "beyond http.limits.control_frames");
+            io::Error::other("too many control frames")
+        })
     }
 
-    fn on_write(&self, len: usize) {
+    fn on_write(&mut self, len: usize) {
         self.client.on_write(len);
+        if let Some(frames) = &mut self.frames {
+            frames.on_write(len);
+        }
         if let Some(progress) = &self.progress {
             progress.on_write();
         }
@@ -99,8 +129,7 @@ impl AsyncRead for ClientIo {
         }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-        this.on_read(buffer.filled().len() - before);
-        Poll::Ready(Ok(()))
+        Poll::Ready(this.on_read(&buffer.filled()[before..]))
     }
 }
 

@@ -73,9 +73,10 @@ pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
                 return;
             }
             Ended::Http2(io) => return Box::pin(http2::serve(&client, io)).await,
-            Ended::Over { io, read_ahead } => {
+            Ended::Over { mut io, read_ahead } => {
                 return match client.switch.take() {
                     Some(switch) => {
+                        io.begin_tunnel();
                         Box::pin(tunnel::run_upgraded(&worker, io, read_ahead, switch)).await;
                     }
                     None if client.has_ended() => {}
@@ -88,7 +89,8 @@ pub(super) async fn serve(worker: Rc<Worker>, established: Established) {
 
 /// Waits until the client says something. `None` if it does not in time, or the worker drains.
 async fn next_request(worker: &Worker, progress: &Progress, io: ClientIo) -> Option<ClientIo> {
-    let deadline = worker.settings(|settings| progress.deadline(&settings.timeouts))?;
+    let deadline =
+        worker.settings(|settings| progress.deadline(&settings.timeouts, &settings.limits))?;
     let ends = async {
         if !worker.is_draining() {
             worker.drain_notice().await;
@@ -159,6 +161,10 @@ where
             }
             if let Poll::Ready(result) = connection.as_mut().poll(cx) {
                 return Poll::Ready(Ok(result));
+            }
+            if client.take_end() {
+                graceful(connection.as_mut());
+                continue;
             }
             if let Some(at) = client.take_look_at() {
                 watch.look_by(at);
@@ -244,7 +250,7 @@ impl Watch {
 fn look_at(worker: &Worker, progress: &Progress, now: Instant) -> Look {
     let (deadline, shortest) = worker.settings(|settings| {
         (
-            progress.deadline(&settings.timeouts),
+            progress.deadline(&settings.timeouts, &settings.limits),
             settings.shortest_timeout(),
         )
     });

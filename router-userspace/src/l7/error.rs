@@ -4,6 +4,7 @@
 //! carries an internal address: a backend's failure is told by a fixed word for its class.
 
 use std::fmt;
+use std::time::Duration;
 
 use http::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
@@ -33,6 +34,13 @@ pub enum Failure {
     UriTooLong,
     /// More than `http.limits.request_headers`.
     TooManyHeaders,
+    /// The request's body is longer than the route, or `http.limits.request_body_bytes`, allows.
+    BodyTooLarge,
+    /// The route, or the client, has begun too many requests lately.
+    RateLimited {
+        by: RateLimit,
+        wait: Duration,
+    },
     /// The client stopped sending its body.
     ClientTimeout,
     UnknownRoute {
@@ -61,6 +69,13 @@ pub enum Failure {
     Gateway(GatewayFailure),
 }
 
+/// Whose token bucket is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RateLimit {
+    Route,
+    Client,
+}
+
 /// What is wrong with a request that is refused with 400 and a closed connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadRequest {
@@ -69,6 +84,8 @@ pub enum BadRequest {
     Target,
     AuthorityMismatch,
     TransferEncoding,
+    /// `Transfer-Encoding` and `Content-Length` in one head (RFC 9112 §6.1).
+    LengthAndCoding,
     PathAboveRoot,
     /// The body's framing is broken, or it ends before its end.
     Body,
@@ -132,7 +149,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 26] = [
+pub const REASONS: [&str; 29] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -158,6 +175,9 @@ pub const REASONS: [&str; 26] = [
     "limit_reached",
     "route_service_signature",
     "route_service_failed",
+    "body_too_large",
+    "route_rate",
+    "client_rate",
     "unparsable",
 ];
 
@@ -178,6 +198,8 @@ impl Failure {
             Failure::Expectation => StatusCode::EXPECTATION_FAILED,
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
             Failure::TooManyHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Failure::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Failure::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             Failure::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Failure::NoRoutes
@@ -227,6 +249,11 @@ impl Failure {
             Failure::RouteService(
                 RouteServiceFailure::Request | RouteServiceFailure::Unresolved,
             ) => 24,
+            Failure::BodyTooLarge => 25,
+            Failure::RateLimited { by, .. } => match by {
+                RateLimit::Route => 26,
+                RateLimit::Client => 27,
+            },
         }
     }
 
@@ -234,7 +261,9 @@ impl Failure {
     pub(super) fn router_error(&self) -> &'static str {
         match self {
             Failure::EmptyHost => "empty_host",
-            Failure::Bad(BadRequest::TransferEncoding) => "invalid_transfer_encoding",
+            Failure::Bad(BadRequest::TransferEncoding | BadRequest::LengthAndCoding) => {
+                "invalid_transfer_encoding"
+            }
             Failure::Bad(BadRequest::Host | BadRequest::ManyHosts) => "invalid_host",
             Failure::Bad(BadRequest::AuthorityMismatch) => "host_mismatch",
             Failure::Bad(BadRequest::Body) => "invalid_body",
@@ -246,6 +275,8 @@ impl Failure {
             Failure::Expectation => "unsupported_expectation",
             Failure::UriTooLong => "uri_too_long",
             Failure::TooManyHeaders => "max-request-size-exceeded",
+            Failure::BodyTooLarge => "max-body-size-exceeded",
+            Failure::RateLimited { .. } => "rate_limit_exceeded",
             Failure::ClientTimeout => "client_timeout",
             Failure::UnknownRoute { .. } | Failure::UnknownInstance { .. } => "unknown_route",
             Failure::NoRoutes => "no_routes",
@@ -298,6 +329,7 @@ impl Failure {
                 | Failure::Expectation
                 | Failure::UriTooLong
                 | Failure::TooManyHeaders
+                | Failure::BodyTooLarge
                 | Failure::ClientTimeout
         )
     }
@@ -326,6 +358,10 @@ impl Failure {
         if matches!(self, Failure::NoRoutes | Failure::LimitReached { .. }) {
             headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        if let Failure::RateLimited { wait, .. } = self {
+            let seconds = wait.as_secs_f64().ceil().max(1.0);
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds as u64));
+        }
         if *self == Failure::MethodNotAllowed {
             headers.insert(ALLOW, ALLOWED_METHODS);
         }
@@ -347,6 +383,7 @@ impl fmt::Display for Failure {
                 BadRequest::Target => "Invalid request target",
                 BadRequest::AuthorityMismatch => "Request target and Host header disagree",
                 BadRequest::TransferEncoding => "Invalid Transfer-Encoding header",
+                BadRequest::LengthAndCoding => "Request had two lengths",
                 BadRequest::PathAboveRoot => "Path leaves the root",
                 BadRequest::Body => "Invalid request body",
                 BadRequest::AppInstance => "Invalid X-CF-App-Instance Header",
@@ -357,6 +394,8 @@ impl fmt::Display for Failure {
             Failure::Expectation => "Expectation is not supported.",
             Failure::UriTooLong => "Request target is too long.",
             Failure::TooManyHeaders => "Request has too many header fields.",
+            Failure::BodyTooLarge => "Request body is too large.",
+            Failure::RateLimited { .. } => "Too many requests.",
             Failure::ClientTimeout => "Request body did not arrive in time.",
             Failure::UnknownRoute { host } => {
                 return write!(f, "Requested route ('{host}') does not exist.");

@@ -25,7 +25,7 @@ use crate::l7::edits;
 use crate::l7::error::{BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
 use crate::l7::lease::Lease;
-use crate::l7::validate::Findings;
+use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
 
 /// The client answers for a request being made twice (draft-ietf-httpapi-idempotency-key-header §2).
@@ -146,6 +146,11 @@ impl<'a> Exchange<'a> {
             observed.sent(request.headers(), self.worker.now());
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
+                Ok(response) if !validate::is_framed_once(response.headers()) => {
+                    let failed = Failure::Backend(BackendFailure::Malformed);
+                    lease.failed(&failed);
+                    return Err(failed);
+                }
                 Ok(response) => {
                     observed.answered(self.worker.now());
                     lease.answered(response.status());
@@ -365,6 +370,9 @@ impl<'a> Exchange<'a> {
                 return Err(failure);
             }
         };
+        if self.progress.body_is_too_large() {
+            return Err(Failure::BodyTooLarge);
+        }
         if error.error().is_user() {
             // The body is the client's: hyper could not read it, and the backend is not at fault.
             return Err(Failure::Bad(BadRequest::Body));

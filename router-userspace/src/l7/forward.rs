@@ -8,7 +8,7 @@ use std::rc::Rc;
 use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -18,6 +18,7 @@ use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_cert;
+use crate::l7::compress::{self, Coding, Compressed};
 use crate::l7::edits::{self, RequestUrl};
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
@@ -27,6 +28,7 @@ use crate::l7::record::RequestRecord;
 use crate::l7::route_service::{self, Leg};
 use crate::l7::router::{self, Lookup, NoMatch};
 use crate::l7::sticky;
+use crate::l7::throttle;
 use crate::l7::trace;
 use crate::l7::tunnel::{self, Switch};
 use crate::l7::validate::{self, Findings};
@@ -113,8 +115,11 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
+    throttle::by_gateway(worker, client.peer.ip(), request.headers())?;
     let mut pool = find_pool(worker, &findings, &request)?;
     progress.observed.set_route(&pool);
+    throttle::by_route(worker, &pool, client.peer.ip(), request.headers())?;
+    limit_body(progress, &pool, &findings, &request)?;
     if let Some(response) = redirected(client, &pool, &findings, request.uri()) {
         return Ok(Forwarded::Response(response));
     }
@@ -144,6 +149,7 @@ async fn forward(
             via: settings.via.as_ref().map(|via| via.by(version)),
         }
     });
+    let compression = Compression::wanted(&pool, &request);
     let target = request.uri().path_and_query().cloned();
     let mut request = outgoing(progress, &findings, request);
     let is_detour = matches!(leg, Leg::ToService(_));
@@ -176,7 +182,76 @@ async fn forward(
     if let Some(via) = via {
         exchanged.response.headers_mut().append(VIA, via);
     }
-    returned(exchanged, version, &findings, origin.request_id)
+    let forwarded = returned(exchanged, version, &findings, origin.request_id)?;
+    Ok(compression.apply(worker, forwarded))
+}
+
+/// What a request and its route say of compression.
+#[derive(Clone, Copy, Debug)]
+struct Compression {
+    is_on: bool,
+    accepted: Option<Coding>,
+}
+
+impl Compression {
+    fn wanted(pool: &PoolState, request: &Request<Incoming>) -> Compression {
+        let is_on = pool.policy.as_ref().is_some_and(|it| it.compression);
+        Compression {
+            is_on,
+            accepted: is_on
+                .then(|| compress::accepted(request.headers()))
+                .flatten(),
+        }
+    }
+
+    fn apply(self, worker: &Worker, forwarded: Forwarded) -> Forwarded {
+        let Forwarded::Response(mut response) = forwarded else {
+            return forwarded;
+        };
+        let len = response.body().size_hint().exact();
+        if self.is_on && compress::is_compressible(response.status(), response.headers(), len) {
+            compress::vary(response.headers_mut());
+            // A HEAD has nothing to compress, but says what a GET would.
+            if let Some(coding) = self.accepted
+                && !response.body().is_end_stream()
+                && let Some(compressed) = Compressed::new(coding, &worker.compressing)
+            {
+                compress::rewrite_head(response.headers_mut(), coding);
+                response.body_mut().compress(compressed);
+            }
+        }
+        Forwarded::Response(response)
+    }
+}
+
+/// What the route, or the gateway, allows a request's body to be.
+///
+/// # Errors
+/// It says itself that it is longer.
+fn limit_body(
+    progress: &Progress,
+    pool: &PoolState,
+    findings: &Findings,
+    request: &Request<Incoming>,
+) -> Result<(), Failure> {
+    if request.body().is_end_stream() {
+        return Ok(());
+    }
+    let own = pool
+        .policy
+        .as_ref()
+        .and_then(|it| it.limits.request_body_bytes);
+    let limit = own.or_else(|| {
+        (progress.worker).settings(|settings| match settings.limits.request_body_bytes {
+            0 => None,
+            limit => Some(limit),
+        })
+    });
+    if limit.is_some_and(|limit| request.body().size_hint().lower() > limit) {
+        return Err(Failure::BodyTooLarge);
+    }
+    progress.set_body_limit(limit, findings.grpc);
+    Ok(())
 }
 
 /// The cookie that tells the client which instance its session is with, if it has to be told.

@@ -127,6 +127,9 @@ pub fn request(bytes: &[u8]) {
             trusted,
             request_start: HeaderValue::from_static("1"),
             request_id: HeaderValue::from_static("id"),
+            forwarded: crate::config::ForwardedHeader::Off,
+            port: None,
+            via: None,
         };
         let mut headers = request.headers().clone();
         headers::rewrite_request(&mut headers, &findings, &origin);

@@ -16,6 +16,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::config::HttpMetrics;
+use crate::l7::clients::{CUTOFFS, Cutoff};
 use crate::l7::error::{GATEWAY_FAILURES, REASONS};
 use crate::l7::handshake;
 use crate::l7::shared::SharedBackend;
@@ -132,6 +133,10 @@ pub struct L7Totals {
     pub handshake_failures: Vec<(&'static str, u64)>,
     /// Client connections closed for sending a request's head too slowly or being idle.
     pub connections_timed_out: u64,
+    /// Client connections refused or ended, and streams reset, for what the client did, by reason.
+    pub cutoffs: Vec<(&'static str, u64)>,
+    /// Rates of clients that were forgotten for others', though the clients were not idle.
+    pub client_buckets_full: u64,
     pub retries: u64,
     /// Attempts that were not made, for the route's budget was spent.
     pub retries_refused: u64,
@@ -199,6 +204,7 @@ impl L7Metrics {
         let mut totals = L7Totals {
             errors: REASONS.iter().map(|&reason| (reason, 0)).collect(),
             handshake_failures: handshake::REASONS.map(|reason| (reason, 0)).to_vec(),
+            cutoffs: CUTOFFS.map(|reason| (reason, 0)).to_vec(),
             ..L7Totals::default()
         };
         for worker in self.workers().iter() {
@@ -275,6 +281,9 @@ pub(super) struct WorkerMetrics {
     /// In the order of [`handshake::REASONS`].
     pub handshake_failures: [Counter; handshake::REASONS.len()],
     pub connections_timed_out: Counter,
+    /// In the order of [`CUTOFFS`].
+    pub cutoffs: [Counter; CUTOFFS.len()],
+    pub client_buckets_full: Counter,
     pub retries: Counter,
     pub retries_refused: Counter,
     pub ejections: Counter,
@@ -346,6 +355,10 @@ impl WorkerMetrics {
         }
     }
 
+    pub(super) fn count_cutoff(&self, cutoff: Cutoff) {
+        self.cutoffs[cutoff as usize].add(1);
+    }
+
     /// Requests answered for by [`Failure::Gateway`](crate::l7::error::Failure::Gateway).
     pub(super) fn gateway_failures(&self) -> u64 {
         GATEWAY_FAILURES
@@ -387,6 +400,9 @@ impl WorkerMetrics {
         for ((_, total), counter) in failures.zip(&self.handshake_failures) {
             *total += counter.read();
         }
+        for ((_, total), counter) in totals.cutoffs.iter_mut().zip(&self.cutoffs) {
+            *total += counter.read();
+        }
         totals.aborted += self.aborted.read();
         totals.requests_in_flight += self.requests_in_flight.read();
         totals.connections_open += self.connections_open.read();
@@ -398,6 +414,7 @@ impl WorkerMetrics {
         totals.tls_resumptions += self.tls_resumptions.read();
         totals.tls_handshakes_full += self.tls_handshakes_full.read();
         totals.connections_timed_out += self.connections_timed_out.read();
+        totals.client_buckets_full += self.client_buckets_full.read();
         totals.retries += self.retries.read();
         totals.retries_refused += self.retries_refused.read();
         totals.ejections += self.ejections.read();

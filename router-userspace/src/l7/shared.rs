@@ -1,5 +1,5 @@
 //! What the workers know together: of each backend its requests in flight and its ejection, of each
-//! route with limits its requests in flight.
+//! route with limits its requests in flight and its rate, of each client its connections and its rates.
 //!
 //! A worker asks for a backend's part once, when it first meets the backend, and keeps it; the lock
 //! around the list is held for one lookup. Nothing else here is locked.
@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::time::Instant;
 
 use crate::l7::admission::InFlight;
+use crate::l7::clients::Clients;
 use crate::l7::outlier::Outlier;
+use crate::l7::rate::{Bucket, ClientBuckets};
 use crate::route::policy::HttpPolicy;
 use crate::route::{BackendTls, HttpProtocol};
 
@@ -23,6 +25,10 @@ pub(super) type BackendKey = (SocketAddr, Option<BackendTls>, HttpProtocol);
 /// One for all workers.
 #[derive(Debug)]
 pub(super) struct Shared {
+    /// How many connections each client has.
+    pub clients: Arc<Clients>,
+    /// What clients have begun lately.
+    pub client_buckets: ClientBuckets,
     workers: usize,
     backends: Mutex<Known<BackendKey, SharedBackend>>,
     /// By the address of the policy, which is not given to another while a `Weak` of it is here.
@@ -49,12 +55,16 @@ pub(super) struct SharedBackend {
 #[derive(Debug)]
 pub(super) struct SharedRoute {
     pub in_flight: InFlight,
+    /// What has been begun lately.
+    pub bucket: Bucket,
     _policy: Weak<HttpPolicy>,
 }
 
 impl Shared {
     pub(super) fn new(workers: usize) -> Shared {
         Shared {
+            clients: Arc::new(Clients::new()),
+            client_buckets: ClientBuckets::new(Instant::now()),
             workers,
             backends: Mutex::default(),
             routes: Mutex::default(),
@@ -74,6 +84,7 @@ impl Shared {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         routes.get_or_insert(&Arc::as_ptr(policy).addr(), || SharedRoute {
             in_flight: InFlight::new(self.workers),
+            bucket: Bucket::default(),
             _policy: Arc::downgrade(policy),
         })
     }

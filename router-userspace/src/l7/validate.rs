@@ -31,6 +31,8 @@ pub(super) struct Findings {
     /// Hop-by-hop headers other than `Connection` are present.
     pub hop_by_hop: bool,
     pub te_trailers: bool,
+    /// A stream of messages, which come when there are any.
+    pub grpc: bool,
     pub expect: bool,
     /// A name with an underscore, which CGI-like backends confuse with another header.
     pub underscores: bool,
@@ -53,6 +55,10 @@ impl Findings {
     }
 }
 
+/// An extension of a request whose head has a `Content-Length` beside its `Transfer-Encoding`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LengthAndCoding;
+
 /// # Errors
 /// The refusal to answer with.
 pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Findings, Failure> {
@@ -61,11 +67,28 @@ pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Fi
         return Err(Failure::TooManyHeaders);
     }
     let mut findings = inspect_headers(request.headers())?;
+    if findings.hop_by_hop && request.extensions().get::<LengthAndCoding>().is_some() {
+        return Err(Failure::Bad(BadRequest::LengthAndCoding));
+    }
     inspect_target(request, limits.uri_bytes, &mut findings)?;
     if findings.upgrade && !findings.extended_connect {
         findings.upgrade = may_upgrade(request);
     }
     Ok(findings)
+}
+
+/// Whether a response of HTTP/1 says once, and in the one way everybody understands, where it ends
+/// (RFC 9112 §6.3).
+pub(super) fn is_framed_once(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(http::header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => true,
+        (Some(coding), None) => {
+            coding.as_bytes().eq_ignore_ascii_case(b"chunked")
+                && !headers.contains_key(http::header::CONTENT_LENGTH)
+        }
+        (Some(_), Some(_)) => false,
+    }
 }
 
 fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
@@ -101,6 +124,7 @@ fn inspect_headers(headers: &HeaderMap) -> Result<Findings, Failure> {
                 findings.hop_by_hop = true;
                 findings.te_trailers |= has_token(value, "trailers");
             }
+            "content-type" => findings.grpc = value.as_bytes().starts_with(b"application/grpc"),
             "keep-alive"
             | "proxy-connection"
             | "proxy-authenticate"

@@ -9,7 +9,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -31,6 +31,7 @@ use crate::l7::Settings;
 use crate::l7::access_log::{self, WorkerLog};
 use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
+use crate::l7::clients::{ClientPlace, Cutoff};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
 use crate::l7::listen;
@@ -94,6 +95,9 @@ pub(super) struct Worker {
     pub metrics: Arc<WorkerMetrics>,
     pub tls: Arc<Tls>,
     pub route_services: Services,
+    pub shared: Arc<Shared>,
+    /// Cloned for each response that is being compressed.
+    pub compressing: Rc<()>,
     handshakes: Handshakes,
     snapshot: RefCell<Cache<Published, Arc<Snapshot>>>,
     settings: RefCell<Cache<Arc<ArcSwap<Settings>>, Arc<Settings>>>,
@@ -255,14 +259,26 @@ async fn accept_backlog(
 
 fn serve(worker: &Rc<Worker>, kind: ListenerKind, stream: TcpStream, peer: SocketAddr) {
     worker.metrics.connections_accepted.add(1);
+    let Ok(place) = worker.enter(peer.ip()) else {
+        return;
+    };
     let open = OpenConnection::new(worker);
     let worker = Rc::clone(worker);
     tokio::task::spawn_local(async move {
         let rules = worker.settings(|settings| settings.handshake_rules(peer));
         let established = worker.handshakes.establish(kind, &rules, stream, peer);
         if let Ok(established) = established.await {
-            connection::serve(worker, established).await;
+            // A PROXY header has told who the client is.
+            let behind_proxy = match established.peer.ip() == peer.ip() {
+                true => Ok(None),
+                false => worker.enter(established.peer.ip()),
+            };
+            if behind_proxy.is_ok() {
+                connection::serve(worker, established).await;
+            }
+            drop(behind_proxy);
         }
+        drop(place);
         drop(open);
     });
 }
@@ -326,6 +342,8 @@ impl Worker {
             handshakes: Handshakes::new(Arc::clone(&tls), Arc::clone(&metrics)),
             index: backends.worker,
             route_services: Services::default(),
+            shared: Arc::clone(&backends.common),
+            compressing: Rc::new(()),
             metrics,
             tls,
             snapshot: RefCell::new(Cache::new(published)),
@@ -464,6 +482,30 @@ impl Worker {
         use_it(&mut scratch)
     }
 
+    /// Counts a connection of a client until the place is dropped; none is needed where clients are not
+    /// limited.
+    ///
+    /// # Errors
+    /// The client has as many as it may.
+    fn enter(&self, client: IpAddr) -> Result<Option<ClientPlace>, TooManyConnections> {
+        let limit = self.settings(|settings| match settings.limits.connections_per_client {
+            0 => None,
+            _ if settings.trusts(client) => None,
+            limit => Some(limit),
+        });
+        let Some(limit) = limit else {
+            return Ok(None);
+        };
+        match self.shared.clients.enter(client, limit) {
+            Some(place) => Ok(Some(place)),
+            None => {
+                self.metrics.count_cutoff(Cutoff::Connections);
+                tracing::debug!(%client, "has http.limits.connections_per_client");
+                Err(TooManyConnections)
+            }
+        }
+    }
+
     pub(super) fn is_draining(&self) -> bool {
         self.draining.get()
     }
@@ -500,6 +542,9 @@ impl Worker {
         }
     }
 }
+
+/// A client has `http.limits.connections_per_client`.
+struct TooManyConnections;
 
 /// Counts an open client connection, however it ends.
 struct OpenConnection(Rc<Worker>);

@@ -131,6 +131,11 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.http2_errors,
         ),
         (
+            "viaduct_http_client_buckets_full",
+            "Rates of clients that were forgotten for those of others, though the clients were not idle",
+            totals.client_buckets_full,
+        ),
+        (
             "viaduct_http_upgrades",
             "Connections handed over to another protocol",
             totals.upgrades,
@@ -168,6 +173,14 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
     ] {
         page.counter(name, help, count)?;
     }
+    page.counters(
+        "viaduct_http_cutoffs",
+        "Client connections refused or ended and streams reset for what the client did, by reason",
+        totals
+            .cutoffs
+            .iter()
+            .map(|(reason, count)| ([("reason", *reason)], *count)),
+    )?;
     page.counters(
         "viaduct_http_ejections",
         "Backends avoided for a while, by what they did",

@@ -3,8 +3,9 @@
 use std::pin::pin;
 use std::rc::Rc;
 
+use http::header::TRANSFER_ENCODING;
 use http::{HeaderValue, Request, StatusCode, header};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 
@@ -15,6 +16,7 @@ use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
 use crate::l7::record;
+use crate::l7::validate::LengthAndCoding;
 
 /// hyper's default; asking for it by name would take its slower path.
 const DEFAULT_HEADER_COUNT: usize = 100;
@@ -23,7 +25,9 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
     let worker = &client.worker;
     let service = service_fn({
         let (client, progress) = (Rc::clone(client), Rc::clone(progress));
-        move |request: Request<Incoming>| {
+        move |mut request: Request<Incoming>| {
+            client.count_request();
+            note_both_lengths(&progress, &mut request);
             let client = Rc::clone(&client);
             let answer = forward::answer(Rc::clone(&client), Rc::clone(&progress), request);
             async move {
@@ -96,6 +100,15 @@ fn status_of(error: &hyper::Error) -> StatusCode {
         StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
     } else {
         StatusCode::BAD_REQUEST
+    }
+}
+
+/// Marks a request that has a length beside its transfer coding; hyper has hidden the length.
+fn note_both_lengths(progress: &Progress, request: &mut Request<Incoming>) {
+    let is_coded = request.headers().contains_key(TRANSFER_ENCODING);
+    let has_body = !request.body().is_end_stream();
+    if progress.head_ends(request.method(), is_coded, has_body) {
+        request.extensions_mut().insert(LengthAndCoding);
     }
 }
 

@@ -35,12 +35,16 @@ const CLIENT_ERROR_RESETS: usize = 100;
 
 pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo) {
     let worker = &client.worker;
-    io.forget_progress();
+    io.begin_http2();
     worker.metrics.http2_connections.add(1);
-    let tasks = StreamTasks::default();
+    let tasks = StreamTasks {
+        client: Rc::clone(client),
+        next: Rc::default(),
+    };
     let service = service_fn({
         let (client, tasks) = (Rc::clone(client), tasks.clone());
         move |request: Request<Incoming>| {
+            client.count_request();
             let progress = client.begin_stream();
             tasks.next.set(Some(Rc::clone(&progress)));
             forward::answer(Rc::clone(&client), progress, request)
@@ -127,8 +131,9 @@ fn look_at_streams<C>(
 }
 
 /// Spawns the futures of a connection's streams.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct StreamTasks {
+    client: Rc<Client>,
     /// The progress of the stream that hyper is about to spawn: it calls the service and the executor
     /// one after the other.
     next: Rc<Cell<Option<Rc<Progress>>>>,
@@ -139,6 +144,7 @@ impl<F: Future<Output = ()> + 'static> Executor<F> for StreamTasks {
         let progress = self.next.take();
         tokio::task::spawn_local(StreamTask {
             future: Some(Box::pin(future)),
+            client: Rc::clone(&self.client),
             progress,
         });
     }
@@ -147,6 +153,7 @@ impl<F: Future<Output = ()> + 'static> Executor<F> for StreamTasks {
 /// A stream until it ends or is cut.
 struct StreamTask<F> {
     future: Option<Pin<Box<F>>>,
+    client: Rc<Client>,
     /// `None` for what carries an upgraded stream.
     progress: Option<Rc<Progress>>,
 }
@@ -167,5 +174,13 @@ impl<F: Future<Output = ()>> Future for StreamTask<F> {
             }
         }
         future.as_mut().poll(cx)
+    }
+}
+
+impl<F> Drop for StreamTask<F> {
+    fn drop(&mut self) {
+        if let Some(progress) = &self.progress {
+            self.client.end(progress);
+        }
     }
 }

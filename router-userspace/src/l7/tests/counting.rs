@@ -124,6 +124,7 @@ fn exposition(gateway: &Gateway) -> String {
         published: Arc::clone(&gateway.published),
         l4: None,
         l7: Arc::clone(&gateway.metrics),
+        sockmap: None,
     };
     let mut registry = prometheus_client::registry::Registry::default();
     registry.register_collector(Box::new(scrape));

@@ -51,27 +51,53 @@ async fn ambiguous_framing_is_refused_and_the_connection_closed() {
 }
 
 #[tokio::test]
-async fn chunked_wins_over_a_length_and_nothing_after_it_is_read() {
+async fn a_length_beside_a_coding_is_refused_and_the_connection_closed() {
     for lines in [
         "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
         "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        "content-length:5\r\nX: y\r\ntransfer-encoding: CHUNKED\r\n",
     ] {
-        let (listener, address) = scripted().await;
-        let gateway = Gateway::to([address]);
-        let mut client = gateway.connect().await;
-        client.write_all(post(lines).as_bytes()).await.unwrap();
-        let (mut stream, _) = listener.accept().await.unwrap();
-        let head = read_until(&mut stream, "\r\n\r\n").await;
-        assert!(!head.contains("content-length"), "{head}");
-        assert!(head.contains("transfer-encoding: chunked\r\n"), "{head}");
-        read_until(&mut stream, "0\r\n\r\n").await;
-        stream
-            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-            .await
-            .unwrap();
-        let response = read_to_end(&mut client).await;
-        assert_status(&response, 200);
-        assert_eq!(response.matches("HTTP/1.1").count(), 1, "{response}");
+        check(&post(lines), 400, &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_length_beside_a_coding_is_refused_behind_other_requests() {
+    let both = post("Transfer-Encoding: chunked\r\nContent-Length: 5\r\n");
+    let get = "GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
+    let upload = "POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 5\r\n\r\nhello";
+    for before in [get.to_owned(), get.repeat(3), upload.to_owned()] {
+        let a = TestBackend::named("a").await;
+        let gateway = Gateway::to([a.address]);
+        let mut stream = gateway.connect().await;
+        stream.write_all(before.as_bytes()).await.unwrap();
+        for _ in 0..before.matches("HTTP/1.1").count() {
+            assert_status(&read_until(&mut stream, "\r\n\r\na").await, 200);
+        }
+        stream.write_all(both.as_bytes()).await.unwrap();
+        assert_status(&read_to_end(&mut stream).await, 400);
+    }
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let answers = gateway.exchange(format!("{get}{both}")).await;
+    let statuses: Vec<&str> = answers
+        .split("HTTP/1.1 ")
+        .skip(1)
+        .map(|it| &it[..3])
+        .collect();
+    assert_eq!(statuses, ["200", "400"]);
+}
+
+#[tokio::test]
+async fn a_body_that_looks_like_a_length_is_not_one() {
+    let a = TestBackend::named("a").await;
+    let gateway = Gateway::to([a.address]);
+    let mut stream = gateway.connect().await;
+    let bytes = "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n\
+                 13\r\nContent-Length: 5\r\n\r\n0\r\n\r\n";
+    for _ in 0..3 {
+        stream.write_all(bytes.as_bytes()).await.unwrap();
+        assert_status(&read_until(&mut stream, "\r\n\r\na").await, 200);
     }
 }
 
@@ -206,4 +232,56 @@ async fn a_refused_client_that_still_sends_reads_its_answer() {
     stream.write_all(&[b'x'; 50_000]).await.unwrap();
     stream.shutdown().await.unwrap();
     assert_status(&read_to_end(&mut stream).await, 400);
+}
+
+/// What a backend sees of a request, up to `end`.
+async fn seen_of(request: &str, end: &str) -> String {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let mut client = gateway.connect().await;
+    client.write_all(request.as_bytes()).await.unwrap();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_until(&mut stream, end).await
+}
+
+#[tokio::test]
+async fn a_backend_sees_what_was_taken_in_one_plain_form() {
+    let seen = seen_of("\r\nGET / HTTP/1.1\nHost: a.com\nX: y\n\n", "\r\n\r\n").await;
+    assert!(seen.starts_with("GET / HTTP/1.1\r\n"), "{seen}");
+    assert!(seen.contains("x: y\r\n"), "{seen}");
+    assert_eq!(seen.matches('\n').count(), seen.matches("\r\n").count());
+
+    let request = "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: Chunked\r\n\r\n\
+                   5;a=b\r\nhello\r\n0\r\nContent-Length: 9\r\nHost: b.com\r\nTransfer-Encoding: x\r\n\r\n";
+    let seen = seen_of(request, "0\r\n\r\n").await;
+    let (head, body) = seen.split_once("\r\n\r\n").unwrap();
+    assert_eq!(body, "5\r\nhello\r\n0\r\n\r\n");
+    assert!(head.contains("\r\ntransfer-encoding: chunked"), "{head}");
+    assert!(!head.contains("content-length"), "{head}");
+}
+
+#[tokio::test]
+async fn a_client_cannot_give_or_take_what_others_rely_on() {
+    let request = "GET / HTTP/1.1\r\nHost: a.com\r\nContent_Length: 5\r\nX_Forwarded_For: 1.2.3.4\r\n\
+                   X-Forwarded-For: 1.2.3.4\r\nKeep-Alive: 1\r\nProxy-Connection: close\r\nTE: gzip\r\n\
+                   Connection: close, Authorization, X-Forwarded-For, X-Own\r\n\
+                   Authorization: secret\r\nX-Own: y\r\n\r\n";
+    let seen = seen_of(request, "\r\n\r\n").await;
+    for kept in [
+        "authorization: secret\r\n",
+        "x-forwarded-for: 127.0.0.1\r\n",
+    ] {
+        assert!(seen.contains(kept), "{seen}");
+    }
+    for gone in [
+        "_",
+        "1.2.3.4",
+        "keep-alive",
+        "proxy-",
+        "\r\nte:",
+        "x-own",
+        "close",
+    ] {
+        assert!(!seen.contains(gone), "{gone}: {seen}");
+    }
 }
