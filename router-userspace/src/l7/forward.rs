@@ -129,26 +129,7 @@ async fn forward(
     }
     let mut only = find_instance(&pool, &findings)?;
     let version = request.version();
-    let origin = worker.settings(|settings| {
-        // A service passes on what the gateway has told it.
-        let trusted = settings.trusts(client.peer.ip()) || matches!(leg, Leg::Returned);
-        let shown = client
-            .tls
-            .as_ref()
-            .and_then(|tls| tls.client_certificate.as_ref());
-        let mode = settings.forwarded_client_cert;
-        headers::Origin {
-            address: &client.forwarded_for,
-            client_cert: client_cert::forwarded(mode, trusted, shown),
-            secure: client.tls.is_some(),
-            trusted,
-            request_start: worker.request_start(),
-            request_id: worker.new_request_id(),
-            forwarded: settings.forwarded,
-            port: settings.forwarded_port.then(|| client.local.port()),
-            via: settings.via.as_ref().map(|via| via.by(version)),
-        }
-    });
+    let origin = origin_of(client, version, matches!(leg, Leg::Returned));
     let compression = Compression::wanted(&pool, &request);
     let target = request.uri().path_and_query().cloned();
     let mut request = outgoing(progress, &findings, request);
@@ -184,6 +165,31 @@ async fn forward(
     }
     let forwarded = returned(exchanged, version, &findings, origin.request_id)?;
     Ok(compression.apply(worker, forwarded))
+}
+
+/// Where a request comes from; `returned`, by way of its route's service.
+fn origin_of(client: &Client, version: Version, returned: bool) -> headers::Origin<'_> {
+    let worker = &client.worker;
+    worker.settings(|settings| {
+        // A service passes on what the gateway has told it.
+        let trusted = returned || settings.trusts(client.peer.ip());
+        let shown = client
+            .tls
+            .as_ref()
+            .and_then(|tls| tls.client_certificate.as_ref());
+        let mode = settings.forwarded_client_cert;
+        headers::Origin {
+            address: &client.forwarded_for,
+            client_cert: client_cert::forwarded(mode, trusted, shown),
+            secure: client.tls.is_some(),
+            trusted,
+            request_start: worker.request_start(),
+            request_id: worker.new_request_id(),
+            forwarded: settings.forwarded,
+            port: settings.forwarded_port.then(|| client.local.port()),
+            via: settings.via.as_ref().map(|via| via.by(version)),
+        }
+    })
 }
 
 /// What a request and its route say of compression.
