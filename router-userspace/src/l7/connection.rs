@@ -28,8 +28,8 @@ mod http2;
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 * 1024;
 
-/// How long a client may be quiet before its connection gives back all but its socket: half a
-/// kilobyte in place of hyper's buffers, and a few microseconds with the next request.
+/// How long a client may be quiet before its connection gives hyper's buffers back, to get them anew
+/// with the next request.
 const PARK_AFTER: Duration = Duration::from_secs(1);
 
 /// How a connection of HTTP/1 ended.
