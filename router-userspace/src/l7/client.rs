@@ -318,7 +318,7 @@ impl Progress {
         both
     }
 
-    /// There are no more requests of HTTP/1.
+    /// There are no more requests of HTTP/1, or what is read next begins a head.
     pub(super) fn forget_heads(&self) {
         self.raw_heads.take();
     }

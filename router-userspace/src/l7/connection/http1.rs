@@ -72,6 +72,9 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         Err(Left::Expired) => return Ended::Expired,
         Err(Left::Quiet) => {
             let parts = connection.into_parts();
+            if parts.read_buf.is_empty() {
+                progress.forget_heads();
+            }
             return Ended::Quiet(parts.io.into_inner().rewound(parts.read_buf));
         }
         Ok(Ok(())) => connection.into_parts(),
