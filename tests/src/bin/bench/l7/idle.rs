@@ -17,6 +17,9 @@ const THREADS: usize = 16;
 /// Proxies close connections that were idle for a minute.
 const LONGEST: Duration = Duration::from_secs(40);
 
+/// What a proxy does about quiet connections, it has begun by then.
+const SETTLE: Duration = Duration::from_secs(3);
+
 /// KiB of resident memory that each of [`IDLE_CONNECTIONS`] adds to a process, after one request on
 /// each, and KiB without them.
 pub(crate) fn measure(address: SocketAddr, pid: u32) -> anyhow::Result<(f64, f64)> {
@@ -33,11 +36,12 @@ pub(crate) fn measure(address: SocketAddr, pid: u32) -> anyhow::Result<(f64, f64
         opened.collect::<anyhow::Result<Vec<_>>>()
     })?;
     let count: usize = connections.iter().map(Vec::len).sum();
-    let after = usage::resident_kib(pid)?;
     ensure!(
         start.elapsed() < LONGEST,
         "opening {count} connections took too long"
     );
+    thread::sleep(SETTLE);
+    let after = usage::resident_kib(pid)?;
     Ok(((after - before) / count as f64, before))
 }
 
