@@ -3,8 +3,10 @@
 //! Call them on a thread inside a namespace ([`crate::netns::Netns::run`]). Every wait is bounded by
 //! [`TIMEOUT`], so that a lost packet is an error and not a test that hangs.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -71,12 +73,28 @@ impl TcpClient {
     }
 }
 
-/// Sends one datagram from a fresh port and returns the name of the instance that answered.
+/// Sends one datagram as a new flow and returns the name of the instance that answered.
 pub fn udp(address: SocketAddr) -> anyhow::Result<String> {
-    let socket = UdpSocket::bind("0.0.0.0:0").context("bind")?;
+    let socket = udp_socket_of_a_new_flow()?;
     socket.connect(address)?;
     socket.set_read_timeout(Some(TIMEOUT))?;
     udp_on(&socket).with_context(|| format!("exchange with udp/{address}"))
+}
+
+/// Bound to the port that waited longest since such a socket had it: the kernel would pick one at
+/// random, and so at times that of a flow which the gateway still remembers.
+fn udp_socket_of_a_new_flow() -> anyhow::Result<UdpSocket> {
+    // Below the ports that kernels give to other sockets by themselves.
+    const PORTS: Range<u16> = 10_000..32_768;
+    static TURN: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let turn = TURN.fetch_add(1, Ordering::Relaxed) % PORTS.len();
+        let port = PORTS.start + u16::try_from(turn).expect("less than the ports");
+        match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+            bound => return bound.with_context(|| format!("bind to port {port}")),
+        }
+    }
 }
 
 /// The same from a port that is kept: one flow.
