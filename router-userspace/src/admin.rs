@@ -45,6 +45,7 @@ use crate::config::{AdminListen, Config};
 use crate::event::Event;
 use crate::l4::L4Reader;
 use crate::metrics::Scrape;
+use crate::route::Origin;
 
 mod drain;
 mod explain;
@@ -348,12 +349,17 @@ fn counters(admin: &Admin) -> Value {
                 .collect(),
         )
     };
+    let by_origin = |origin: Origin| {
+        let backends = size.entries[origin as usize] as u64;
+        (origin.as_str(), backends)
+    };
+    let by_origin = object(&mut Origin::ALL.into_iter().map(by_origin));
     json!({
         "uptime_seconds": admin.started.elapsed().as_secs(),
         "revision": snapshot.revision,
         "http_routes": size.http_routes,
         "vips": size.vips,
-        "route_backends": { "nats": size.entries[0], "file": size.entries[1], "adopted": size.entries[2] },
+        "route_backends": by_origin,
         "unhealthy_backends": snapshot.unhealthy.len(),
         "drained_backends": snapshot.draining.len() + snapshot.draining_at.len(),
         "nats": {

@@ -62,7 +62,7 @@ pub struct Metrics {
     full: Counter,
     http_routes: Gauge,
     vips: Gauge,
-    entries: [Gauge; 3],
+    entries: [Gauge; Origin::ALL.len()],
     pub batches: Counter,
     pub events: Counter,
     /// From the start of a batch until both layers have its snapshot.
@@ -238,7 +238,7 @@ impl Metrics {
         Size {
             http_routes: self.http_routes.get() as usize,
             vips: self.vips.get() as usize,
-            entries: [0, 1, 2].map(|origin: usize| self.entries[origin].get() as usize),
+            entries: Origin::ALL.map(|origin| self.entries[origin as usize].get() as usize),
         }
     }
 }
@@ -353,13 +353,10 @@ fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "Virtual IPs with a backend",
         size.vips as u64,
     )?;
-    let origins = [Origin::Nats, Origin::File, Origin::Adopted];
     page.gauges(
         "viaduct_route_backends",
         "Backends of routes, by where they were announced",
-        origins
-            .iter()
-            .map(|&o| ([("origin", o.as_str())], size.entries[o as usize])),
+        Origin::ALL.map(|origin| ([("origin", origin.as_str())], size.entries[origin as usize])),
     )?;
     page.counters(
         "viaduct_route_changes",

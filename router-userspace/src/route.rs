@@ -61,13 +61,20 @@ pub enum RouteKey {
     Vip(Vip),
 }
 
-/// Where a backend was announced.
+/// Where a backend was announced, in the order of precedence: of what several sources say of one
+/// backend of a route, or of how a route is served, the first holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
-    /// A `router.register` message; expires unless repeated.
-    Nats,
     /// A routes file; stays until the file changes.
     File,
+    /// A key of the JetStream bucket; stays until it is deleted.
+    Kv,
+    /// A `router.register` message; expires unless repeated.
+    Nats,
+    Etcd,
+    Consul,
+    Zookeeper,
+    Redis,
     /// Found in the pinned maps of an earlier agent; expires unless a source repeats it.
     Adopted,
 }
@@ -251,12 +258,34 @@ impl Proto {
 }
 
 impl Origin {
+    /// In the order of precedence.
+    pub const ALL: [Origin; 8] = [
+        Origin::File,
+        Origin::Kv,
+        Origin::Nats,
+        Origin::Etcd,
+        Origin::Consul,
+        Origin::Zookeeper,
+        Origin::Redis,
+        Origin::Adopted,
+    ];
+
     pub fn as_str(self) -> &'static str {
         match self {
-            Origin::Nats => "nats",
             Origin::File => "file",
+            Origin::Kv => "kv",
+            Origin::Nats => "nats",
+            Origin::Etcd => "etcd",
+            Origin::Consul => "consul",
+            Origin::Zookeeper => "zookeeper",
+            Origin::Redis => "redis",
             Origin::Adopted => "adopted",
         }
+    }
+
+    /// Whether what was announced is forgotten unless it is repeated.
+    pub fn expires(self) -> bool {
+        matches!(self, Origin::Nats | Origin::Adopted)
     }
 }
 

@@ -1,21 +1,20 @@
 //! The route table: the one mutable truth about routes, owned by the agent.
 //!
 //! [`RouteTable`] takes in what sources announce, forgets what is not repeated in time, and keeps the
-//! [`Snapshot`] that is published next. An entry is one backend of one route, identified by (route,
-//! address) as in gorouter; its other properties are those of the last registration. Pure: no clock,
-//! no I/O. What a change costs does not depend on the number of routes; a repeated registration
-//! renews its leases and nothing else, without an allocation.
+//! [`Snapshot`] that is published next. An entry is what one source says of one backend of one route,
+//! identified by (route, address, origin); its other properties are those of the last registration.
+//! Pure: no clock, no I/O. What a change costs does not depend on the number of routes; a repeated
+//! registration renews its leases and nothing else, without an allocation.
 //!
-//! An entry belongs to the source that announced it. Only that source changes, withdraws or expires
-//! it, with two exceptions: an adopted entry goes to whoever speaks of it first, and a routes file
-//! takes an address over from NATS.
+//! Only the source that announced an entry changes, withdraws or expires it. Where several sources
+//! name an address of a route, it is served as the first of them in the order of [`Origin`] says, and
+//! as the next says once that one is gone. An adopted entry goes to whoever speaks of it first.
 //!
 //! A source may also declare how a route is served. That holds for whatever backends the route has
 //! until the source withdraws it, is kept beside the entries, and makes a route without backends only
 //! if it answers alone.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::hash::BuildHasher;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -27,21 +26,17 @@ use crate::config::PortRange;
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::policy::HttpPolicy;
 use crate::route::{
-    Backend, Balance, Declaration, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent,
-    RouteKey, Unregistration, Vip, Withdrawal,
+    Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
+    Unregistration, Vip,
 };
-use crate::snapshot::{HostRoutes, Snapshot};
+use crate::snapshot::Snapshot;
 
-/// Backends of routes, over all routes.
-pub const MAX_ENTRIES: usize = 4_000_000;
-/// Backends of one route. A change copies the list of its pool.
-pub const MAX_POOL_BACKENDS: usize = 4096;
-/// Routes of one host. A change copies the list of its host.
-pub const MAX_HOST_PATHS: usize = 4096;
-/// Routes with conditions of one host and path. Each is looked at until one holds.
-pub const MAX_PATH_CONDITIONS: usize = 64;
-/// Routes that are declared, with or without backends.
-pub const MAX_DECLARED: usize = 262_144;
+mod declared;
+mod room;
+
+pub use room::{
+    Bound, MAX_DECLARED, MAX_ENTRIES, MAX_HOST_PATHS, MAX_PATH_CONDITIONS, MAX_POOL_BACKENDS,
+};
 
 /// Backends that operators have drained, at all or for a VIP.
 pub const MAX_DRAINING: usize = 4096;
@@ -61,27 +56,12 @@ pub struct Change {
     pub removed: u64,
     /// Not repeated in time.
     pub expired: u64,
-    /// Left alone because the entry belongs to another source.
+    /// Noted without effect, because a source of precedence names the same backend.
     pub shadowed: u64,
     /// Refused with their registration, which one of the bounds of this module kept out.
     pub full: u64,
     /// The bound that refused a registration last.
     pub bound: Option<Bound>,
-}
-
-/// What keeps a registration out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bound {
-    /// [`MAX_ENTRIES`].
-    Entries,
-    /// [`MAX_POOL_BACKENDS`].
-    PoolBackends,
-    /// [`MAX_HOST_PATHS`].
-    HostPaths,
-    /// [`MAX_PATH_CONDITIONS`].
-    PathConditions,
-    /// [`MAX_DECLARED`].
-    Declared,
 }
 
 /// How much the table holds.
@@ -90,25 +70,26 @@ pub struct Size {
     /// By host, path and conditions.
     pub http_routes: usize,
     pub vips: usize,
-    /// Backends of routes by [`Origin`], in the order of its variants.
-    pub entries: [usize; 3],
+    /// Backends of routes by [`Origin`], in the order of its variants; one that several sources name
+    /// counts with each.
+    pub entries: [usize; Origin::ALL.len()],
 }
 
 pub struct RouteTable {
     /// Slots that [`Self::index`] and [`Self::expiry`] name by number.
     entries: Vec<Option<Entry>>,
     free: Vec<u32>,
-    /// By (route, address).
+    /// By (route, address), of each source.
     index: HashTable<u32>,
     hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
-    by_origin: [usize; 3],
-    /// What each source declares of a route, in the order of [`Origin`]'s variants.
-    declared: HashMap<HttpMatch, Declared>,
+    by_origin: [usize; Origin::ALL.len()],
+    /// What sources declare of a route: one policy of each, the first in the order of [`Origin`] holds.
+    declared: HashMap<HttpMatch, Vec<Arc<HttpPolicy>>>,
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
-    sources: [Source; 3],
+    sources: [Source; Origin::ALL.len()],
     /// What [`Self::register`] finds of each route; kept for its memory.
     found: Vec<Option<u32>>,
     stale_threshold: Duration,
@@ -118,12 +99,7 @@ pub struct RouteTable {
     next: Snapshot,
 }
 
-type Declared = [Option<Arc<HttpPolicy>>; 3];
-
-/// Whose declaration of a route holds if several sources have one: the first of these.
-const RANKS: [Origin; 3] = [Origin::File, Origin::Nats, Origin::Adopted];
-
-/// One backend of one route.
+/// One backend of one route, as one source has it.
 struct Entry {
     route: RouteKey,
     backend: Arc<Backend>,
@@ -156,14 +132,14 @@ impl RouteTable {
             free: Vec::new(),
             index: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
-            by_origin: [0; 3],
+            by_origin: [0; Origin::ALL.len()],
             declared: HashMap::new(),
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             sources: [Source {
                 connected: true,
                 since: 0,
-            }; 3],
+            }; Origin::ALL.len()],
             found: Vec::new(),
             stale_threshold,
             epoch: now,
@@ -197,9 +173,11 @@ impl RouteTable {
             .collect();
         for (vip, pool) in gone {
             for backend in &pool.backends {
-                let id = self.find(&RouteKey::Vip(vip), backend.address);
-                self.remove(id.expect("every member has an entry"), &mut change);
-                change.removed += 1;
+                let route = RouteKey::Vip(vip);
+                while let Some(id) = self.serving(&route, backend.address) {
+                    self.remove(id, &mut change);
+                    change.removed += 1;
+                }
             }
         }
         change
@@ -221,7 +199,7 @@ impl RouteTable {
         let since = expiry::tick_after(self.epoch, now);
         let followers: &[Origin] = match origin {
             Origin::Nats => &[Origin::Nats, Origin::Adopted],
-            Origin::File | Origin::Adopted => &[],
+            _ => &[],
         };
         for follower in followers {
             let source = &mut self.sources[*follower as usize];
@@ -343,7 +321,8 @@ impl RouteTable {
         };
         let mut found = std::mem::take(&mut self.found);
         found.clear();
-        found.extend(routes.iter().map(|route| self.find(route, backend.address)));
+        let find = |route| self.find(route, backend.address, backend.origin);
+        found.extend(routes.iter().map(find));
         if let Err(bound) = self.check_room(&routes, &found) {
             change.full += routes.len() as u64;
             change.bound = Some(bound);
@@ -352,19 +331,25 @@ impl RouteTable {
         }
         for (route, known) in routes.into_iter().zip(&found) {
             // A registration may name a route twice, and then the first adds it.
-            let known = known.or_else(|| self.find(&route, backend.address));
+            let known = known.or_else(|| self.find(&route, backend.address, backend.origin));
             let id = match known {
-                Some(id) => self.update(id, &backend, &policy, change),
-                None => Some(self.insert(route, &backend, &policy, change)),
+                Some(id) => {
+                    self.update(id, &backend, &policy, change);
+                    id
+                }
+                None if backend.origin == Origin::Adopted
+                    && self.serving(&route, backend.address).is_some() =>
+                {
+                    change.shadowed += 1;
+                    continue;
+                }
+                None => self.insert(route, &backend, &policy, change),
             };
-            let Some(id) = id else { continue };
-            let entry = self.entries[id as usize]
-                .as_mut()
-                .expect("an upserted entry is there");
+            let entry = entry_mut(&mut self.entries, id);
             entry.renewed = now;
             entry.lifetime = lifetime;
             let deadline = now.saturating_add(lifetime);
-            if backend.origin != Origin::File && deadline < entry.scheduled {
+            if backend.origin.expires() && deadline < entry.scheduled {
                 self.expiry.cancel(id, entry.scheduled);
                 entry.scheduled = deadline;
                 self.expiry.schedule(id, deadline);
@@ -373,84 +358,35 @@ impl RouteTable {
         self.found = found;
     }
 
-    /// Whether the routes that are not found fit beside what is there. One that is named twice
-    /// counts twice against the number of entries.
-    fn check_room(&self, routes: &[RouteKey], found: &[Option<u32>]) -> Result<(), Bound> {
-        let new = || {
-            let pairs = routes.iter().zip(found);
-            pairs.filter_map(|(route, found)| found.is_none().then_some(route))
-        };
-        let count = new().count();
-        if self.index.len() + count > MAX_ENTRIES {
-            return Err(Bound::Entries);
-        }
-        for route in new() {
-            let pool = match route {
-                RouteKey::Vip(vip) => self.next.vips.get(vip),
-                RouteKey::Http(http) => {
-                    let pool = find_pool(&self.next, http);
-                    if pool.is_none() {
-                        check_host(&self.next, http, count, new)?;
-                    }
-                    pool
-                }
-            };
-            if pool.is_some_and(|pool| pool.backends.len() >= MAX_POOL_BACKENDS) {
-                return Err(Bound::PoolBackends);
-            }
-        }
-        Ok(())
-    }
-
     fn unregister(&mut self, gone: Unregistration, change: &mut Change) {
         for route in &gone.routes {
-            let Some(id) = self.find(route, gone.address) else {
-                continue;
-            };
-            let owner = self.entries[id as usize]
-                .as_ref()
-                .map(|entry| entry.backend.origin);
-            match owner {
-                Some(owner) if owner == gone.origin || owner == Origin::Adopted => {
-                    self.remove(id, change);
-                    change.removed += 1;
-                }
-                Some(_) | None => change.shadowed += 1,
+            if let Some(id) = self.find(route, gone.address, gone.origin) {
+                self.remove(id, change);
+                change.removed += 1;
+            } else if self.serving(route, gone.address).is_some() {
+                change.shadowed += 1;
             }
         }
     }
 
-    /// Brings an entry in line with a registration; `None` if it belongs to another source.
-    fn update(
-        &mut self,
-        id: u32,
-        backend: &Arc<Backend>,
-        policy: &Policy,
-        change: &mut Change,
-    ) -> Option<u32> {
-        let entry = self.entries[id as usize]
-            .as_mut()
-            .expect("indexed entries are there");
-        let owner = entry.backend.origin;
-        if !may_write(backend.origin, owner) {
-            change.shadowed += 1;
-            return None;
-        }
+    /// Brings an entry in line with a registration of its source, or of the first that speaks of an
+    /// adopted one.
+    fn update(&mut self, id: u32, backend: &Arc<Backend>, policy: &Policy, change: &mut Change) {
+        let entry = entry_mut(&mut self.entries, id);
         if entry.backend == *backend && same_policy(entry.policy.as_deref(), policy) {
             change.refreshed += 1;
-            return Some(id);
+            return;
         }
-        entry.backend = Arc::clone(backend);
         entry.policy = boxed(policy);
-        if owner != backend.origin {
-            self.by_origin[owner as usize] -= 1;
-            self.by_origin[backend.origin as usize] += 1;
-        }
-        let pool = pool_mut(&mut self.next, &entry.route);
-        put(pool.expect("an entry's route has a pool"), backend, policy);
+        let known = std::mem::replace(&mut entry.backend, Arc::clone(backend));
+        self.by_origin[known.origin as usize] -= 1;
+        self.by_origin[backend.origin as usize] += 1;
         change.updated += 1;
-        change.touch(&entry.route);
-        Some(id)
+        if self.is_serving(id) {
+            self.serve(id, change);
+        } else {
+            change.shadowed += 1;
+        }
     }
 
     /// Adds an entry, for which there is room.
@@ -462,20 +398,11 @@ impl RouteTable {
         change: &mut Change,
     ) -> u32 {
         let route = self.make_pool(route);
-        let pool = pool_mut(&mut self.next, &route).expect("the pool was made sure of");
-        put(pool, backend, policy);
-        if let RouteKey::Vip(vip) = &route {
-            self.vips_of.insert((backend.address, *vip));
-        }
-        change.added += 1;
-        change.touch(&route);
         let hash = self.hasher.hash_one((&route, backend.address));
-        let (backend, policy) = (Arc::clone(backend), boxed(policy));
-        let origin = backend.origin;
         let entry = Entry {
             route,
-            backend,
-            policy,
+            backend: Arc::clone(backend),
+            policy: boxed(policy),
             renewed: 0,
             lifetime: 0,
             scheduled: Tick::MAX,
@@ -490,11 +417,28 @@ impl RouteTable {
                 u32::try_from(self.entries.len() - 1).expect("MAX_ENTRIES fits u32")
             }
         };
-        self.by_origin[origin as usize] += 1;
+        self.by_origin[backend.origin as usize] += 1;
         let (entries, hasher) = (&self.entries, &self.hasher);
         self.index
             .insert_unique(hash, id, |id| entry_hash(entries, hasher, *id));
+        change.added += 1;
+        if self.is_serving(id) {
+            self.serve(id, change);
+        } else {
+            change.shadowed += 1;
+        }
         id
+    }
+
+    /// Puts an entry's backend into its pool, in place of what another source says of the address.
+    fn serve(&mut self, id: u32, change: &mut Change) {
+        let entry = entry(&self.entries, id);
+        let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
+        put(pool, &entry.backend, entry.policy.as_deref());
+        if let RouteKey::Vip(vip) = &entry.route {
+            self.vips_of.insert((entry.backend.address, *vip));
+        }
+        change.touch(&entry.route);
     }
 
     /// Makes sure of a pool for `route`, and returns the route in the strings that the snapshot holds
@@ -535,81 +479,8 @@ impl RouteTable {
         })
     }
 
-    /// What holds of all that is declared of a route.
-    fn declared(&self, route: &HttpMatch) -> Option<&Arc<HttpPolicy>> {
-        if self.declared.is_empty() {
-            return None;
-        }
-        let declared = self.declared.get(route)?;
-        RANKS
-            .iter()
-            .find_map(|origin| declared[*origin as usize].as_ref())
-    }
-
-    /// Takes in a declaration, if there is room.
-    fn declare(&mut self, declaration: Declaration, change: &mut Change) {
-        let Declaration { route, policy } = declaration;
-        let key = RouteKey::Http(route.clone());
-        let makes_pool = policy.answers_alone() && find_pool(&self.next, &route).is_none();
-        let room = if !self.declared.contains_key(&route) && self.declared.len() >= MAX_DECLARED {
-            Err(Bound::Declared)
-        } else if makes_pool {
-            check_host(&self.next, &route, 1, || std::iter::once(&key))
-        } else {
-            Ok(())
-        };
-        if let Err(bound) = room {
-            change.full += 1;
-            change.bound = Some(bound);
-            return;
-        }
-        let declared = self.declared.entry(route.clone()).or_default();
-        let said = &mut declared[policy.origin as usize];
-        if said.as_ref() == Some(&policy) {
-            change.refreshed += 1;
-            return;
-        }
-        match said.replace(policy) {
-            None => change.added += 1,
-            Some(_) => change.updated += 1,
-        }
-        self.follow_declared(&route, change);
-    }
-
-    fn withdraw(&mut self, gone: &Withdrawal, change: &mut Change) {
-        let Some(declared) = self.declared.get_mut(&gone.route) else {
-            return;
-        };
-        if declared[gone.origin as usize].take().is_none() {
-            return;
-        }
-        if declared.iter().all(Option::is_none) {
-            self.declared.remove(&gone.route);
-        }
-        change.removed += 1;
-        self.follow_declared(&gone.route, change);
-    }
-
-    /// Brings the pool of a route in line with what is declared of it.
-    fn follow_declared(&mut self, route: &HttpMatch, change: &mut Change) {
-        let policy = self.declared(route).cloned();
-        let alone = policy.as_ref().is_some_and(|policy| policy.answers_alone());
-        let key = RouteKey::Http(route.clone());
-        match find_pool(&self.next, route) {
-            None if !alone => return,
-            // It is made with its policy.
-            None => drop(self.make_pool(key.clone())),
-            Some(pool) if pool.policy == policy => return,
-            Some(pool) if pool.backends.is_empty() && !alone => self.remove_pool(&key),
-            Some(_) => {
-                let pool = pool_mut(&mut self.next, &key).expect("just found");
-                pool.policy = policy;
-            }
-        }
-        change.touch(&key);
-    }
-
     fn remove(&mut self, id: u32, change: &mut Change) {
+        let served = self.is_serving(id);
         let hash = entry_hash(&self.entries, &self.hasher, id);
         let indexed = self.index.find_entry(hash, |at| *at == id);
         indexed.expect("every entry is indexed").remove();
@@ -619,8 +490,19 @@ impl RouteTable {
         self.free.push(id);
         self.expiry.cancel(id, entry.scheduled);
         self.by_origin[entry.backend.origin as usize] -= 1;
-        let address = entry.backend.address;
-        let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
+        if !served {
+            change.shadowed += 1;
+            return;
+        }
+        match self.serving(&entry.route, entry.backend.address) {
+            Some(next) => self.serve(next, change),
+            None => self.take_out(&entry.route, entry.backend.address, change),
+        }
+    }
+
+    /// Takes an address out of its pool, which goes with its last.
+    fn take_out(&mut self, route: &RouteKey, address: SocketAddr, change: &mut Change) {
+        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
         let at = pool
             .backends
             .binary_search_by_key(&address, |backend| backend.address);
@@ -631,13 +513,13 @@ impl RouteTable {
             .as_ref()
             .is_some_and(|policy| policy.answers_alone());
         let empty = pool.backends.is_empty() && !alone;
-        if let RouteKey::Vip(vip) = &entry.route {
+        if let RouteKey::Vip(vip) = route {
             self.vips_of.remove(&(address, *vip));
         }
         if empty {
-            self.remove_pool(&entry.route);
+            self.remove_pool(route);
         }
-        change.touch(&entry.route);
+        change.touch(route);
     }
 
     fn remove_pool(&mut self, route: &RouteKey) {
@@ -660,11 +542,9 @@ impl RouteTable {
 
     /// Looks at an entry whose time may have come.
     fn visit(&mut self, id: u32, now: Tick, change: &mut Change) {
-        let entry = self.entries[id as usize]
-            .as_mut()
-            .expect("visits go with their entries");
+        let entry = entry_mut(&mut self.entries, id);
         entry.scheduled = Tick::MAX;
-        if entry.backend.origin == Origin::File {
+        if !entry.backend.origin.expires() {
             return;
         }
         let source = self.sources[entry.backend.origin as usize];
@@ -683,13 +563,35 @@ impl RouteTable {
         }
     }
 
-    fn find(&self, route: &RouteKey, address: SocketAddr) -> Option<u32> {
+    /// What a source said of an address of a route, or what was adopted and so is its to change.
+    fn find(&self, route: &RouteKey, address: SocketAddr, origin: Origin) -> Option<u32> {
         let hash = self.hasher.hash_one((route, address));
         let is_it = |id: &u32| {
-            let entry = self.entries[*id as usize].as_ref();
-            entry.is_some_and(|entry| entry.backend.address == address && entry.route == *route)
+            let entry = entry(&self.entries, *id);
+            let by = entry.backend.origin;
+            entry.is_of(route, address) && (by == origin || by == Origin::Adopted)
         };
         self.index.find(hash, is_it).copied()
+    }
+
+    /// The entry that an address of a route is served by: that of the source of precedence.
+    fn serving(&self, route: &RouteKey, address: SocketAddr) -> Option<u32> {
+        let hash = self.hasher.hash_one((route, address));
+        let entries = self.index.iter_hash(hash).copied();
+        entries
+            .filter(|id| entry(&self.entries, *id).is_of(route, address))
+            .min_by_key(|id| entry(&self.entries, *id).backend.origin)
+    }
+
+    fn is_serving(&self, id: u32) -> bool {
+        let entry = entry(&self.entries, id);
+        self.serving(&entry.route, entry.backend.address) == Some(id)
+    }
+}
+
+impl Entry {
+    fn is_of(&self, route: &RouteKey, address: SocketAddr) -> bool {
+        self.backend.address == address && self.route == *route
     }
 }
 
@@ -716,64 +618,6 @@ impl Change {
     }
 }
 
-impl fmt::Display for Bound {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Bound::Entries => write!(f, "{MAX_ENTRIES} backends over all routes"),
-            Bound::PoolBackends => write!(f, "{MAX_POOL_BACKENDS} backends of one route"),
-            Bound::HostPaths => write!(f, "{MAX_HOST_PATHS} routes of one host"),
-            Bound::PathConditions => {
-                write!(
-                    f,
-                    "{MAX_PATH_CONDITIONS} routes with conditions of one path"
-                )
-            }
-            Bound::Declared => write!(f, "{MAX_DECLARED} declared routes"),
-        }
-    }
-}
-
-/// Whether the host of `route`, which is new, has room for it and the rest of `new`, `count` in all.
-fn check_host<'r, I: Iterator<Item = &'r RouteKey>>(
-    snapshot: &Snapshot,
-    route: &HttpMatch,
-    count: usize,
-    new: impl Fn() -> I,
-) -> Result<(), Bound> {
-    let known = snapshot.hosts.get(&route.host).map(|(_, routes)| routes);
-    let added = |wanted: &dyn Fn(&HttpMatch) -> bool| {
-        let routes = new().filter_map(|route| match route {
-            RouteKey::Http(http) if wanted(http) && find_pool(snapshot, http).is_none() => {
-                Some(http)
-            }
-            RouteKey::Http(_) | RouteKey::Vip(_) => None,
-        });
-        routes.collect::<BTreeSet<&HttpMatch>>().len()
-    };
-    let of_host = known.map_or(0, HostRoutes::count);
-    if of_host + count > MAX_HOST_PATHS
-        && of_host + added(&|http| http.host == route.host) > MAX_HOST_PATHS
-    {
-        return Err(Bound::HostPaths);
-    }
-    if route.conditions.is_some() {
-        let is_beside = |http: &HttpMatch| {
-            http.conditions.is_some() && (&http.host, &http.path) == (&route.host, &route.path)
-        };
-        let known = known.into_iter().flat_map(HostRoutes::conditional);
-        let of_path = known.filter(|known| known.path == route.path).count();
-        if of_path + added(&is_beside) > MAX_PATH_CONDITIONS {
-            return Err(Bound::PathConditions);
-        }
-    }
-    Ok(())
-}
-
-/// Whether a source may change what another announced.
-fn may_write(source: Origin, owner: Origin) -> bool {
-    source == owner || owner == Origin::Adopted || (source, owner) == (Origin::File, Origin::Nats)
-}
-
 fn same_policy(known: Option<&Policy>, new: &Policy) -> bool {
     match known {
         Some(known) => known == new,
@@ -797,7 +641,7 @@ fn boxed(policy: &Policy) -> Option<Box<Policy>> {
 
 /// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
 /// that names no algorithm keeps the pool's, as in gorouter.
-fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
+fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: Option<&Policy>) {
     match pool
         .backends
         .binary_search_by_key(&backend.address, |backend| backend.address)
@@ -809,10 +653,10 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: &Policy) {
             pool.backends.insert(at, Arc::clone(backend));
         }
     }
-    if policy.balance.is_some() {
-        pool.balance.clone_from(&policy.balance);
+    if let Some(balance) = policy.and_then(|policy| policy.balance.as_ref()) {
+        pool.balance = Some(balance.clone());
     }
-    pool.route_service_url.clone_from(&policy.route_service_url);
+    pool.route_service_url = policy.and_then(|policy| policy.route_service_url.clone());
 }
 
 fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {
@@ -832,10 +676,18 @@ fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut 
     Some(Arc::make_mut(pool))
 }
 
+fn entry(entries: &[Option<Entry>], id: u32) -> &Entry {
+    let entry = entries[id as usize].as_ref();
+    entry.expect("indexed entries are there")
+}
+
+fn entry_mut(entries: &mut [Option<Entry>], id: u32) -> &mut Entry {
+    let entry = entries[id as usize].as_mut();
+    entry.expect("indexed entries are there")
+}
+
 fn entry_hash(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, id: u32) -> u64 {
-    let entry = entries[id as usize]
-        .as_ref()
-        .expect("indexed entries are there");
+    let entry = entry(entries, id);
     hasher.hash_one((&entry.route, entry.backend.address))
 }
 

@@ -6,6 +6,7 @@ use super::*;
 use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
 use crate::route::policy::Redirect;
+use crate::route::{Declaration, Withdrawal};
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
@@ -157,7 +158,7 @@ fn one_registration_serves_hosts_and_vips() {
         Size {
             http_routes: 2,
             vips: 1,
-            entries: [3, 0, 0]
+            entries: Origin::ALL.map(|origin| 3 * usize::from(origin == Origin::Nats))
         }
     );
 
@@ -406,7 +407,7 @@ fn declarations_and_conditions_are_bounded() {
 }
 
 #[test]
-fn an_entry_belongs_to_its_source() {
+fn an_address_is_served_as_the_source_of_precedence_has_it() {
     let now = Instant::now();
     let mut table = RouteTable::new(THRESHOLD, now);
     let route = [http("a.x", "")];
@@ -426,22 +427,33 @@ fn an_entry_belongs_to_its_source() {
         ["a.x 10.0.0.1:80*2@file"],
         "a file takes over from NATS"
     );
+    let lighter = backend("10.0.0.1:80", 9, Origin::Nats);
     for event in [
+        register(&route, &lighter),
+        withdrawal(&route, &lighter),
         register(&route, &nats),
-        withdrawal(&route, &nats),
         register(&route, &adopted),
     ] {
         let change = table.apply(event, now);
         assert_eq!((change.shadowed, change.changed), (1, false));
     }
-    assert!(
-        !table.expire(now + THRESHOLD * 9).changed,
+    let later = now + THRESHOLD / 2;
+    assert!(!table.apply(register(&route, &nats), later).changed);
+    assert!(table.apply(withdrawal(&route, &file), later).changed);
+    assert_eq!(
+        served(&table),
+        ["a.x 10.0.0.1:80*1@nats"],
+        "what NATS says holds once the file does not name it"
+    );
+    table.apply(register(&route, &file), later);
+    let change = table.expire(now + THRESHOLD * 9);
+    assert_eq!((change.expired, change.changed), (1, false), "that of NATS");
+    assert_eq!(
+        served(&table),
+        ["a.x 10.0.0.1:80*2@file"],
         "a file's routes do not expire"
     );
-    let change = table.apply(
-        withdrawal(&route, &backend("10.0.0.1:80", 1, Origin::File)),
-        now,
-    );
+    let change = table.apply(withdrawal(&route, &file), now + THRESHOLD * 9);
     assert_eq!(change.removed, 1);
     assert_eq!(served(&table), [""; 0]);
     check_invariants(&table);
@@ -683,13 +695,15 @@ fn check_invariants(table: &RouteTable) {
     let live = table.entries.iter().flatten().count();
     assert_eq!(table.index.len(), live);
     assert_eq!(table.free.len() + live, table.entries.len());
-    let mut by_origin = [0; 3];
+    let mut by_origin = [0; Origin::ALL.len()];
+    let mut served = 0;
     let mut vips_of = BTreeSet::new();
     for (id, entry) in table.entries.iter().enumerate() {
         let Some(entry) = entry else { continue };
         let id = u32::try_from(id).unwrap();
         let address = entry.backend.address;
-        assert_eq!(table.find(&entry.route, address), Some(id));
+        let origin = entry.backend.origin;
+        assert_eq!(table.find(&entry.route, address, origin), Some(id));
         by_origin[entry.backend.origin as usize] += 1;
         let pool = match &entry.route {
             RouteKey::Vip(vip) => {
@@ -698,12 +712,13 @@ fn check_invariants(table: &RouteTable) {
             }
             RouteKey::Http(http) => Arc::clone(find_pool(&table.next, http).unwrap()),
         };
-        assert!(
-            pool.backends
-                .iter()
-                .any(|backend| Arc::ptr_eq(backend, &entry.backend))
-        );
-        if entry.backend.origin != Origin::File {
+        let mut members = pool.backends.iter();
+        let is_member = members.any(|backend| Arc::ptr_eq(backend, &entry.backend));
+        let serves = table.is_serving(id);
+        served += usize::from(serves);
+        // Sources may announce an equal backend, and even the same one.
+        assert!(is_member || !serves);
+        if origin.expires() {
             assert!(
                 table.expiry.scheduled(id, entry.scheduled),
                 "every lease is looked at"
@@ -732,7 +747,7 @@ fn check_invariants(table: &RouteTable) {
         assert!(!pool.backends.is_empty() || alone);
         assert!(pool.backends.is_sorted_by(|a, b| a.address < b.address));
     }
-    assert_eq!(members, live);
+    assert_eq!(members, served);
     for (_, routes) in table.next.hosts.iter() {
         assert!(routes.count() > 0);
         assert!(
@@ -748,21 +763,21 @@ fn check_invariants(table: &RouteTable) {
         }));
     }
     for declared in table.declared.values() {
-        assert!(declared.iter().any(Option::is_some));
+        assert!(!declared.is_empty());
+        assert!(declared.is_sorted_by(|a, b| a.origin < b.origin));
     }
 }
 
 /// The table as its documentation has it, without a thought for speed.
 #[derive(Default)]
 struct Model {
-    entries: BTreeMap<(RouteKey, SocketAddr), ModelEntry>,
+    entries: BTreeMap<(RouteKey, SocketAddr, Origin), ModelEntry>,
     declared: BTreeMap<(RouteKey, Origin), Arc<HttpPolicy>>,
     away: bool,
 }
 
 struct ModelEntry {
     weight: u16,
-    origin: Origin,
     renewed: Instant,
     lifetime: Duration,
 }
@@ -770,34 +785,38 @@ struct ModelEntry {
 impl Model {
     fn register(
         &mut self,
-        key: (RouteKey, SocketAddr),
+        (route, address): (RouteKey, SocketAddr),
         weight: u16,
         origin: Origin,
         lifetime: Duration,
         now: Instant,
     ) {
-        if self
-            .entries
-            .get(&key)
-            .is_some_and(|known| !may_write(origin, known.origin))
-        {
+        if origin == Origin::Adopted && self.named_by_others(&route, address) {
             return;
         }
+        self.entries
+            .remove(&(route.clone(), address, Origin::Adopted));
         self.entries.insert(
-            key,
+            (route, address, origin),
             ModelEntry {
                 weight,
-                origin,
                 renewed: now,
                 lifetime,
             },
         );
     }
 
+    fn named_by_others(&self, route: &RouteKey, address: SocketAddr) -> bool {
+        Origin::ALL.into_iter().any(|origin| {
+            origin != Origin::Adopted
+                && self.entries.contains_key(&(route.clone(), address, origin))
+        })
+    }
+
     fn expire(&mut self, now: Instant) {
         let away = self.away;
-        self.entries.retain(|_, entry| {
-            entry.origin == Origin::File || away || now < entry.renewed + entry.lifetime
+        self.entries.retain(|(.., origin), entry| {
+            !origin.expires() || away || now < entry.renewed + entry.lifetime
         });
     }
 
@@ -812,12 +831,17 @@ impl Model {
 
     fn served(&self) -> Vec<String> {
         let mut pools: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for ((route, address), entry) in &self.entries {
-            let backend = format!("{address}*{}@{}", entry.weight, entry.origin.as_str());
+        let mut last = None;
+        // Of one address, the origin of precedence comes first.
+        for ((route, address, origin), entry) in &self.entries {
+            if last.replace((route, address)) == Some((route, address)) {
+                continue;
+            }
+            let backend = format!("{address}*{}@{}", entry.weight, origin.as_str());
             pools.entry(route.to_string()).or_default().push(backend);
         }
         let mut policies: BTreeMap<String, String> = BTreeMap::new();
-        for origin in [Origin::Adopted, Origin::Nats, Origin::File] {
+        for origin in Origin::ALL.into_iter().rev() {
             for ((route, by), policy) in &self.declared {
                 if *by == origin {
                     policies.insert(route.to_string(), named(policy));
@@ -878,7 +902,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let origin = prop_oneof![
         4 => Just(Origin::Nats),
-        1 => Just(Origin::File),
+        2 => Just(Origin::File),
+        1 => Just(Origin::Redis),
         1 => Just(Origin::Adopted)
     ];
     let routes = proptest::collection::vec(0..ROUTES.len(), 1..4);
@@ -898,7 +923,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn declarer() -> impl Strategy<Value = Origin> {
-    prop_oneof![Just(Origin::Nats), Just(Origin::File)]
+    prop_oneof![Just(Origin::Kv), Just(Origin::Redis), Just(Origin::File)]
 }
 
 /// Those that requests can have come first.
@@ -948,10 +973,8 @@ proptest! {
                     let routes: Vec<RouteKey> = routes.into_iter().map(route).collect();
                     let backend = backend(&format!("10.0.0.{address}:80"), 1, origin);
                     for route in &routes {
-                        let key = (route.clone(), backend.address);
-                        let owner = model.entries.get(&key).map(|entry| entry.origin);
-                        if owner == Some(origin) || owner == Some(Origin::Adopted) {
-                            model.entries.remove(&key);
+                        for by in [origin, Origin::Adopted] {
+                            model.entries.remove(&(route.clone(), backend.address, by));
                         }
                     }
                     table.apply(withdrawal(&routes, &backend), now)
