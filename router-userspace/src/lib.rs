@@ -28,6 +28,7 @@ pub mod l7;
 
 pub mod admin;
 pub mod metrics;
+pub mod rejects;
 pub mod warning;
 
 #[cfg(any(test, feature = "fuzzing"))]

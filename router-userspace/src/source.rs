@@ -12,8 +12,11 @@ use tokio::sync::{mpsc, watch};
 use crate::config::Config;
 use crate::event::Event;
 use crate::metrics::Metrics;
+use crate::rejects::Rejects;
+use crate::route::RouteEvent;
 
 pub mod file;
+pub mod ledger;
 pub mod nats;
 
 /// What every source works with.
@@ -21,8 +24,21 @@ pub mod nats;
 pub struct Context {
     pub inbox: mpsc::Sender<Event>,
     pub metrics: Arc<Metrics>,
+    pub rejects: Arc<Rejects>,
     /// The configuration in force; a reload changes it.
     pub config: watch::Receiver<Arc<Config>>,
+}
+
+impl Context {
+    /// Sends on to the agent, in order, and waits while its inbox is full. `false`: the agent is gone.
+    pub async fn send(&self, events: Vec<RouteEvent>) -> bool {
+        for event in events {
+            if self.inbox.send(Event::Route(event)).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
 }
 
 /// Starts every configured source. Must be called inside a tokio runtime.

@@ -148,6 +148,7 @@ impl Gateway {
         let context = source::Context {
             inbox: inbox.clone(),
             metrics: Arc::clone(&metrics),
+            rejects: Arc::default(),
             config: configured.clone(),
         };
         let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);

@@ -7,7 +7,6 @@
 //! the way.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -17,13 +16,11 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::event::Event;
 use crate::route::declared::{Announcement, DeclaredRoute};
 use crate::route::policy::HttpPolicy;
-use crate::route::{
-    Declaration, HttpMatch, Origin, Registration, RouteEvent, RouteKey, Unregistration, Withdrawal,
-};
+use crate::route::{Declaration, HttpMatch, Origin};
 use crate::source::Context;
+use crate::source::ledger::Ledger;
 
 /// Bytes of one file.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -31,54 +28,56 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Watches the files of the configuration until the process ends.
 pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
-    let mut announced = Announced::default();
+    let mut ledger = Ledger::new(Origin::File);
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
-        let mut changed = files.len();
+        // The agent dropped what a reload left outside.
+        ledger.retain_routes(|route| route.is_allowed(&config.l4));
         files.retain(|path, _| config.file.paths.contains(path));
         context.metrics.files.retain(&config.file.paths);
-        changed -= files.len();
+        let mut events = Vec::new();
         for path in &config.file.paths {
             let known = files.entry(path.clone()).or_default();
             let Some(read) = look(path, known, &config.l4.vip_ranges).await else {
                 continue;
             };
+            let key = path.to_string_lossy();
             let error = match read {
                 Ok(content) => {
                     let path = path.display();
                     let registrations = content.registrations.len();
                     let declarations = content.declarations.len();
                     tracing::info!(%path, registrations, declarations, "routes file read");
-                    known.content = content;
-                    changed += 1;
+                    known.is_empty = content.is_empty();
+                    events.append(&mut ledger.set(&key, content));
                     None
                 }
                 Err(error) => Some(format!("{error:#}")),
             };
             context.metrics.files.read(path, error.is_none());
             match &error {
-                None => context.metrics.file_loads.inc(),
+                None => {
+                    context.metrics.file_loads.inc();
+                    context.rejects.clear(Origin::File, &key);
+                }
                 // One that stays unreadable is told once.
                 Some(error) if known.error.as_ref() != Some(error) => {
                     context.metrics.file_rejects.inc();
+                    context.rejects.note(Origin::File, &key, error);
                     tracing::warn!(error, "routes file refused: its routes stay as they were");
                 }
                 Some(_) => {}
             }
             known.error = error;
         }
-        // The agent dropped what a reload left outside.
-        announced
-            .backends
-            .retain(|(route, _), _| route.is_allowed(&config.l4));
-        if changed > 0 {
-            let wanted = wanted(&files);
-            for event in differences(&announced, &wanted) {
-                if context.inbox.send(Event::Route(event)).await.is_err() {
-                    return;
-                }
-            }
-            announced = wanted;
+        // Last, so that what moves between files is there all the time.
+        let configured = |key: &str| {
+            let mut paths = config.file.paths.iter();
+            paths.any(|path| path.to_string_lossy() == key)
+        };
+        events.append(&mut ledger.retain(configured));
+        if !context.send(events).await {
+            return;
         }
         tokio::select! {
             () = tokio::time::sleep(config.file.poll_interval) => {}
@@ -103,7 +102,7 @@ async fn look(
 ) -> Option<anyhow::Result<Announcement>> {
     let before = version(path);
     // Without routes there are none that half a file could withdraw.
-    let settled = known.seen == before || known.content.is_empty();
+    let settled = known.seen == before || known.is_empty;
     known.seen = before;
     if before.is_some() && (known.read == before || !settled) {
         return None;
@@ -126,71 +125,6 @@ async fn look(
         }
         Err(error) => Some(Err(error)),
     }
-}
-
-/// What the files announce together; the last word on an address of a route counts, and on its policy.
-fn wanted(files: &BTreeMap<PathBuf, Known>) -> Announced {
-    let mut wanted = Announced::default();
-    for registration in files.values().flat_map(|file| &file.content.registrations) {
-        for route in &registration.routes {
-            let one = Registration {
-                routes: vec![route.clone()],
-                ..registration.clone()
-            };
-            let key = (route.clone(), registration.backend.address);
-            wanted.backends.insert(key, one);
-        }
-    }
-    for declared in files.values().flat_map(|file| &file.content.declarations) {
-        let (route, policy) = (declared.route.clone(), Arc::clone(&declared.policy));
-        wanted.policies.insert(route, policy);
-    }
-    wanted
-}
-
-/// Policies come before the backends they are for and go after them, so that no request finds one
-/// without the other.
-fn differences<'a>(
-    from: &'a Announced,
-    to: &'a Announced,
-) -> impl Iterator<Item = RouteEvent> + 'a {
-    let declared = to
-        .policies
-        .iter()
-        .filter(|(route, policy)| from.policies.get(route) != Some(policy))
-        .map(|(route, policy)| {
-            RouteEvent::Declare(Declaration {
-                route: route.clone(),
-                policy: Arc::clone(policy),
-            })
-        });
-    let added = to
-        .backends
-        .iter()
-        .filter(|(key, registration)| from.backends.get(key) != Some(registration))
-        .map(|(_, registration)| RouteEvent::Register(registration.clone()));
-    let removed = from
-        .backends
-        .keys()
-        .filter(|key| !to.backends.contains_key(key))
-        .map(|(route, address)| {
-            RouteEvent::Unregister(Unregistration {
-                routes: vec![route.clone()],
-                address: *address,
-                origin: Origin::File,
-            })
-        });
-    let withdrawn = from
-        .policies
-        .keys()
-        .filter(|route| !to.policies.contains_key(route))
-        .map(|route| {
-            RouteEvent::Withdraw(Withdrawal {
-                route: route.clone(),
-                origin: Origin::File,
-            })
-        });
-    declared.chain(added).chain(removed).chain(withdrawn)
 }
 
 /// Reads a routes file. VIPs are held against `vip_ranges`, as those of registrations are.
@@ -242,21 +176,25 @@ pub(crate) fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announce
     Ok(content)
 }
 
-/// What was sent to the agent: registrations of one route each, and policies.
-#[derive(Default)]
-struct Announced {
-    backends: BTreeMap<(RouteKey, SocketAddr), Registration>,
-    policies: BTreeMap<HttpMatch, Arc<HttpPolicy>>,
-}
-
-#[derive(Default)]
 struct Known {
     /// At the latest look.
     seen: Option<Version>,
     /// Whose content was taken or refused; `None`: to be read again.
     read: Option<Version>,
-    content: Announcement,
+    /// Whether its content announces nothing.
+    is_empty: bool,
     error: Option<String>,
+}
+
+impl Default for Known {
+    fn default() -> Known {
+        Known {
+            seen: None,
+            read: None,
+            is_empty: true,
+            error: None,
+        }
+    }
 }
 
 /// What changes when a file does: when it was written, and its length.

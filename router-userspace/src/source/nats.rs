@@ -403,13 +403,18 @@ impl Source {
             Err(reject) => {
                 metrics.reject(reject.reason);
                 let payload = &message.payload[..message.payload.len().min(256)];
+                let payload = String::from_utf8_lossy(payload).escape_debug().to_string();
+                let what = format!("{subject} {payload}");
+                self.context
+                    .rejects
+                    .note(Origin::Nats, &what, &reject.to_string());
                 let limit = &mut self.warnings.rejects[reject.reason as usize];
                 if let Some(suppressed) = limit.allow(Instant::now()) {
                     tracing::warn!(
                         subject,
                         reason = reject.reason.as_str(),
                         error = %reject,
-                        payload = %String::from_utf8_lossy(payload).escape_debug(),
+                        payload,
                         suppressed,
                         "refused a message"
                     );

@@ -4,8 +4,10 @@ use tokio::sync::{mpsc, watch};
 
 use super::*;
 use crate::config::Config;
+use crate::event::Event;
 use crate::metrics::Metrics;
-use crate::route::{Balance, HttpProtocol};
+use crate::rejects::Rejects;
+use crate::route::{Balance, HttpProtocol, RouteEvent};
 
 fn ranges() -> Vec<IpNet> {
     vec!["192.0.2.0/24".parse().unwrap()]
@@ -113,9 +115,11 @@ async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs(
     let (reload, config) = watch::channel(Arc::new(config));
     let (inbox, mut events) = mpsc::channel(8);
     let metrics = Arc::<Metrics>::default();
+    let rejects = Arc::<Rejects>::default();
     tokio::spawn(run(Context {
         inbox,
         metrics: Arc::clone(&metrics),
+        rejects: Arc::clone(&rejects),
         config,
     }));
     let mut next = async || match events.recv().await.unwrap() {
@@ -140,8 +144,12 @@ async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs(
     assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (0, 0));
     write(&["not a host"]);
     refused(2).await;
+    let refusals = rejects.list();
+    assert_eq!((refusals.len(), refusals[0].origin), (1, Origin::File));
+    assert!(refusals[0].why.contains("line 2"), "{}", refusals[0].why);
     write(&["b.x", "new.example.com"]);
     assert_eq!([next().await, next().await], ["+new.example.com", "-a.x"]);
+    assert_eq!(rejects.list(), []);
     std::fs::remove_file(&path).unwrap();
     refused(3).await;
     reload.send_modify(|config| Arc::make_mut(config).file.paths.clear());
@@ -156,7 +164,7 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
     let mut known = Known::default();
     let first = look(&path, &mut known, &[]).await.unwrap().unwrap();
     assert_eq!(first.registrations.len(), 2);
-    known.content = first;
+    known.is_empty = first.is_empty();
     assert!(look(&path, &mut known, &[]).await.is_none(), "nothing new");
     // Half of it is a good file too.
     std::fs::write(&path, text(&["a.x"])).unwrap();
@@ -231,34 +239,4 @@ fn routes_that_contradict_each_other_are_refused() {
         error.starts_with("line 4: route[1].uris: ") && error.contains("a.x"),
         "{error}"
     );
-}
-
-#[test]
-fn policies_come_before_their_backends_and_go_after_them() {
-    let announced = |text: &str| {
-        let content = parse(text, &ranges()).unwrap();
-        let known = Known {
-            content,
-            ..Known::default()
-        };
-        wanted(&BTreeMap::from([(PathBuf::from("routes.toml"), known)]))
-    };
-    let told = |from: &Announced, to: &Announced| -> Vec<String> {
-        let event = |event| match event {
-            RouteEvent::Register(new) => format!("+{}", new.routes[0]),
-            RouteEvent::Unregister(gone) => format!("-{}", gone.routes[0]),
-            RouteEvent::Declare(new) => format!("declare {}", new.route),
-            RouteEvent::Withdraw(gone) => format!("withdraw {}", gone.route),
-        };
-        differences(from, to).map(event).collect()
-    };
-    let backend = "backend = [{ address = \"10.0.0.1:80\" }]\n";
-    let route = format!("[[route]]\nuris = [\"a.x\"]\nmethods = [\"GET\"]\n{backend}");
-    let (none, plain) = (Announced::default(), announced(&route));
-    let asks = announced(&format!("{route}compression = true\n"));
-    assert_eq!(told(&none, &asks), ["declare a.x GET", "+a.x GET"]);
-    assert_eq!(told(&asks, &asks), [""; 0]);
-    assert_eq!(told(&asks, &plain), ["withdraw a.x GET"]);
-    assert_eq!(told(&plain, &asks), ["declare a.x GET"]);
-    assert_eq!(told(&asks, &none), ["-a.x GET", "withdraw a.x GET"]);
 }

@@ -113,6 +113,7 @@ impl Gateway {
             Context {
                 inbox,
                 metrics: Arc::clone(&metrics),
+                rejects: Arc::default(),
                 config,
             },
         )
@@ -230,6 +231,7 @@ async fn stalled(server: SocketAddr) -> (mpsc::Receiver<Event>, Arc<Metrics>) {
     let context = Context {
         inbox,
         metrics: Arc::clone(&metrics),
+        rejects: Arc::default(),
         config,
     };
     start(&nats, context).await.unwrap();
@@ -311,6 +313,7 @@ async fn a_reconnect_is_told_as_a_loss_and_a_return_with_one_start_each() {
         Context {
             inbox,
             metrics: Arc::default(),
+            rejects: Arc::default(),
             config,
         },
     );
