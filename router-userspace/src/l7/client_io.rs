@@ -59,8 +59,9 @@ impl ClientIo {
     }
 
     /// The stream as it was before `bytes` were read.
-    pub(super) fn rewound(mut self, bytes: Bytes) -> ClientIo {
-        self.read_ahead = bytes;
+    pub(super) fn rewound(mut self, bytes: &[u8]) -> ClientIo {
+        // A copy, so that hyper's buffer is not kept for them, or for none.
+        self.read_ahead = Bytes::copy_from_slice(bytes);
         self
     }
 

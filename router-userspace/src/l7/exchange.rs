@@ -6,10 +6,11 @@
 //! A request that a backend may have begun to act on, and must not act on twice, is not repeated.
 
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::Poll;
 
+use futures_util::future::Either;
 use http::header::HOST;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version};
@@ -121,8 +122,11 @@ impl<'a> Exchange<'a> {
             let purpose = self.purpose(&request);
             let observed = &self.progress.observed;
             observed.attempt(&lease, self.worker.now());
-            let connecting = lease.connect(self.client, self.fresh, purpose);
-            match self.until_expired(connecting).await {
+            let connected = {
+                let connecting = pin!(lease.connect(self.client, self.fresh, purpose));
+                self.until_expired(connecting).await
+            };
+            match connected {
                 Some(Ok(())) => {}
                 Some(Err(failure @ Failure::Gateway(_))) => return Err(failure),
                 Some(Err(failure)) => {
@@ -144,7 +148,11 @@ impl<'a> Exchange<'a> {
             }
             headers::set_instance(request.headers_mut(), &target.instance);
             observed.sent(request.headers(), self.worker.now());
-            let (sent, upgraded) = self.send(connection, request).await;
+            let (response, upgraded) = self.send(connection, request);
+            let sent = match self.until_expired(pin!(response)).await {
+                Some(sent) => sent.map_err(|error| SendError::Http(Box::new(error))),
+                None => Err(SendError::Expired),
+            };
             match sent {
                 Ok(response) if !validate::is_framed_once(response.headers()) => {
                     let failed = Failure::Backend(BackendFailure::Malformed);
@@ -196,6 +204,11 @@ impl<'a> Exchange<'a> {
         {
             return Ok(lease);
         }
+        // Boxed, as all that few requests need: their futures are moved whole.
+        Box::pin(self.queued_lease()).await
+    }
+
+    async fn queued_lease(&mut self) -> Result<(usize, Lease), Failure> {
         let (capacity, timeout) =
             (self.worker).settings(|settings| (settings.limits.queue, settings.timeouts.queue));
         let deadline = self.worker.now() + timeout;
@@ -212,7 +225,7 @@ impl<'a> Exchange<'a> {
             return Ok(lease);
         }
         loop {
-            match self.until_expired(place.room(deadline)).await {
+            match self.until_expired(pin!(place.room(deadline))).await {
                 None => return Err(Failure::BackendTimeout(BackendTimeout::Total)),
                 Some(true) => {}
                 Some(false) => {
@@ -300,13 +313,13 @@ impl<'a> Exchange<'a> {
             && (!has_body || self.body.is_some())
     }
 
-    /// The response, and where the raw connection comes if it is upgraded.
-    async fn send(
+    /// Hands the request over. The response, and where the raw connection comes if it is upgraded.
+    fn send(
         &self,
         connection: &mut Connection,
         mut request: Request<RequestBody>,
     ) -> (
-        Result<Response<Incoming>, SendError>,
+        impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>> + use<>,
         Option<oneshot::Receiver<RawBackend>>,
     ) {
         self.progress
@@ -320,29 +333,18 @@ impl<'a> Exchange<'a> {
                     upgraded
                 });
                 let response = connection.sender.try_send_request(request);
-                (self.response(response).await, upgraded)
+                (Either::Left(response), upgraded)
             }
             Connection::Http2(stream) => {
                 to_http2(&mut request, self.findings, self.origin.secure);
                 let response = stream.sender.try_send_request(request);
-                (self.response(response).await, None)
+                (Either::Right(response), None)
             }
         }
     }
 
-    async fn response(
-        &self,
-        response: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>>,
-    ) -> Result<Response<Incoming>, SendError> {
-        match self.until_expired(response).await {
-            Some(response) => response.map_err(|error| SendError::Http(Box::new(error))),
-            None => Err(SendError::Expired),
-        }
-    }
-
     /// `None` if the request's time was up before.
-    async fn until_expired<F: Future>(&self, future: F) -> Option<F::Output> {
-        let mut future = pin!(future);
+    async fn until_expired<F: Future>(&self, mut future: Pin<&mut F>) -> Option<F::Output> {
         poll_fn(|cx| {
             if self.progress.is_expired() {
                 return Poll::Ready(None);

@@ -70,6 +70,9 @@ pub(super) async fn answer(
     if http2 {
         // Of one hop, and HTTP/2 has no such fields (RFC 9113 §8.2.2).
         response.headers_mut().remove(CONNECTION);
+    } else if client.worker.is_retiring() {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
     }
     record.response_begins(response.status());
     response.body_mut().set_record(record);

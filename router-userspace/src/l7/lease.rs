@@ -91,7 +91,8 @@ impl Lease {
                 self.worker.metrics.backend_connections_reused.add(1);
                 connection
             }
-            None => self.open(purpose, proxy_header).await?,
+            // Boxed, as all that few requests need: their futures are moved whole.
+            None => Box::pin(self.open(purpose, proxy_header)).await?,
         };
         self.connection = Some(connection);
         Ok(())

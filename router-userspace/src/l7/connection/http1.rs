@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::rc::Rc;
 
 use http::header::TRANSFER_ENCODING;
-use http::{HeaderValue, Request, StatusCode, header};
+use http::{Request, StatusCode};
 use hyper::body::{Body, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -28,19 +28,13 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         move |mut request: Request<Incoming>| {
             client.count_request();
             note_both_lengths(&progress, &mut request);
-            let client = Rc::clone(&client);
-            let answer = forward::answer(Rc::clone(&client), Rc::clone(&progress), request);
-            async move {
-                let mut answer = answer.await;
-                if let Ok(response) = &mut answer
-                    && client.worker.is_retiring()
-                    && response.status() != StatusCode::SWITCHING_PROTOCOLS
-                {
-                    let close = HeaderValue::from_static("close");
-                    response.headers_mut().insert(header::CONNECTION, close);
-                }
-                answer
-            }
+            // Boxed: the connection keeps room for the future of a request whether it has one or not,
+            // and memory that a request has just given back is in the cache.
+            Box::pin(forward::answer(
+                Rc::clone(&client),
+                Rc::clone(&progress),
+                request,
+            ))
         }
     });
     let mut builder = worker.settings(|settings| server_builder(&settings.limits));
@@ -75,12 +69,12 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
             if parts.read_buf.is_empty() {
                 progress.forget_heads();
             }
-            return Ended::Quiet(parts.io.into_inner().rewound(parts.read_buf));
+            return Ended::Quiet(parts.io.into_inner().rewound(&parts.read_buf));
         }
         Ok(Ok(())) => connection.into_parts(),
         Ok(Err(error)) if error.is_parse_version_h2() => {
             let parts = connection.into_parts();
-            return Ended::Http2(parts.io.into_inner().rewound(parts.read_buf));
+            return Ended::Http2(parts.io.into_inner().rewound(&parts.read_buf));
         }
         Ok(Err(error)) => {
             if error.is_parse() {
