@@ -3,7 +3,7 @@
 //!
 //! [`crate::l7::client_io`] shows what it reads while heads arrive; only if the parsed request has a
 //! `Transfer-Encoding` is the text of its head looked at. Where the beginning of a head is not known, as
-//! behind a body that shares a read with the next request, nothing is found: such a request is served by
+//! behind a body or in a long read that it shares with an earlier request, nothing is found: such a request is served by
 //! its `Transfer-Encoding` alone and its connection closed, as hyper does it.
 
 /// The bytes of a connection of HTTP/1 since the last place where a head is known to begin.
@@ -14,10 +14,15 @@ pub(super) struct RawHeads {
     passed: usize,
     /// What comes is of a body.
     in_body: bool,
+    /// Behind the head that these bytes are, there was more than was kept.
+    is_cut: bool,
 }
 
 /// Longer heads, and more of them at once, are not looked at.
 const MAX_BYTES: usize = 64 * 1024;
+
+/// Of a longer read only the first head is kept: mostly the rest is a body.
+const LONG_READ_BYTES: usize = 8 * 1024;
 
 /// Memory that is kept for the next head.
 const KEPT_BYTES: usize = 2048;
@@ -38,13 +43,18 @@ impl RawHeads {
             self.in_body = true;
             return;
         }
-        self.bytes.extend_from_slice(bytes);
+        let head = match bytes.len() > LONG_READ_BYTES && self.bytes.is_empty() {
+            true => first_head(bytes),
+            false => bytes,
+        };
+        self.is_cut = head.len() < bytes.len();
+        self.bytes.extend_from_slice(head);
     }
 
     /// A request's head is complete.
     pub(super) fn head_ends(&mut self, has_body: bool) {
         self.passed += 1;
-        self.in_body |= has_body;
+        self.in_body |= has_body || self.is_cut;
         let is_large = self.bytes.len() > KEPT_BYTES;
         if has_body || is_large && self.passed >= heads_in(&self.bytes) {
             self.forget();
@@ -83,6 +93,7 @@ impl RawHeads {
 
     fn forget(&mut self) {
         self.passed = 0;
+        self.is_cut = false;
         self.bytes.clear();
         self.bytes.shrink_to(KEPT_BYTES);
     }
@@ -97,6 +108,15 @@ fn is_content_length(line: &[u8]) -> bool {
 
 fn ends_with_empty_line(bytes: &[u8]) -> bool {
     bytes.ends_with(b"\r\n\r\n") || bytes.ends_with(b"\n\n")
+}
+
+/// The bytes up to the end of the first head; all of them if it does not end here.
+fn first_head(bytes: &[u8]) -> &[u8] {
+    let mut lines = Lines(bytes);
+    match lines.skip_head() {
+        true => &bytes[..bytes.len() - lines.0.len()],
+        false => bytes,
+    }
 }
 
 /// How many whole heads follow each other.
@@ -180,6 +200,24 @@ mod tests {
         heads.body_ends();
         heads.on_read(last.as_bytes());
         assert!(heads.has_content_length("POST"));
+    }
+
+    #[test]
+    fn of_a_long_read_only_the_first_head_is_kept() {
+        let head = "POST / HTTP/1.1\r\nContent-Length: 9000\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let mut heads = after(&format!("{head}{}", "x".repeat(9000)));
+        assert_eq!(heads.bytes.len(), head.len());
+        assert!(heads.has_content_length("POST"));
+        heads.head_ends(true);
+        heads.body_ends();
+        heads.on_read(head.as_bytes());
+        assert!(heads.has_content_length("POST"));
+        // Without a body, where the next head begins is not known either.
+        let get = "GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n";
+        let mut heads = after(&get.repeat(300));
+        assert!(heads.has_content_length("GET"));
+        heads.head_ends(false);
+        assert!(!heads.has_content_length("GET"));
     }
 
     #[test]
