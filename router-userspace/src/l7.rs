@@ -75,6 +75,7 @@ pub mod router;
 mod shared;
 pub mod sockmap;
 mod sticky;
+mod stream;
 mod throttle;
 mod tls;
 mod trace;

@@ -11,13 +11,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::l7::client::{Client, Progress};
 use crate::l7::frames::Frames;
-use crate::l7::handshake::ClientStream;
+use crate::l7::stream::Stream;
 
 /// Head and body of a response up to this size are copied together to be written.
 const SMALL_WRITE_BYTES: usize = 4096;
 
 pub(super) struct ClientIo {
-    stream: ClientStream,
+    stream: Stream,
     /// What has been read before, and is to be read again.
     read_ahead: Bytes,
     client: Rc<Client>,
@@ -28,11 +28,7 @@ pub(super) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(
-        stream: ClientStream,
-        client: &Rc<Client>,
-        progress: &Rc<Progress>,
-    ) -> ClientIo {
+    pub(super) fn new(stream: Stream, client: &Rc<Client>, progress: &Rc<Progress>) -> ClientIo {
         ClientIo {
             stream,
             read_ahead: Bytes::new(),

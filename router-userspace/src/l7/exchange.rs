@@ -319,7 +319,7 @@ impl<'a> Exchange<'a> {
         connection: &mut Connection,
         mut request: Request<RequestBody>,
     ) -> (
-        impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>> + use<>,
+        impl Future<Output = Result<Response<Incoming>, NotSent>> + use<>,
         Option<oneshot::Receiver<RawBackend>>,
     ) {
         self.progress
@@ -448,8 +448,11 @@ impl<'a> Exchange<'a> {
     }
 }
 
+/// With the request, if hyper has kept it.
+type NotSent = TrySendError<Request<RequestBody>>;
+
 enum SendError {
-    Http(Box<TrySendError<Request<RequestBody>>>),
+    Http(Box<NotSent>),
     /// The client's connection found the time to be up.
     Expired,
 }

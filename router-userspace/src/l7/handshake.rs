@@ -26,11 +26,8 @@ use crate::config::{ClientCertFormat, ProxyProtocol};
 use crate::l7::client_cert;
 use crate::l7::metrics::WorkerMetrics;
 use crate::l7::proxy_protocol::{self, Addresses, PEEK_BYTES, Parsed};
+use crate::l7::stream::Stream;
 use crate::l7::tls::{ALPN_H2, Tls};
-
-mod stream;
-
-pub(super) use stream::ClientStream;
 
 /// TLS handshakes of one worker at once, counted from the client's whole hello, which is what costs
 /// a signature. Later ones wait, as long as `http.timeouts.tls_handshake` lets them.
@@ -60,7 +57,7 @@ pub(super) struct Rules {
 /// A connection that is good for requests.
 #[derive(Debug)]
 pub(super) struct Established {
-    pub stream: ClientStream,
+    pub stream: Stream,
     /// The client, and what it dialed: by the PROXY header if there is one, else by the socket.
     pub peer: SocketAddr,
     pub local: SocketAddr,
@@ -196,14 +193,14 @@ impl Handshakes {
             Addresses::Own => (peer, stream.local_addr().map_err(closed)?),
         };
         let (stream, tls) = match kind {
-            ListenerKind::Http => (ClientStream::Tcp(stream), None),
+            ListenerKind::Http => (Stream::Tcp(stream), None),
             ListenerKind::Https => {
                 let deadline = Instant::now() + rules.tls_handshake;
                 let handshake = Box::pin(self.accept_tls(stream, rules.client_cert_format));
                 let (stream, session) = tokio::time::timeout_at(deadline, handshake)
                     .await
                     .map_err(|_| HandshakeFailure::TlsTimeout)??;
-                (ClientStream::Tls(Box::new(stream)), Some(Rc::new(session)))
+                (Stream::Tls(Box::new(stream.into())), Some(Rc::new(session)))
             }
         };
         Ok(Established {

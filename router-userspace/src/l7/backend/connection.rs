@@ -27,6 +27,7 @@ use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, Failure, GatewayFailure};
 use crate::l7::liveness;
 use crate::l7::sockmap;
+use crate::l7::stream::Stream;
 use crate::l7::tls::BackendTlsClient;
 use crate::route::HttpProtocol;
 
@@ -139,17 +140,17 @@ pub(super) async fn open(
         let written = stream.write_all(&header).await;
         written.map_err(|_| Failure::Backend(BackendFailure::Closed))?;
     }
-    let (io, http2) = match backend.tls() {
-        None if sockmap => (BackendIo::Sockmap(stream), false),
-        None => (BackendIo::Tcp(stream), wants_http2),
+    let (stream, http2) = match backend.tls() {
+        None => (Stream::Tcp(stream), wants_http2),
         Some(wanted) => {
             let tls = tls.ok_or(Failure::Gateway(GatewayFailure::TlsRoots))?;
             let name = wanted.server_name.as_deref();
             let handshake = tls.handshake(stream, name, backend.address().ip(), wants_http2);
             let (stream, http2) = handshake.await.map_err(Failure::Backend)?;
-            (BackendIo::Tls(Box::new(stream)), http2)
+            (Stream::Tls(Box::new(stream.into())), http2)
         }
     };
+    let io = BackendIo::new(stream, sockmap);
     let opened = if http2 {
         open_http2(io).await.map(Opened::Http2)
     } else {

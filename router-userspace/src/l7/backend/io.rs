@@ -1,4 +1,4 @@
-//! The byte stream to a backend, plain or TLS.
+//! The byte stream to a backend.
 
 use std::io;
 use std::pin::Pin;
@@ -6,23 +6,23 @@ use std::task::{Context, Poll};
 
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
 use crate::l7::sockmap;
+use crate::l7::stream::Stream;
 
-pub(in crate::l7) enum BackendIo {
-    Tcp(TcpStream),
-    Sockmap(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+pub(in crate::l7) struct BackendIo {
+    stream: Stream,
+    /// It may pass TCP by.
+    sockmap: bool,
 }
 
 impl BackendIo {
+    pub(super) fn new(stream: Stream, sockmap: bool) -> BackendIo {
+        BackendIo { stream, sockmap }
+    }
+
     pub(in crate::l7) fn socket(&self) -> SockRef<'_> {
-        match self {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => SockRef::from(stream),
-            BackendIo::Tls(stream) => SockRef::from(stream.get_ref().0),
-        }
+        self.stream.socket()
     }
 }
 
@@ -32,11 +32,11 @@ impl AsyncRead for BackendIo {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
-            BackendIo::Sockmap(stream) => sockmap::poll_read(stream, cx, buffer),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        let this = self.get_mut();
+        if this.sockmap {
+            return sockmap::poll_read(this.stream.tcp(), cx, buffer);
         }
+        Pin::new(&mut this.stream).poll_read(cx, buffer)
     }
 }
 
@@ -46,12 +46,7 @@ impl AsyncWrite for BackendIo {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
-                Pin::new(stream).poll_write(cx, bytes)
-            }
-            BackendIo::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -63,34 +58,18 @@ impl AsyncWrite for BackendIo {
         if let [slice] = slices {
             return self.poll_write(cx, slice);
         }
-        match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
-                Pin::new(stream).poll_write_vectored(cx, slices)
-            }
-            BackendIo::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => stream.is_write_vectored(),
-            BackendIo::Tls(stream) => stream.is_write_vectored(),
-        }
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => Pin::new(stream).poll_flush(cx),
-            BackendIo::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            BackendIo::Tcp(stream) | BackendIo::Sockmap(stream) => {
-                Pin::new(stream).poll_shutdown(cx)
-            }
-            BackendIo::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
