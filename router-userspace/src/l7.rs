@@ -58,6 +58,7 @@ mod frames;
 pub(crate) mod fuzzing;
 mod handshake;
 mod headers;
+mod informational;
 mod lease;
 mod listen;
 mod liveness;

@@ -35,7 +35,7 @@ const X_IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("x-idempotency-key
 pub(super) struct Exchange<'a> {
     worker: &'a Rc<Worker>,
     client: &'a Client,
-    progress: &'a Progress,
+    progress: &'a Rc<Progress>,
     pool: Rc<PoolState>,
     findings: &'a Findings,
     origin: &'a headers::Origin<'a>,
@@ -70,7 +70,7 @@ impl<'a> Exchange<'a> {
     /// `only`: the index of the one target that may serve the request.
     pub(super) fn new(
         client: &'a Client,
-        progress: &'a Progress,
+        progress: &'a Rc<Progress>,
         pool: Rc<PoolState>,
         findings: &'a Findings,
         origin: &'a headers::Origin<'a>,
@@ -314,6 +314,7 @@ impl<'a> Exchange<'a> {
         match connection {
             Connection::Http1(connection) => {
                 to_http1(&mut request, self.findings);
+                connection.tap.follow(self.progress);
                 let upgraded = self.findings.upgrade.then(|| {
                     let (deliver, upgraded) = oneshot::channel();
                     connection.upgrade.set(Some(deliver));

@@ -154,6 +154,9 @@ pub struct L7Totals {
     pub queue_timeouts: u64,
     /// Attempts whose backend was chosen whatever its health, for too few of its pool are healthy.
     pub panic_picks: u64,
+    /// Interim responses (1xx) of backends that were passed on, and those that were too many or too long.
+    pub interim_responses: u64,
+    pub interim_dropped: u64,
     /// Client connections that speak HTTP/2, and those that were ended for an error of the protocol.
     pub http2_connections: u64,
     pub http2_errors: u64,
@@ -295,6 +298,8 @@ pub(super) struct WorkerMetrics {
     pub queue_full: Counter,
     pub queue_timeouts: Counter,
     pub panic_picks: Counter,
+    pub interim_responses: Counter,
+    pub interim_dropped: Counter,
     pub http2_connections: Counter,
     pub http2_errors: Counter,
     pub upgrades: Counter,
@@ -426,6 +431,8 @@ impl WorkerMetrics {
         totals.queue_full += self.queue_full.read();
         totals.queue_timeouts += self.queue_timeouts.read();
         totals.panic_picks += self.panic_picks.read();
+        totals.interim_responses += self.interim_responses.read();
+        totals.interim_dropped += self.interim_dropped.read();
         totals.http2_connections += self.http2_connections.read();
         totals.http2_errors += self.http2_errors.read();
         totals.upgrades += self.upgrades.read();

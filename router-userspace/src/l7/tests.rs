@@ -28,6 +28,7 @@ mod counting;
 mod failures;
 mod hostile;
 mod http2;
+mod informational;
 mod lifecycle;
 mod limits;
 mod refusals;

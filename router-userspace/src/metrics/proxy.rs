@@ -121,6 +121,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.panic_picks,
         ),
         (
+            "viaduct_http_interim_responses",
+            "Interim responses (1xx) of backends that were passed on",
+            totals.interim_responses,
+        ),
+        (
+            "viaduct_http_interim_dropped",
+            "Interim responses of backends that were not passed on, being too many for one request",
+            totals.interim_dropped,
+        ),
+        (
             "viaduct_http_http2_connections",
             "Client connections that speak HTTP/2",
             totals.http2_connections,
