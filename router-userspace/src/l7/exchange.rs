@@ -143,6 +143,7 @@ impl<'a> Exchange<'a> {
                 self.rewritten = true;
             }
             headers::set_instance(request.headers_mut(), &target.instance);
+            observed.propagate(request.headers_mut());
             observed.sent(request.headers(), self.worker.now());
             let (sent, upgraded) = self.send(connection, request).await;
             match sent {
@@ -417,6 +418,8 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// That failure, if no other backend is to be tried.
     fn go_on(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
+        let observed = &self.progress.observed;
+        observed.attempt_failed(&failure, self.worker.now());
         self.tried.push(index);
         self.attempts -= 1;
         if self.attempts == 0 || self.tried.len() == self.pool.targets.len() {

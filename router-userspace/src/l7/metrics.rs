@@ -39,6 +39,7 @@ pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
     pub tls: TlsMetrics,
     pub access_log: AccessLogMetrics,
+    pub spans: SpanMetrics,
     shows_routes: AtomicBool,
     shows_backends: AtomicBool,
 }
@@ -66,6 +67,32 @@ impl AccessLogMetrics {
 
     pub(super) fn count_dropped(&self, lines: u64) {
         self.dropped.fetch_add(lines, Ordering::Relaxed);
+    }
+}
+
+/// Spans for the collector of traces.
+#[derive(Debug, Default)]
+pub struct SpanMetrics {
+    exported: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl SpanMetrics {
+    pub fn exported(&self) -> u64 {
+        self.exported.load(Ordering::Relaxed)
+    }
+
+    /// Those that found too many waiting, or that the collector refused.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_exported(&self, spans: u64) {
+        self.exported.fetch_add(spans, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_dropped(&self, spans: u64) {
+        self.dropped.fetch_add(spans, Ordering::Relaxed);
     }
 }
 

@@ -31,6 +31,7 @@ mod http2;
 mod informational;
 mod lifecycle;
 mod limits;
+mod otlp;
 mod refusals;
 mod retries;
 mod route_services;

@@ -81,6 +81,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             metrics.access_log.dropped(),
         ),
         (
+            "viaduct_http_spans",
+            "Spans of requests that the collector has taken",
+            metrics.spans.exported(),
+        ),
+        (
+            "viaduct_http_spans_dropped",
+            "Spans that it has not, being behind, gone or of another mind",
+            metrics.spans.dropped(),
+        ),
+        (
             "viaduct_http_aborted",
             "Responses whose client left before their end",
             totals.aborted,
