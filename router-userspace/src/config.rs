@@ -22,7 +22,7 @@ pub use http::{
     ClientCertFormat, CollectorUrl, ForwardedClientCert, ForwardedHeader, HttpAccessLog,
     HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpMetrics, HttpRate, HttpRetries,
     HttpRouteServices, HttpSticky, HttpTimeouts, HttpTlsConfig, HttpTracing, HttpZoneBalance,
-    ProxyProtocol, RedactQuery, TlsVersion, TraceMode,
+    ProxyProtocol, RedactQuery, SyslogAddress, TlsVersion, TraceMode,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

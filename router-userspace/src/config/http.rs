@@ -22,7 +22,7 @@ pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
 pub use limits::HttpRate;
 pub use observe::{
     AccessLogFormat, CollectorUrl, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing,
-    RedactQuery, TraceMode,
+    RedactQuery, SyslogAddress, TraceMode,
 };
 pub use route_services::HttpRouteServices;
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};

@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use http::uri::Authority;
 use http::{HeaderMap, Request, StatusCode};
 use tokio::time::Instant;
 
@@ -71,6 +72,11 @@ impl Observed {
     /// The request goes out with these headers on a connection that stands.
     pub(super) fn sent(&self, headers: &HeaderMap, now: Instant) {
         self.note(|entry| entry.sent(headers, now));
+    }
+
+    /// The request goes to its route's service.
+    pub(super) fn detour(&self, service: &Authority) {
+        self.note(|entry| entry.route_service = Some(service.clone()));
     }
 
     /// The head of a response has come.

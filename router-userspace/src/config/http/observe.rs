@@ -3,6 +3,7 @@
 //! Lines are made in `l7/access_log`, metrics in `metrics/proxy`.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::ensure;
@@ -16,14 +17,24 @@ const MAX_LOGGED_HEADERS: usize = 32;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpAccessLog {
-    /// A file, or `stdout`; unset: no access log.
+    /// A file, or `stdout`; without this and `syslog`, there is no access log.
     pub path: Option<PathBuf>,
+    /// Instead of a file: `unix:/dev/log`, or `udp://ADDRESS:PORT`.
+    pub syslog: Option<SyslogAddress>,
     pub format: AccessLogFormat,
     /// Request headers that are logged beside those every line has, as backends get them.
     pub headers: Vec<String>,
     pub redact_query: RedactQuery,
     /// Neither the client's address nor `X-Forwarded-For` is logged.
     pub disable_client_address: bool,
+}
+
+/// Where syslog takes datagrams.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum SyslogAddress {
+    Unix(PathBuf),
+    Udp(SocketAddr),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +122,34 @@ pub enum ForwardedHeader {
     Replace,
 }
 
+impl TryFrom<String> for SyslogAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<SyslogAddress, String> {
+        let address = match (text.strip_prefix("unix:"), text.strip_prefix("udp://")) {
+            (Some(path), _) if path.starts_with('/') => Some(SyslogAddress::Unix(path.into())),
+            (_, Some(udp)) => udp.parse().ok().map(SyslogAddress::Udp),
+            _ => None,
+        };
+        address.ok_or_else(|| format!("{text:?} is neither unix:/PATH nor udp://ADDRESS:PORT"))
+    }
+}
+
+impl From<SyslogAddress> for String {
+    fn from(address: SyslogAddress) -> String {
+        address.to_string()
+    }
+}
+
+impl fmt::Display for SyslogAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SyslogAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+            SyslogAddress::Udp(address) => write!(f, "udp://{address}"),
+        }
+    }
+}
+
 impl CollectorUrl {
     /// The port of OTLP over HTTP.
     const PORT: u16 = 4318;
@@ -196,6 +235,10 @@ impl HttpTracing {
 impl HttpAccessLog {
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         ensure!(
+            self.path.is_none() || self.syslog.is_none(),
+            "http.access_log has path or syslog, not both"
+        );
+        ensure!(
             self.headers.len() <= MAX_LOGGED_HEADERS,
             "http.access_log.headers must be at most {MAX_LOGGED_HEADERS}"
         );
@@ -212,6 +255,23 @@ impl HttpAccessLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn syslog_is_a_socket_of_this_host_or_an_address() {
+        for text in ["unix:/dev/log", "udp://192.0.2.1:514", "udp://[::1]:514"] {
+            let address = SyslogAddress::try_from(text.to_owned()).unwrap();
+            assert_eq!(String::from(address), text);
+        }
+        for bad in [
+            "/dev/log",
+            "unix:log",
+            "udp://host:514",
+            "tcp://192.0.2.1:514",
+            "",
+        ] {
+            assert!(SyslogAddress::try_from(bad.to_owned()).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn a_collector_without_a_path_has_that_of_traces() {

@@ -400,5 +400,9 @@ fn push(to: &mut Vec<KeyValue>, key: &str, value: any_value::Value) {
 }
 
 fn cut(value: &str) -> &str {
-    &value[..value.floor_char_boundary(MAX_VALUE_BYTES)]
+    let mut len = value.len().min(MAX_VALUE_BYTES);
+    while !value.is_char_boundary(len) {
+        len -= 1;
+    }
+    &value[..len]
 }
