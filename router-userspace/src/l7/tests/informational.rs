@@ -90,6 +90,25 @@ async fn a_client_of_http_1_0_gets_none() {
 }
 
 #[tokio::test]
+async fn a_client_of_http2_gets_the_response_alone() {
+    let (listener, address) = scripted().await;
+    let gateway = Gateway::to([address]);
+    let io = TokioIo::new(gateway.connect().await);
+    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await;
+    let (mut client, connection) = handshake.unwrap();
+    tokio::spawn(connection);
+    let request = Request::get("http://a.com/").body(full("")).unwrap();
+    let response = tokio::spawn(client.send_request(request));
+    let (mut stream, _) = listener.accept().await.unwrap();
+    request_at(&mut stream).await;
+    let bytes = format!("{HINT}{OK}");
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+    let response = response.await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(gateway.metrics.totals().interim_responses, 0);
+}
+
+#[tokio::test]
 async fn no_more_than_sixteen_pass() {
     let (listener, address) = scripted().await;
     let gateway = Gateway::to([address]);

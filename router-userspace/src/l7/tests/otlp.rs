@@ -300,6 +300,23 @@ async fn what_a_collector_refuses_is_counted() {
 }
 
 #[tokio::test]
+async fn a_reload_changes_the_collector() {
+    let (first, second) = (FakeCollector::start().await, FakeCollector::start().await);
+    let gateway = traced(snapshot([]), tracing(first.address));
+    assert_status(&gateway.get("b.com").await, 404);
+    for collector in [&first, &second] {
+        let config = HttpConfig {
+            tracing: tracing(collector.address),
+            ..config()
+        };
+        gateway.proxy.reload(&config).unwrap();
+        assert_status(&gateway.get("b.com").await, 404);
+    }
+    assert_eq!(second.spans(1).await.len(), 1);
+    assert_eq!(first.spans(2).await.len(), 2);
+}
+
+#[tokio::test]
 async fn the_last_spans_are_exported_when_the_gateway_ends() {
     let collector = FakeCollector::start().await;
     let gateway = traced(snapshot([]), tracing(collector.address));
