@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use http::header::{HOST, USER_AGENT};
 use http::uri::Authority;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version};
+use http::{HeaderMap, Method, Request, StatusCode, Version};
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
 use opentelemetry_proto::tonic::resource::v1::Resource;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
@@ -23,7 +23,7 @@ use crate::l7::trace::{self, SpanContext, TRACESTATE};
 /// Attempts of one request that are told of.
 const MAX_ATTEMPTS: usize = 8;
 
-/// Of a path or a header.
+/// Of a path or a header; the rest is cut off. A longer `tracestate` is left out.
 const MAX_VALUE_BYTES: usize = 1024;
 
 /// W3C's flag, and that `IS_REMOTE` says something, and `IS_REMOTE` (trace.proto, `SpanFlags`).
@@ -34,16 +34,18 @@ const IS_REMOTE: u32 = 0x200;
 /// An attempt that was given up without being told why: its kept-alive connection was closed.
 const CLOSED: &str = "connection_closed";
 
-/// A request that is sampled. Values are shared with the request, not copied.
+/// A request that is sampled. What it has of the request's head is copied: it may wait for long, and is not to
+/// keep a whole buffer of the client's connection for that.
 pub(in crate::l7) struct RequestSpan {
     exporter: Option<Arc<Exporter>>,
     context: SpanContext,
-    trace_state: Option<HeaderValue>,
+    trace_state: Option<Box<str>>,
     method: Method,
-    target: Uri,
+    path: Box<str>,
     version: Version,
-    host: Option<HeaderValue>,
-    user_agent: Option<HeaderValue>,
+    host: Option<Box<str>>,
+    port: Option<u16>,
+    user_agent: Option<Box<str>>,
     is_secure: bool,
     peer: SocketAddr,
     started: Instant,
@@ -85,15 +87,24 @@ impl RequestSpan {
         started: Instant,
     ) -> RequestSpan {
         let headers = request.headers();
+        let authority = match headers.get(HOST) {
+            Some(host) => Authority::try_from(host.as_bytes()).ok(),
+            None => request.uri().authority().cloned(),
+        };
+        let state = headers.get(TRACESTATE).and_then(|it| it.to_str().ok());
+        let agent = headers.get(USER_AGENT);
         RequestSpan {
             exporter: Some(exporter),
             context,
-            trace_state: headers.get(TRACESTATE).cloned(),
+            trace_state: state
+                .filter(|it| it.len() <= MAX_VALUE_BYTES)
+                .map(Box::from),
             method: request.method().clone(),
-            target: request.uri().clone(),
+            path: cut(request.uri().path()).into(),
             version: request.version(),
-            host: headers.get(HOST).cloned(),
-            user_agent: headers.get(USER_AGENT).cloned(),
+            host: authority.as_ref().map(|it| cut(it.host()).into()),
+            port: authority.as_ref().and_then(Authority::port_u16),
+            user_agent: agent.map(|it| cut(&String::from_utf8_lossy(it.as_bytes())).into()),
             is_secure,
             peer,
             started,
@@ -175,7 +186,7 @@ impl RequestSpan {
         self.add_method(&mut attributes);
         let scheme = if self.is_secure { "https" } else { "http" };
         add(&mut attributes, "url.scheme", scheme);
-        add(&mut attributes, "url.path", cut(self.target.path()));
+        add(&mut attributes, "url.path", &*self.path);
         let route = ended.route.as_deref().map(|path| match path {
             "" => "/",
             path => path,
@@ -183,11 +194,11 @@ impl RequestSpan {
         if let Some(route) = route {
             add(&mut attributes, "http.route", route);
         }
-        if let Some(authority) = self.authority() {
-            add(&mut attributes, "server.address", authority.host());
-            if let Some(port) = authority.port_u16() {
-                add_int(&mut attributes, "server.port", port.into());
-            }
+        if let Some(host) = &self.host {
+            add(&mut attributes, "server.address", &**host);
+        }
+        if let Some(port) = self.port {
+            add_int(&mut attributes, "server.port", port.into());
         }
         add_peer(&mut attributes, self.peer);
         let address = self.peer.ip().to_canonical().to_string();
@@ -199,8 +210,7 @@ impl RequestSpan {
             version(self.version),
         );
         if let Some(agent) = &self.user_agent {
-            let agent = String::from_utf8_lossy(agent.as_bytes());
-            add(&mut attributes, "user_agent.original", cut(&agent));
+            add(&mut attributes, "user_agent.original", &**agent);
         }
         add_status(&mut attributes, ended.status);
         let error = error_type(self.error.or(ended.aborted), ended.status, 500);
@@ -262,11 +272,10 @@ impl RequestSpan {
     }
 
     fn span(&self, id: u64, name: String, attributes: Vec<KeyValue>) -> Span {
-        let state = self.trace_state.as_ref().and_then(|it| it.to_str().ok());
         Span {
             trace_id: self.context.trace.to_be_bytes().to_vec(),
             span_id: id_of(Some(id)),
-            trace_state: state.unwrap_or_default().to_owned(),
+            trace_state: self.trace_state.as_deref().unwrap_or_default().to_owned(),
             name,
             attributes,
             ..Span::default()
@@ -288,13 +297,6 @@ impl RequestSpan {
         } else {
             add(to, "http.request.method", "_OTHER");
             add(to, "http.request.method_original", cut(method));
-        }
-    }
-
-    fn authority(&self) -> Option<Authority> {
-        match &self.host {
-            Some(host) => Authority::try_from(host.as_bytes()).ok(),
-            None => self.target.authority().cloned(),
         }
     }
 }
