@@ -19,10 +19,10 @@ mod l4;
 
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
-    ClientCertFormat, ForwardedClientCert, ForwardedHeader, HttpAccessLog, HttpBalance, HttpConfig,
-    HttpEjection, HttpLimits, HttpMetrics, HttpRate, HttpRetries, HttpRouteServices, HttpSticky,
-    HttpTimeouts, HttpTlsConfig, HttpTracing, HttpZoneBalance, ProxyProtocol, RedactQuery,
-    TlsVersion, TraceMode,
+    ClientCertFormat, CollectorUrl, ForwardedClientCert, ForwardedHeader, HttpAccessLog,
+    HttpBalance, HttpConfig, HttpEjection, HttpLimits, HttpMetrics, HttpRate, HttpRetries,
+    HttpRouteServices, HttpSticky, HttpTimeouts, HttpTlsConfig, HttpTracing, HttpZoneBalance,
+    ProxyProtocol, RedactQuery, SyslogAddress, TlsVersion, TraceMode,
 };
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,

@@ -8,7 +8,7 @@ use http::{HeaderMap, Uri};
 use ipnet::IpNet;
 
 use crate::l7::edits::{self, RequestUrl};
-pub use crate::l7::fuzzing::{certificate, cookies, proxy_protocol, request};
+pub use crate::l7::fuzzing::{certificate, cookies, interim, proxy_protocol, request};
 use crate::route::wire;
 use crate::route::{Declaration, Registration, RouteKey};
 use crate::{config, source};
@@ -16,10 +16,11 @@ use crate::{config, source};
 /// The name of a corpus, and what its files are given to.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("certificate", certificate),
     ("config", configuration),
     ("cookies", cookies),
+    ("interim", interim),
     ("proxy_protocol", proxy_protocol),
     ("registration", registration),
     ("request", request),

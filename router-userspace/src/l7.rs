@@ -31,6 +31,7 @@ use crate::l7::handshake::Rules;
 use crate::l7::headers::Via;
 use crate::l7::listen::Listening;
 use crate::l7::metrics::L7Metrics;
+use crate::l7::otlp::Exporter;
 use crate::l7::route_service::RouteServices;
 use crate::l7::shared::Shared;
 use crate::l7::tls::Tls;
@@ -58,10 +59,12 @@ mod frames;
 pub(crate) mod fuzzing;
 mod handshake;
 mod headers;
+mod informational;
 mod lease;
 mod listen;
 mod liveness;
 pub mod metrics;
+mod otlp;
 mod outlier;
 mod pace;
 mod proxy_protocol;
@@ -112,10 +115,12 @@ pub fn stand_by(
     let worker_count = worker_count(config);
     let tls = Tls::start(config, Arc::clone(&metrics))?;
     let access_log = AccessLog::open(config, None, &metrics)?;
+    let exporter = Exporter::start(&config.tracing, None, &metrics)?;
     metrics.configure(&config.metrics);
     let listening = listen::bind(&[], config, inherited, worker_count)?;
     let settings = Settings {
         access_log,
+        exporter,
         ..Settings::new(config)?
     };
     let settings = Arc::new(ArcSwap::from_pointee(settings));
@@ -252,14 +257,15 @@ impl Proxy {
         self.check_reload(config)?;
         let settings = Settings::new(config)?;
         let former = self.settings.load();
-        let former = former.access_log.as_deref();
-        let access_log = AccessLog::open(config, former, &self.metrics)?;
+        let access_log = AccessLog::open(config, former.access_log.as_deref(), &self.metrics)?;
+        let exporter = Exporter::start(&config.tracing, former.exporter.as_ref(), &self.metrics)?;
         let mut listening = self.listening();
         let wanted = listen::bind(&listening, config, Vec::new(), self.workers.len())?;
         self.tls.reload(config)?;
         self.metrics.configure(&config.metrics);
         self.settings.store(Arc::new(Settings {
             access_log,
+            exporter,
             ..settings
         }));
         let changed = listen::is_other(&listening, &wanted);
@@ -299,10 +305,13 @@ impl Proxy {
         }
         let settings = self.settings.load();
         let log_end = settings.access_log.as_ref().and_then(|log| log.take_end());
+        let export_end = settings.exporter.as_ref().and_then(|it| it.take_end());
         drop((settings, self));
-        if let Some(end) = log_end {
+        let deadline = std::time::Instant::now() + LOG_DRAIN;
+        for end in [log_end, export_end].into_iter().flatten() {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
             // An error is the end: nothing is ever sent.
-            let _ = end.recv_timeout(LOG_DRAIN);
+            let _ = end.recv_timeout(left);
         }
     }
 
@@ -328,7 +337,7 @@ impl Proxy {
     }
 }
 
-/// How long the last lines of the access log may take to be written.
+/// How long the last lines of the access log, and the last spans, may take to be written.
 const LOG_DRAIN: Duration = Duration::from_secs(1);
 
 /// What cannot change while the workers run.
@@ -369,6 +378,8 @@ struct Settings {
     tracing: HttpTracing,
     /// Open, so not made from the configuration alone.
     access_log: Option<Arc<AccessLog>>,
+    /// Running, likewise.
+    exporter: Option<Arc<Exporter>>,
     /// `None` without `http.route_services.secret`.
     route_services: Option<Arc<RouteServices>>,
 }
@@ -401,6 +412,7 @@ impl Settings {
             via: config.via.as_deref().map(Via::new),
             tracing: config.tracing.clone(),
             access_log: None,
+            exporter: None,
             route_services: RouteServices::load(&config.route_services)?,
         })
     }

@@ -21,8 +21,8 @@ mod tls;
 pub use balance::{HttpEjection, HttpRetries, HttpSticky, HttpZoneBalance};
 pub use limits::HttpRate;
 pub use observe::{
-    AccessLogFormat, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing, RedactQuery,
-    TraceMode,
+    AccessLogFormat, CollectorUrl, ForwardedHeader, HttpAccessLog, HttpMetrics, HttpTracing,
+    RedactQuery, SyslogAddress, TraceMode,
 };
 pub use route_services::HttpRouteServices;
 pub use tls::{BackendTlsConfig, CertificateFiles, ClientAuth, HttpTlsConfig, TlsVersion};

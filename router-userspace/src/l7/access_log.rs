@@ -1,7 +1,7 @@
 //! The access log: one line for each request, written beside the requests and never in their way.
 //!
 //! ```text
-//!  record ─▶ Entry ─▶ line ─▶ block of its worker ──(64 blocks)──▶ access-log thread ─▶ write(2)
+//!  record ─▶ Entry ─▶ line ─▶ block of its worker ──(64 blocks)──▶ access-log thread ─▶ write(2), send(2)
 //! ```
 //!
 //! A worker renders its lines into a block of its own and hands it on when it is full or a tenth of a
@@ -10,7 +10,6 @@
 //! settings.
 
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -21,13 +20,15 @@ use tokio::sync::Notify;
 pub(super) use crate::l7::access_log::entry::{Aborted, Ended, Entry};
 
 use crate::config::{AccessLogFormat, HttpAccessLog, HttpConfig, RedactQuery, TraceMode};
-use crate::l7::access_log::writer::{Block, Writer};
+use crate::l7::access_log::writer::{Block, Sink, Writer};
 use crate::l7::metrics::L7Metrics;
 use crate::l7::trace;
 
 mod entry;
 mod escape;
+mod file;
 mod line;
+mod syslog;
 mod timestamp;
 mod writer;
 
@@ -39,7 +40,7 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An open access log, one for all workers.
 pub(super) struct AccessLog {
-    path: PathBuf,
+    sink: Sink,
     rules: Rules,
     writer: Arc<Writer>,
 }
@@ -54,28 +55,28 @@ struct Rules {
 }
 
 impl AccessLog {
-    /// Opens the log that `config` asks for; one with the same file takes over the writer of `former`,
+    /// Opens the log that `config` asks for; one with the same sink takes over the writer of `former`,
     /// which opens its file again.
     ///
     /// # Errors
-    /// Names the file that cannot be opened.
+    /// Names the file or the socket that cannot be opened.
     pub(super) fn open(
         config: &HttpConfig,
         former: Option<&AccessLog>,
         metrics: &Arc<L7Metrics>,
     ) -> anyhow::Result<Option<Arc<AccessLog>>> {
-        let Some(path) = &config.access_log.path else {
+        let Some(sink) = Sink::new(&config.access_log) else {
             return Ok(None);
         };
-        let writer = match former.filter(|former| former.path == *path) {
+        let writer = match former.filter(|former| former.sink == sink) {
             Some(former) => {
                 former.writer.reopen();
                 Arc::clone(&former.writer)
             }
-            None => Arc::new(Writer::start(path, Arc::clone(metrics))?),
+            None => Arc::new(Writer::start(&sink, Arc::clone(metrics))?),
         };
         Ok(Some(Arc::new(AccessLog {
-            path: path.clone(),
+            sink,
             rules: Rules::new(config),
             writer,
         })))
@@ -86,7 +87,7 @@ impl AccessLog {
     /// # Errors
     /// As there.
     pub(super) fn check(config: &HttpAccessLog) -> anyhow::Result<()> {
-        config.path.as_deref().map_or(Ok(()), writer::check)
+        Sink::new(config).map_or(Ok(()), |sink| sink.check())
     }
 
     /// Closed when all has been written after the last use of this log.

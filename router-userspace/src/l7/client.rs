@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::config::{HttpLimits, HttpTimeouts};
 use crate::l7::clients::Cutoff;
 use crate::l7::handshake::TlsSession;
+use crate::l7::informational::Interim;
 use crate::l7::pace::Pace;
 use crate::l7::raw_heads::RawHeads;
 use crate::l7::record::Observed;
@@ -191,6 +192,8 @@ pub(super) struct Progress {
     deadline: Cell<Option<Instant>>,
     /// What the access log and the counters will tell of the request.
     pub observed: Observed,
+    /// Of HTTP/1.
+    pub interim: Interim,
 }
 
 /// Which timeout is running.
@@ -241,6 +244,7 @@ impl Progress {
             own_body_idle: Cell::new(None),
             deadline: Cell::new(None),
             observed: Observed::default(),
+            interim: Interim::default(),
         }
     }
 
@@ -383,6 +387,14 @@ impl Progress {
         self.deadline
             .get()
             .is_some_and(|deadline| deadline <= self.worker.now())
+    }
+
+    /// There is a request, and no response to it yet.
+    pub(super) fn awaits_response(&self) -> bool {
+        matches!(
+            self.phase.get(),
+            Phase::Connecting | Phase::Sending | Phase::AwaitingResponse
+        )
     }
 
     pub(super) fn is_sending(&self) -> bool {

@@ -1,4 +1,7 @@
 //! The byte stream to a client; what passes is counted and is progress.
+//!
+//! Interim responses of backends are written here, between two messages of hyper's: hyper flushes
+//! whenever it has written all it had.
 
 use std::io;
 use std::pin::Pin;
@@ -25,6 +28,10 @@ pub(super) struct ClientIo {
     progress: Option<Rc<Progress>>,
     /// Of HTTP/2.
     frames: Option<Box<Frames>>,
+    /// All that hyper had has been written, so that the next byte begins a message or part of a body.
+    is_flushed: bool,
+    /// Interim responses, to be written before anything else.
+    interim: Vec<u8>,
 }
 
 impl ClientIo {
@@ -35,6 +42,8 @@ impl ClientIo {
             client: Rc::clone(client),
             progress: Some(Rc::clone(progress)),
             frames: None,
+            is_flushed: true,
+            interim: Vec::new(),
         }
     }
 
@@ -78,6 +87,30 @@ impl ClientIo {
             progress.set_stalled(polled.is_pending());
         }
         polled
+    }
+
+    /// Writes the interim responses that may go before what hyper writes next. Those that come too late,
+    /// for the response has begun behind bytes that wait, are dropped.
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(progress) = &self.progress
+            && progress.interim.is_waiting()
+        {
+            if self.is_flushed {
+                self.interim.append(&mut progress.interim.take());
+            } else if !progress.awaits_response() {
+                progress.interim.forget();
+            }
+        }
+        while !self.interim.is_empty() {
+            let written = Pin::new(&mut self.stream).poll_write(cx, &self.interim);
+            let len = ready!(self.noting_stalls(written))?;
+            if len == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.client.on_write(len);
+            self.interim.drain(..len);
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// # Errors
@@ -137,6 +170,8 @@ impl AsyncWrite for ClientIo {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        ready!(this.poll_interim(cx))?;
+        this.is_flushed = false;
         let written = Pin::new(&mut this.stream).poll_write(cx, bytes);
         let len = ready!(this.noting_stalls(written))?;
         this.on_write(len);
@@ -149,6 +184,8 @@ impl AsyncWrite for ClientIo {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        ready!(this.poll_interim(cx))?;
+        this.is_flushed = false;
         let stream = Pin::new(&mut this.stream);
         // send(2) with a copy is cheaper than writev(2) while the copy is small.
         let total: usize = slices.iter().map(|slice| slice.len()).sum();
@@ -173,6 +210,13 @@ impl AsyncWrite for ClientIo {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.is_flushed = true;
+        if let Some(progress) = &this.progress
+            && !progress.awaits_response()
+        {
+            progress.interim.forget();
+        }
+        ready!(this.poll_interim(cx))?;
         let flushed = Pin::new(&mut this.stream).poll_flush(cx);
         this.noting_stalls(flushed)
     }

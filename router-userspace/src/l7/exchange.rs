@@ -36,7 +36,7 @@ const X_IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("x-idempotency-key
 pub(super) struct Exchange<'a> {
     worker: &'a Rc<Worker>,
     client: &'a Client,
-    progress: &'a Progress,
+    progress: &'a Rc<Progress>,
     pool: Rc<PoolState>,
     findings: &'a Findings,
     origin: &'a headers::Origin<'a>,
@@ -71,7 +71,7 @@ impl<'a> Exchange<'a> {
     /// `only`: the index of the one target that may serve the request.
     pub(super) fn new(
         client: &'a Client,
-        progress: &'a Progress,
+        progress: &'a Rc<Progress>,
         pool: Rc<PoolState>,
         findings: &'a Findings,
         origin: &'a headers::Origin<'a>,
@@ -147,6 +147,7 @@ impl<'a> Exchange<'a> {
                 self.rewritten = true;
             }
             headers::set_instance(request.headers_mut(), &target.instance);
+            observed.propagate(request.headers_mut());
             observed.sent(request.headers(), self.worker.now());
             let (response, upgraded) = self.send(connection, request);
             let sent = match self.until_expired(pin!(response)).await {
@@ -327,6 +328,7 @@ impl<'a> Exchange<'a> {
         match connection {
             Connection::Http1(connection) => {
                 to_http1(&mut request, self.findings);
+                connection.tap.follow(self.progress);
                 let upgraded = self.findings.upgrade.then(|| {
                     let (deliver, upgraded) = oneshot::channel();
                     connection.upgrade.set(Some(deliver));
@@ -418,6 +420,8 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// That failure, if no other backend is to be tried.
     fn go_on(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
+        let observed = &self.progress.observed;
+        observed.attempt_failed(&failure, self.worker.now());
         self.tried.push(index);
         self.attempts -= 1;
         if self.attempts == 0 || self.tried.len() == self.pool.targets.len() {

@@ -141,6 +141,7 @@ async fn forward(
         Leg::Direct => {}
         Leg::Returned => route_service::strip(request.headers_mut()),
         Leg::ToService(detour) => {
+            progress.observed.detour(detour.service());
             // Boxed, or every request's future would have its size.
             pool = Box::pin(detour.begin(worker, &mut request)).await?;
             // Which instance it is for, the service hands back.

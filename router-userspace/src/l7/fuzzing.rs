@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri, Version};
 use crate::config::{BackendProxyProtocol, ClientCertFormat, HttpLimits, HttpSticky};
 use crate::l7::client_cert::{self, ClientCertHeader};
 use crate::l7::headers::{self, Origin};
+use crate::l7::informational;
 use crate::l7::proxy_protocol::{self, Addresses, Parsed};
 use crate::l7::router::{self, Lookup};
 use crate::l7::{sticky, validate};
@@ -65,6 +66,25 @@ pub fn proxy_protocol(bytes: &[u8]) {
         let same = from.ip().to_canonical() == source.ip().to_canonical()
             && to.ip().to_canonical() == destination.ip().to_canonical();
         assert!(same && (from.port(), to.port()) == (source.port(), destination.port()));
+    }
+}
+
+/// What a backend sends before its response.
+pub fn interim(bytes: &[u8]) {
+    let passed = informational::passed(bytes);
+    // It is read as what it is, whole, and passes once more as it is.
+    assert_eq!(informational::passed(&passed), passed);
+    let mut rest = &passed[..];
+    while !rest.is_empty() {
+        assert!(rest.starts_with(b"HTTP/1.1 1") && !rest.starts_with(b"HTTP/1.1 101"));
+        let end = rest.windows(4).position(|it| it == b"\r\n\r\n");
+        let (head, behind) = rest.split_at(end.expect("a head ends") + 4);
+        let head = head.to_ascii_lowercase();
+        for name in ["content-length:", "transfer-encoding:", "connection:"] {
+            let line = format!("\r\n{name}").into_bytes();
+            assert!(!head.windows(line.len()).any(|it| it == line), "{name}");
+        }
+        rest = behind;
     }
 }
 

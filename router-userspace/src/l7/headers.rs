@@ -8,14 +8,15 @@ use base64::Engine;
 use bytes::Bytes;
 use http::Version;
 use http::header::{
-    CONNECTION, COOKIE, EXPECT, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRAILER, TRANSFER_ENCODING,
-    UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HeaderMap, HeaderName, HeaderValue,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE, VIA,
 };
 
 use crate::config::ForwardedHeader;
 use crate::l7::balance::InstanceHeaders;
 use crate::l7::client_cert::ClientCertHeader;
+use crate::l7::route_service;
 use crate::l7::validate::{Findings, is_plain_connection};
 
 const APP_INSTANCE: HeaderName = HeaderName::from_static("x-cf-app-instance");
@@ -232,6 +233,23 @@ pub(super) fn clean_trailers(trailers: &mut HeaderMap) {
                 .iter()
                 .any(|start| name.starts_with(start))
     });
+}
+
+/// What is of one hop, and what an interim response must not have (RFC 9110 §8.6).
+pub(super) fn clean_interim(headers: &mut HeaderMap) {
+    remove_named_by_connection(headers);
+    for name in [
+        TRANSFER_ENCODING,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        TE,
+        UPGRADE,
+        TRAILER,
+        CONTENT_LENGTH,
+    ] {
+        headers.remove(name);
+    }
+    route_service::strip(headers);
 }
 
 /// A WebSocket's extended CONNECT (RFC 8441 §5) as the `GET` of HTTP/1.1 that it stands for.

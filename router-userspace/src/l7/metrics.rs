@@ -39,6 +39,7 @@ pub struct L7Metrics {
     workers: Mutex<Vec<Arc<WorkerMetrics>>>,
     pub tls: TlsMetrics,
     pub access_log: AccessLogMetrics,
+    pub spans: SpanMetrics,
     shows_routes: AtomicBool,
     shows_backends: AtomicBool,
 }
@@ -66,6 +67,32 @@ impl AccessLogMetrics {
 
     pub(super) fn count_dropped(&self, lines: u64) {
         self.dropped.fetch_add(lines, Ordering::Relaxed);
+    }
+}
+
+/// Spans for the collector of traces.
+#[derive(Debug, Default)]
+pub struct SpanMetrics {
+    exported: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl SpanMetrics {
+    pub fn exported(&self) -> u64 {
+        self.exported.load(Ordering::Relaxed)
+    }
+
+    /// Those that found too many waiting, or that the collector refused.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_exported(&self, spans: u64) {
+        self.exported.fetch_add(spans, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_dropped(&self, spans: u64) {
+        self.dropped.fetch_add(spans, Ordering::Relaxed);
     }
 }
 
@@ -154,6 +181,9 @@ pub struct L7Totals {
     pub queue_timeouts: u64,
     /// Attempts whose backend was chosen whatever its health, for too few of its pool are healthy.
     pub panic_picks: u64,
+    /// Interim responses (1xx) of backends that were passed on, and those that were too many or too long.
+    pub interim_responses: u64,
+    pub interim_dropped: u64,
     /// Client connections that speak HTTP/2, and those that were ended for an error of the protocol.
     pub http2_connections: u64,
     pub http2_errors: u64,
@@ -295,6 +325,8 @@ pub(super) struct WorkerMetrics {
     pub queue_full: Counter,
     pub queue_timeouts: Counter,
     pub panic_picks: Counter,
+    pub interim_responses: Counter,
+    pub interim_dropped: Counter,
     pub http2_connections: Counter,
     pub http2_errors: Counter,
     pub upgrades: Counter,
@@ -426,6 +458,8 @@ impl WorkerMetrics {
         totals.queue_full += self.queue_full.read();
         totals.queue_timeouts += self.queue_timeouts.read();
         totals.panic_picks += self.panic_picks.read();
+        totals.interim_responses += self.interim_responses.read();
+        totals.interim_dropped += self.interim_dropped.read();
         totals.http2_connections += self.http2_connections.read();
         totals.http2_errors += self.http2_errors.read();
         totals.upgrades += self.upgrades.read();

@@ -5,7 +5,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
+use http::uri::Authority;
 use http::{HeaderMap, Request, StatusCode};
 use tokio::time::Instant;
 
@@ -13,10 +15,11 @@ use crate::l7::access_log::{Aborted, Ended, Entry};
 use crate::l7::backend::BackendState;
 use crate::l7::balance::PoolState;
 use crate::l7::client::{Client, Progress};
-use crate::l7::error::Failure;
+use crate::l7::error::{Failure, REASONS};
 use crate::l7::lease::Lease;
 use crate::l7::metrics::Outcome;
-use crate::l7::trace::TraceId;
+use crate::l7::otlp::{self, RequestSpan};
+use crate::l7::trace::Traced;
 
 /// What is known of the request that is under way.
 #[derive(Default)]
@@ -30,6 +33,8 @@ pub(super) struct Observed {
     has_answered: Cell<bool>,
     /// `None` without an access log.
     entry: RefCell<Option<Box<Entry>>>,
+    /// `None` unless it is exported.
+    span: RefCell<Option<Box<RequestSpan>>>,
 }
 
 impl Observed {
@@ -49,7 +54,19 @@ impl Observed {
     /// A backend has been chosen.
     pub(super) fn attempt(&self, lease: &Lease, now: Instant) {
         self.backend.replace(Some(Rc::clone(lease.backend())));
-        self.note(|entry| entry.attempt(lease.backend().address(), lease.target(), now));
+        let address = lease.backend().address();
+        self.note(|entry| entry.attempt(address, lease.target(), now));
+        self.note_span(|span| span.attempt(address, now));
+    }
+
+    /// The attempt in hand has failed, and another may follow.
+    pub(super) fn attempt_failed(&self, failure: &Failure, now: Instant) {
+        self.note_span(|span| span.give_up(REASONS[failure.reason()], now));
+    }
+
+    /// Has the headers say what the backend's part of the trace is below.
+    pub(super) fn propagate(&self, headers: &mut HeaderMap) {
+        self.note_span(|span| span.propagate(headers));
     }
 
     /// The request goes out with these headers on a connection that stands.
@@ -57,10 +74,16 @@ impl Observed {
         self.note(|entry| entry.sent(headers, now));
     }
 
+    /// The request goes to its route's service.
+    pub(super) fn detour(&self, service: &Authority) {
+        self.note(|entry| entry.route_service = Some(service.clone()));
+    }
+
     /// The head of a response has come.
     pub(super) fn answered(&self, now: Instant) {
         self.has_answered.set(true);
         self.note(|entry| entry.times.answered = Some(now));
+        self.note_span(RequestSpan::answered);
     }
 
     fn note(&self, note: impl FnOnce(&mut Entry)) {
@@ -69,13 +92,20 @@ impl Observed {
         }
     }
 
-    fn begin(&self, entry: Option<Box<Entry>>) {
+    fn note_span(&self, note: impl FnOnce(&mut RequestSpan)) {
+        if let Some(span) = &mut *self.span.borrow_mut() {
+            note(span);
+        }
+    }
+
+    fn begin(&self, entry: Option<Box<Entry>>, span: Option<Box<RequestSpan>>) {
         self.bytes_in.set(0);
         self.bytes_out.set(0);
         self.route.take();
         self.backend.take();
         self.has_answered.set(false);
         self.entry.replace(entry);
+        self.span.replace(span);
     }
 }
 
@@ -95,19 +125,27 @@ impl RequestRecord {
         client: &Rc<Client>,
         progress: &Rc<Progress>,
         request: &Request<B>,
-        trace: Option<TraceId>,
+        traced: Option<Traced>,
     ) -> RequestRecord {
         let worker = &client.worker;
         worker.metrics.requests_in_flight.add(1);
         let entry = worker.access_log().map(|log| {
             let trusted = worker.settings(|settings| settings.trusts(client.peer.ip()));
+            let trace = traced.map(|it| it.trace);
             Box::new(Entry::new(log, request, trusted, trace))
         });
-        progress.observed.begin(entry);
+        let started = progress.request_begins();
+        let span = traced.and_then(|it| it.span).and_then(|context| {
+            let exporter = worker.settings(|settings| settings.exporter.clone())?;
+            let secure = client.tls.is_some();
+            let span = RequestSpan::new(exporter, context, request, client.peer, secure, started);
+            Some(Box::new(span))
+        });
+        progress.observed.begin(entry, span);
         RequestRecord {
             client: Rc::clone(client),
             progress: Rc::clone(progress),
-            started: progress.request_begins(),
+            started,
             status: None,
             complete: false,
             backend_broke_off: false,
@@ -119,6 +157,7 @@ impl RequestRecord {
         let observed = &self.progress.observed;
         observed.has_answered.set(false);
         observed.note(|entry| entry.error = Some(failure.router_error()));
+        observed.note_span(|span| span.failed(REASONS[failure.reason()]));
     }
 
     /// The head of the response goes to the client.
@@ -166,6 +205,16 @@ impl RequestRecord {
         entry.log.write(entry, &ended);
     }
 
+    fn export(&self, now: Instant, span: Box<RequestSpan>, route: Option<&PoolState>) {
+        span.end(otlp::Ended {
+            began: self.client.worker.since_epoch(self.started),
+            total: now.duration_since(self.started),
+            route: route.map(|route| Arc::clone(&route.matched.path)),
+            status: self.status,
+            aborted: self.aborted().map(Aborted::as_str),
+        });
+    }
+
     fn count(&self, now: Instant, route: Option<&PoolState>) {
         let observed = &self.progress.observed;
         let outcome = Outcome {
@@ -206,6 +255,9 @@ impl Drop for RequestRecord {
         self.count(now, route.as_deref());
         if let Some(entry) = observed.entry.take() {
             self.log(now, &entry, route.as_deref());
+        }
+        if let Some(span) = observed.span.take() {
+            self.export(now, span, route.as_deref());
         }
     }
 }

@@ -170,6 +170,11 @@ pub(super) fn strip(headers: &mut HeaderMap) {
 }
 
 impl Detour {
+    /// The service's host and port.
+    pub(super) fn service(&self) -> &Authority {
+        &self.authority
+    }
+
     /// Makes the request the service's, and gives the pool to send it to.
     ///
     /// # Errors

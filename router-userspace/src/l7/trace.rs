@@ -3,7 +3,7 @@
 //!
 //! Called before a request is looked at. With `begin` the gateway is a span of its own: a trace that
 //! came goes on under a new span id, and a request without one begins a trace. What is no valid context
-//! goes no further. Spans are not exported.
+//! goes no further. Spans are exported by [`otlp`](crate::l7::otlp).
 
 use data_encoding::HEXLOWER;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -35,16 +35,36 @@ struct Context {
     sampled: bool,
 }
 
+/// The trace that a request is part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Traced {
+    pub trace: TraceId,
+    /// The gateway's own span, if it is one and is sampled.
+    pub span: Option<SpanContext>,
+}
+
+/// A span of the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SpanContext {
+    pub trace: TraceId,
+    pub span: u64,
+    /// Whose part it is; `None`: the trace begins with it.
+    pub parent: Option<u64>,
+}
+
 /// Checks and sets the trace headers of a request as `http.tracing` asks for; the trace it is part of,
 /// if that is looked at.
-pub(super) fn settle(client: &Client, headers: &mut HeaderMap) -> Option<TraceId> {
+pub(super) fn settle(client: &Client, headers: &mut HeaderMap) -> Option<Traced> {
     let worker = &client.worker;
     worker.settings(|settings| {
         let tracing = &settings.tracing;
         let is_believed = || !tracing.trusted_only || settings.trusts(client.peer.ip());
         match tracing.mode {
             TraceMode::Off => None,
-            TraceMode::Pass => pass(headers, tracing, is_believed()),
+            TraceMode::Pass => {
+                let trace = pass(headers, tracing, is_believed())?;
+                Some(Traced { trace, span: None })
+            }
             TraceMode::Begin => {
                 worker.with_rng(|rng| Some(begin(headers, tracing, is_believed(), rng)))
             }
@@ -71,7 +91,7 @@ fn begin(
     tracing: &HttpTracing,
     is_believed: bool,
     rng: &mut impl Rng,
-) -> TraceId {
+) -> Traced {
     let w3c = w3c_of(headers).filter(|_| tracing.w3c && is_believed);
     let b3 = b3_of(headers).filter(|_| tracing.b3 && is_believed);
     let came = w3c.or(b3);
@@ -91,7 +111,30 @@ fn begin(
     if tracing.b3 {
         set_b3(headers, &context, came.map(|it| it.span));
     }
-    context.trace
+    let span = SpanContext {
+        trace: context.trace,
+        span: context.span,
+        parent: came.map(|it| it.span),
+    };
+    Traced {
+        trace: context.trace,
+        span: context.sampled.then_some(span),
+    }
+}
+
+/// Has a sampled request go out as part of `span`, which is below `own`, in the headers that it has.
+pub(super) fn set_span(headers: &mut HeaderMap, own: &SpanContext, span: u64) {
+    let context = Context {
+        trace: own.trace,
+        span,
+        sampled: true,
+    };
+    if headers.contains_key(TRACEPARENT) {
+        headers.insert(TRACEPARENT, value(&traceparent(&context)));
+    }
+    if headers.contains_key(B3) {
+        set_b3(headers, &context, Some(own.span));
+    }
 }
 
 fn traceparent(context: &Context) -> String {
@@ -248,7 +291,8 @@ mod tests {
 
     fn begun(headers: &mut HeaderMap, tracing: &HttpTracing) -> String {
         let mut rng = SmallRng::seed_from_u64(7);
-        format!("{:032x}", begin(headers, tracing, true, &mut rng))
+        let traced = begin(headers, tracing, true, &mut rng);
+        format!("{:032x}", traced.trace)
     }
 
     fn text(headers: &HeaderMap, name: &str) -> String {

@@ -81,6 +81,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             metrics.access_log.dropped(),
         ),
         (
+            "viaduct_http_spans",
+            "Spans of requests that the collector has taken",
+            metrics.spans.exported(),
+        ),
+        (
+            "viaduct_http_spans_dropped",
+            "Spans that it has not, being behind, gone or of another mind",
+            metrics.spans.dropped(),
+        ),
+        (
             "viaduct_http_aborted",
             "Responses whose client left before their end",
             totals.aborted,
@@ -119,6 +129,16 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             "viaduct_http_panic_picks",
             "Attempts whose backend was chosen whatever its health, for too few of its pool are healthy",
             totals.panic_picks,
+        ),
+        (
+            "viaduct_http_interim_responses",
+            "Interim responses (1xx) of backends that were passed on",
+            totals.interim_responses,
+        ),
+        (
+            "viaduct_http_interim_dropped",
+            "Interim responses of backends that were not passed on, being too many for one request",
+            totals.interim_dropped,
         ),
         (
             "viaduct_http_http2_connections",

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use http::header::{HOST, REFERER, USER_AGENT};
+use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version};
 use tokio::time::Instant;
 
@@ -42,6 +43,8 @@ pub(in crate::l7) struct Entry {
     pub trace: Option<TraceId>,
     /// In the order of the configuration.
     pub headers: Vec<Option<HeaderValue>>,
+    /// Where the request's route has it go first.
+    pub route_service: Option<Authority>,
     /// The backend of the last attempt.
     pub backend: Option<EntryBackend>,
     pub attempts: u32,
@@ -127,6 +130,7 @@ impl Entry {
             request_id: None,
             trace: None,
             headers: Vec::new(),
+            route_service: None,
             backend: None,
             attempts: 0,
             error: None,

@@ -39,6 +39,12 @@ fn json(line: &mut Vec<u8>, rules: &Rules, entry: &Entry, ended: &Ended<'_>) {
     if let Some(route) = ended.route {
         text(line, "route", route.to_string().as_bytes());
     }
+    let service = entry.route_service.as_ref();
+    optional(
+        line,
+        "route_service",
+        service.map(|it| it.as_str().as_bytes()),
+    );
     if rules.client_address {
         text(line, "client", ended.peer.to_string().as_bytes());
         optional(line, "x_forwarded_for", bytes(&entry.forwarded_for));

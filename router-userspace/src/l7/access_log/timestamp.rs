@@ -19,6 +19,13 @@ pub(super) fn write(line: &mut Vec<u8>, since_epoch: Duration) {
     .expect("a vector takes all");
 }
 
+/// The same with microseconds, which is as fine as syslog takes it (RFC 5424 §6.2.3).
+pub(super) fn write_micros(line: &mut Vec<u8>, since_epoch: Duration) {
+    write(line, since_epoch);
+    line.truncate(line.len() - "000Z".len());
+    line.push(b'Z');
+}
+
 /// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
 ///
 /// Years are taken from March on, so that the leap day is the last: 400 of them have 146,097 days, and

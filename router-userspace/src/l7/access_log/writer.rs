@@ -1,36 +1,50 @@
-//! The thread that writes blocks of lines to a file or to the standard output.
+//! The thread that writes blocks of lines, to a file or to syslog.
 //!
-//! The file is opened again after a reload, and when its name leads to another one: it is looked at
-//! before a write, once a second at most. A name that cannot be opened leaves the file that is open
-//! in use. A block that cannot be written is dropped and its lines are counted.
+//! What cannot be written is dropped and its lines are counted.
 
-use std::fs::{File, Metadata, OpenOptions};
-use std::io::Write;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
+use crate::config::{HttpAccessLog, SyslogAddress};
+use crate::l7::access_log::file::LogFile;
+use crate::l7::access_log::syslog::Syslog;
 use crate::l7::metrics::L7Metrics;
 
 /// Blocks that wait to be written, of all workers: with [`BLOCK_BYTES`](super::BLOCK_BYTES) 4 MiB.
 pub(super) const BLOCKS: usize = 64;
 
-/// How often the file's name is looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The name of the standard output.
-const STDOUT: &str = "stdout";
-
 /// Whole lines.
 pub(super) struct Block {
     pub bytes: Vec<u8>,
     pub lines: u64,
+}
+
+/// Where lines go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Sink {
+    File(PathBuf),
+    Syslog(SyslogAddress),
+}
+
+impl Sink {
+    /// `None` without an access log.
+    pub(super) fn new(config: &HttpAccessLog) -> Option<Sink> {
+        let file = config.path.clone().map(Sink::File);
+        file.or_else(|| config.syslog.clone().map(Sink::Syslog))
+    }
+
+    /// Whether [`Writer::start`] would succeed.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        Output::open(self).map(drop)
+    }
 }
 
 /// The way to the thread, which ends when this is dropped and all is written.
@@ -45,24 +59,21 @@ pub(super) struct Writer {
 
 impl Writer {
     /// # Errors
-    /// Names the file that cannot be opened.
-    pub(super) fn start(path: &Path, metrics: Arc<L7Metrics>) -> anyhow::Result<Writer> {
+    /// Names the file or the socket that cannot be opened.
+    pub(super) fn start(sink: &Sink, metrics: Arc<L7Metrics>) -> anyhow::Result<Writer> {
         let (blocks, received) = mpsc::sync_channel(BLOCKS);
         let (ends, end) = mpsc::channel();
         let is_stale = Arc::<AtomicBool>::default();
-        let mut output = Output {
-            file: open(path)?,
-            path: path.to_owned(),
+        let mut writing = Writing {
+            output: Output::open(sink)?,
             is_stale: Arc::clone(&is_stale),
-            looked: Instant::now(),
-            is_torn: false,
             fails: false,
             metrics: Arc::clone(&metrics),
         };
         std::thread::Builder::new()
             .name("access-log".to_owned())
             .spawn(move || {
-                output.write_all(&received);
+                writing.write_all(&received);
                 drop(ends);
             })
             .context("start the access log's thread")?;
@@ -104,45 +115,47 @@ impl Writer {
     }
 }
 
-/// # Errors
-/// Names the file that cannot be opened.
-pub(super) fn check(path: &Path) -> anyhow::Result<()> {
-    open(path).map(drop)
+enum Output {
+    File(LogFile),
+    Syslog(Syslog),
 }
 
-fn open(path: &Path) -> anyhow::Result<File> {
-    let what = || format!("http.access_log.path {}", path.display());
-    if path.as_os_str() == STDOUT {
-        let owned = std::io::stdout().as_fd().try_clone_to_owned();
-        return Ok(File::from(owned.with_context(what)?));
+impl Output {
+    fn open(sink: &Sink) -> anyhow::Result<Output> {
+        match sink {
+            Sink::File(path) => LogFile::open(path).map(Output::File),
+            Sink::Syslog(address) => Syslog::open(address).map(Output::Syslog),
+        }
     }
-    // A FIFO opened for reading too neither waits for a reader nor fails without one.
-    let is_fifo = std::fs::metadata(path).is_ok_and(|it| it.file_type().is_fifo());
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .read(is_fifo)
-        .mode(0o640)
-        .open(path)
-        .with_context(what)
+
+    /// # Errors
+    /// How many lines were not written, and why.
+    fn write(&mut self, block: &Block) -> Result<(), (u64, io::Error)> {
+        match self {
+            Output::File(file) => file
+                .write(&block.bytes)
+                .map_err(|error| (block.lines, error)),
+            Output::Syslog(syslog) => syslog.write(&block.bytes),
+        }
+    }
 }
 
-struct Output {
-    file: File,
-    path: PathBuf,
+/// The thread's part.
+struct Writing {
+    output: Output,
     is_stale: Arc<AtomicBool>,
-    looked: Instant,
-    /// The last write ended within a line.
-    is_torn: bool,
     /// The last write failed.
     fails: bool,
     metrics: Arc<L7Metrics>,
 }
 
-impl Output {
+impl Writing {
     fn write_all(&mut self, blocks: &Receiver<Option<Block>>) {
         for block in blocks {
-            self.follow();
+            let is_stale = self.is_stale.swap(false, Ordering::Relaxed);
+            if let Output::File(file) = &mut self.output {
+                file.follow(is_stale);
+            }
             if let Some(block) = block {
                 self.write(&block);
             }
@@ -150,56 +163,18 @@ impl Output {
     }
 
     fn write(&mut self, block: &Block) {
-        let end_of_line = if self.is_torn { "\n" } else { "" };
-        let written = self
-            .file
-            .write_all(end_of_line.as_bytes())
-            .and_then(|()| self.file.write_all(&block.bytes));
-        match written {
-            Ok(()) => {
-                self.is_torn = false;
-                self.metrics.access_log.count_written(block.lines);
-            }
-            Err(error) => {
-                self.is_torn = true;
-                self.metrics.access_log.count_dropped(block.lines);
-                if !self.fails {
-                    tracing::warn!(%error, path = %self.path.display(), "the access log cannot be written");
-                }
-            }
-        }
-        self.fails = self.is_torn;
-    }
-
-    /// Opens the file again if it was asked for, or its name leads elsewhere.
-    fn follow(&mut self) {
-        let is_stale = self.is_stale.swap(false, Ordering::Relaxed);
-        if !is_stale && self.looked.elapsed() < LOOK_INTERVAL {
-            return;
-        }
-        self.looked = Instant::now();
-        if self.path.as_os_str() == STDOUT || !(is_stale || self.has_moved()) {
-            return;
-        }
-        match open(&self.path) {
-            Ok(file) => {
-                self.file = file;
-                self.is_torn = false;
-            }
-            Err(error) => {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "the access log goes on in the file that is open"
-                );
-            }
-        }
-    }
-
-    fn has_moved(&self) -> bool {
-        let identity = |it: Metadata| (it.dev(), it.ino());
-        match (std::fs::metadata(&self.path), self.file.metadata()) {
-            (Ok(named), Ok(open)) => identity(named) != identity(open),
-            _ => true,
+        let (dropped, error) = match self.output.write(block) {
+            Ok(()) => (0, None),
+            Err((dropped, error)) => (dropped, Some(error)),
+        };
+        let counters = &self.metrics.access_log;
+        counters.count_written(block.lines.saturating_sub(dropped));
+        counters.count_dropped(dropped);
+        let did_fail = std::mem::replace(&mut self.fails, error.is_some());
+        if let Some(error) = error
+            && !did_fail
+        {
+            tracing::warn!(%error, "the access log cannot be written");
         }
     }
 }

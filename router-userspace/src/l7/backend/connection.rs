@@ -25,6 +25,7 @@ use crate::l7::backend::BackendState;
 use crate::l7::backend::io::BackendIo;
 use crate::l7::body::RequestBody;
 use crate::l7::error::{BackendFailure, Failure, GatewayFailure};
+use crate::l7::informational::{Tap, TappedIo};
 use crate::l7::liveness;
 use crate::l7::sockmap;
 use crate::l7::stream::Stream;
@@ -54,6 +55,8 @@ pub(in crate::l7) struct Http1 {
     pub upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
     /// It has carried a request before, so the backend may be closing it at this moment.
     pub reused: bool,
+    /// Who wants to know of interim responses.
+    pub tap: Rc<Tap>,
     /// It may pass TCP by, and takes only requests that may.
     pub sockmap: bool,
 }
@@ -160,10 +163,11 @@ pub(super) async fn open(
 }
 
 async fn open_http1(io: BackendIo, sockmap: bool) -> hyper::Result<Http1> {
+    let tap = Rc::<Tap>::default();
     let (sender, connection) = http1::Builder::new()
         .max_buf_size(BUFFER_BYTES)
         .max_header_size(RESPONSE_HEADER_BYTES)
-        .handshake::<_, RequestBody>(TokioIo::new(io))
+        .handshake::<_, RequestBody>(TokioIo::new(TappedIo::new(io, &tap)))
         .await?;
     let upgrade = Rc::new(Cell::new(None));
     tokio::task::spawn_local(drive(connection, Rc::clone(&upgrade)));
@@ -171,6 +175,7 @@ async fn open_http1(io: BackendIo, sockmap: bool) -> hyper::Result<Http1> {
         sender,
         upgrade,
         reused: false,
+        tap,
         sockmap,
     })
 }
@@ -191,7 +196,7 @@ async fn open_http2(io: BackendIo) -> hyper::Result<http2::SendRequest<RequestBo
 
 /// Carries requests and responses until the connection ends, and delivers it if it was upgraded.
 async fn drive(
-    mut connection: http1::Connection<TokioIo<BackendIo>, RequestBody>,
+    mut connection: http1::Connection<TokioIo<TappedIo<BackendIo>>, RequestBody>,
     upgrade: Rc<Cell<Option<oneshot::Sender<RawBackend>>>>,
 ) {
     // The error, if any, also reached the request that was waiting.
@@ -201,7 +206,7 @@ async fn drive(
     {
         let parts = connection.into_parts();
         let raw = RawBackend {
-            io: parts.io.into_inner(),
+            io: parts.io.into_inner().io,
             read_ahead: parts.read_buf,
         };
         // A request that is gone needs no tunnel.

@@ -1,7 +1,9 @@
 //! A client connection of HTTP/1.0 or 1.1.
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use http::header::TRANSFER_ENCODING;
 use http::{Request, StatusCode};
@@ -27,6 +29,7 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
         let (client, progress) = (Rc::clone(client), Rc::clone(progress));
         move |mut request: Request<Incoming>| {
             client.count_request();
+            progress.interim.request_begins(request.version());
             note_both_lengths(&progress, &mut request);
             // Boxed: the connection keeps room for the future of a request whether it has one or not,
             // and memory that a request has just given back is in the cache.
@@ -45,6 +48,11 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
     }
     let mut connection = builder.serve_connection(TokioIo::new(io), service);
     client.look_by(worker.now() + PARK_AFTER);
+    poll_fn(|cx| {
+        progress.interim.set_task(cx.waker());
+        Poll::Ready(())
+    })
+    .await;
     let ended = drive(
         client,
         pin!(&mut connection).as_mut(),

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::config::{AccessLogFormat, HttpAccessLog, RedactQuery};
+use crate::config::{AccessLogFormat, HttpAccessLog, RedactQuery, SyslogAddress};
 
 /// A gateway with an access log, and the directory that the log is in.
 struct Logged {
@@ -480,4 +480,87 @@ async fn the_last_lines_are_written_before_the_end() {
     }
     gateway.proxy.drain(PATIENCE).await;
     assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);
+}
+
+/// The gateway with its access log at this syslog.
+fn logging_to(address: String) -> Gateway {
+    let log = HttpAccessLog {
+        syslog: Some(SyslogAddress::try_from(address).unwrap()),
+        ..HttpAccessLog::default()
+    };
+    let config = HttpConfig {
+        access_log: log,
+        ..config()
+    };
+    Gateway::with_config(snapshot([]), config)
+}
+
+/// The line of a datagram whose head is as RFC 5424 has it.
+fn line_of(datagram: &[u8]) -> serde_json::Value {
+    let text = std::str::from_utf8(datagram).unwrap();
+    let mut words = text.splitn(8, ' ');
+    assert_eq!(words.next(), Some("<190>1"));
+    let time = words.next().unwrap();
+    assert_eq!((time.len(), &time[time.len() - 1..]), (27, "Z"), "{time}");
+    assert_ne!(words.next(), Some(""));
+    let pid = std::process::id().to_string();
+    let rest: Vec<_> = words.by_ref().take(4).collect();
+    assert_eq!(rest, ["viaduct", &pid, "access", "-"]);
+    serde_json::from_str(words.next().unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn each_line_is_a_datagram_of_syslog_over_udp() {
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let gateway = logging_to(format!("udp://{}", socket.local_addr().unwrap()));
+    assert_status(&gateway.get("b.com").await, 404);
+    assert_status(&gateway.get("c.com").await, 404);
+    let mut buffer = vec![0; 65536];
+    for host in ["b.com", "c.com"] {
+        let len = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await;
+        let line = line_of(&buffer[..len.unwrap().unwrap()]);
+        assert_eq!(
+            (&line["host"], &line["status"]),
+            (&host.into(), &404.into())
+        );
+    }
+    poll_until(|| (gateway.metrics.access_log.written() == 2).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_syslog_of_the_host_may_go_and_come_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
+    let gateway = logging_to(format!("unix:{}", path.display()));
+    let counters = &gateway.metrics.access_log;
+    let mut buffer = vec![0; 65536];
+    assert_status(&gateway.get("b.com").await, 404);
+    let len = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await;
+    line_of(&buffer[..len.unwrap().unwrap()]);
+    drop(socket);
+    std::fs::remove_file(&path).unwrap();
+    assert_status(&gateway.get("lost.com").await, 404);
+    poll_until(|| (counters.dropped() == 1).then_some(())).await;
+    let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
+    assert_status(&gateway.get("c.com").await, 404);
+    let len = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await;
+    let line = line_of(&buffer[..len.unwrap().unwrap()]);
+    assert_eq!(line["host"], "c.com");
+    poll_until(|| (counters.written() == 2).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_syslog_that_is_not_there_is_an_error_at_the_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log").display().to_string();
+    let log = HttpAccessLog {
+        syslog: Some(SyslogAddress::try_from(format!("unix:{path}")).unwrap()),
+        ..HttpAccessLog::default()
+    };
+    let error = AccessLog::check(&log).unwrap_err().to_string();
+    assert!(
+        error.contains("http.access_log.syslog") && error.contains(&path),
+        "{error}"
+    );
 }

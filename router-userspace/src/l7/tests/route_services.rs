@@ -9,7 +9,7 @@ use rustls::pki_types::PrivateKeyDer;
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::config::{HttpRouteServices, Secret};
+use crate::config::{HttpAccessLog, HttpRouteServices, Secret};
 
 const PROXY_HEADERS: [&str; 3] = [
     "x-cf-forwarded-url",
@@ -219,6 +219,35 @@ async fn a_request_goes_through_the_service_and_comes_back() {
     }
     assert_eq!(headers["x-forwarded-for"], "127.0.0.1");
     assert!(!headers.contains_key("x-cf-instanceid"));
+}
+
+#[tokio::test]
+async fn the_access_log_tells_of_the_service() {
+    let (app, service) = (app().await, service(|_| ()).await);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("access.log");
+    let config = HttpConfig {
+        access_log: HttpAccessLog {
+            path: Some(path.clone()),
+            ..HttpAccessLog::default()
+        },
+        ..with_services(&service.ca_file)
+    };
+    let gateway = gateway(&app, &service, config);
+    assert_status(&gateway.get("a.com").await, 200);
+    let lines = poll_until(|| {
+        let text = std::fs::read_to_string(&path).ok()?;
+        (text.lines().count() == 2).then_some(text)
+    })
+    .await;
+    // The request that came back ended first.
+    let services: Vec<_> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["route_service"].clone())
+        .collect();
+    let host = service.url.split('/').nth(2).unwrap();
+    assert_eq!(services, [serde_json::Value::Null, host.into()]);
 }
 
 #[tokio::test]
