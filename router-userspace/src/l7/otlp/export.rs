@@ -100,7 +100,7 @@ impl Export {
                 resource: Some(self.resource.clone()),
                 scope_spans: vec![ScopeSpans {
                     scope: Some(InstrumentationScope {
-                        name: env!("CARGO_PKG_NAME").to_owned(),
+                        name: "viaduct".to_owned(),
                         version: env!("CARGO_PKG_VERSION").to_owned(),
                         ..InstrumentationScope::default()
                     }),
