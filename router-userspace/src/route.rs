@@ -91,15 +91,22 @@ pub struct Backend {
     /// Whether the L7 proxy speaks TLS to it, and the name its certificate must carry.
     pub tls: Option<BackendTls>,
     pub protocol: HttpProtocol,
+    /// `None`: as [`Instance::default`]. By itself, for in a table of many routes most say nothing.
+    pub instance: Option<Arc<Instance>>,
+    pub origin: Origin,
+}
+
+/// What a registration says of the instance that serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Instance {
     /// Application id; `X-CF-ApplicationID` and the access log.
     pub app: Option<Arc<str>>,
     /// `private_instance_id`; `X-CF-InstanceID` and stickiness.
-    pub instance_id: Option<Arc<str>>,
-    pub instance_index: Option<Arc<str>>,
+    pub id: Option<Arc<str>>,
+    pub index: Option<Arc<str>>,
     pub availability_zone: Option<Arc<str>>,
     pub isolation_segment: Option<Arc<str>>,
     pub tags: BTreeMap<Arc<str>, Arc<str>>,
-    pub origin: Origin,
 }
 
 impl Backend {
@@ -110,14 +117,28 @@ impl Backend {
             weight: wire::DEFAULT_WEIGHT,
             tls: None,
             protocol: HttpProtocol::Http1,
+            instance: None,
+            origin,
+        }
+    }
+
+    pub fn instance(&self) -> &Instance {
+        static UNNAMED: Instance = Instance {
             app: None,
-            instance_id: None,
-            instance_index: None,
+            id: None,
+            index: None,
             availability_zone: None,
             isolation_segment: None,
             tags: BTreeMap::new(),
-            origin,
-        }
+        };
+        self.instance.as_deref().unwrap_or(&UNNAMED)
+    }
+}
+
+impl Instance {
+    /// As a [`Backend`] has it.
+    pub fn shared(self) -> Option<Arc<Instance>> {
+        (self != Instance::default()).then(|| Arc::new(self))
     }
 }
 

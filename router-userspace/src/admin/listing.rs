@@ -184,8 +184,8 @@ pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<Backe
                 healthy: !snapshot.unhealthy.contains(&backend.address),
                 draining: snapshot.draining.contains(&backend.address),
                 origin: backend.origin.as_str(),
-                app: text(&backend.app),
-                instance_index: text(&backend.instance_index),
+                app: text(&backend.instance().app),
+                instance_index: text(&backend.instance().index),
                 http_routes: 0,
                 vips: 0,
             });
@@ -273,11 +273,12 @@ fn members(snapshot: &Snapshot, pool: &Pool) -> Vec<MemberRow> {
             HttpProtocol::Http1 => "http1",
             HttpProtocol::Http2 => "http2",
         },
-        app: text(&backend.app),
-        instance_id: text(&backend.instance_id),
-        instance_index: text(&backend.instance_index),
-        availability_zone: text(&backend.availability_zone),
+        app: text(&backend.instance().app),
+        instance_id: text(&backend.instance().id),
+        instance_index: text(&backend.instance().index),
+        availability_zone: text(&backend.instance().availability_zone),
         tags: backend
+            .instance()
             .tags
             .iter()
             .map(|(k, v)| (k.to_string(), v.to_string()))

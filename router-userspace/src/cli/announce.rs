@@ -192,7 +192,10 @@ mod tests {
             backend.tls.as_ref().unwrap().server_name.as_deref(),
             Some("san")
         );
-        assert_eq!((backend.weight, backend.app.as_deref()), (7, Some("a")));
+        assert_eq!(
+            (backend.weight, backend.instance().app.as_deref()),
+            (7, Some("a"))
+        );
         assert!(registration.stale_after.is_some() && registration.balance.is_some());
     }
 }

@@ -192,7 +192,7 @@ impl PoolState {
             .collect();
         let weights = || targets.iter().map(|target| target.weight).enumerate();
         let is_local = |index: usize| {
-            zone.is_some() && pool.backends[index].availability_zone.as_deref() == zone
+            zone.is_some() && pool.backends[index].instance().availability_zone.as_deref() == zone
         };
         let local = Turns::new(weights().filter(|&(index, _)| is_local(index)), rng);
         let met = || targets.iter().map(|target| target.backend.since());
@@ -505,7 +505,7 @@ impl PoolState {
 
 impl Target {
     fn new(backend: &Backend, state: Rc<BackendState>) -> Target {
-        let instance_id = backend.instance_id.clone();
+        let instance_id = backend.instance().id.clone();
         let instance = match state.is_route_service() {
             true => InstanceHeaders::default(),
             false => InstanceHeaders::new(backend),
@@ -514,7 +514,7 @@ impl Target {
             backend: state,
             instance,
             instance_id: instance_id.filter(|id| !id.is_empty()),
-            process: backend.tags.get("process_id").cloned(),
+            process: backend.instance().tags.get("process_id").cloned(),
             weight: backend.weight,
             seed: hash::seed(backend),
         }
@@ -539,9 +539,9 @@ impl InstanceHeaders {
                 .and_then(|text| text.parse().ok())
         };
         InstanceHeaders {
-            app: value(&backend.app),
-            id: value(&backend.instance_id).or_else(|| backend.address.to_string().parse().ok()),
-            index: value(&backend.instance_index),
+            app: value(&backend.instance().app),
+            id: value(&backend.instance().id).or_else(|| backend.address.to_string().parse().ok()),
+            index: value(&backend.instance().index),
         }
     }
 }

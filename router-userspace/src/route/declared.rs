@@ -18,8 +18,8 @@ use crate::route::declared::policy::Policy;
 use crate::route::policy::HttpPolicy;
 use crate::route::table::MAX_POOL_BACKENDS;
 use crate::route::{
-    Backend, BackendTls, Declaration, HttpMatch, HttpProtocol, Origin, Registration, RouteKey,
-    TlsRoots, wire,
+    Backend, BackendTls, Declaration, HttpMatch, HttpProtocol, Instance, Origin, Registration,
+    RouteKey, TlsRoots, wire,
 };
 
 mod policy;
@@ -330,6 +330,13 @@ impl BackendTable {
         ] {
             check_text(key, text.as_deref().unwrap_or_default())?;
         }
+        let instance = Instance {
+            app: self.app,
+            id: self.instance_id,
+            index: self.instance_index,
+            availability_zone: self.zone,
+            ..Instance::default()
+        };
         Ok(Backend {
             weight: self.weight.0,
             tls: self.tls.map(|tls| BackendTls {
@@ -340,10 +347,7 @@ impl BackendTable {
                 Protocol::Http1 => HttpProtocol::Http1,
                 Protocol::Http2 => HttpProtocol::Http2,
             },
-            availability_zone: self.zone,
-            app: self.app,
-            instance_id: self.instance_id,
-            instance_index: self.instance_index,
+            instance: instance.shared(),
             ..Backend::new(self.address.0, origin)
         })
     }

@@ -24,8 +24,8 @@ use serde::{Deserialize, Deserializer};
 
 use crate::route::policy::{BALANCE_PERCENT, HashKey, HashOf};
 use crate::route::{
-    Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Origin, Registration, RouteKey,
-    TlsRoots, Unregistration, Vip,
+    Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Instance, Origin, Registration,
+    RouteKey, TlsRoots, Unregistration, Vip,
 };
 
 /// Bytes of one message; nats-server's own default limit.
@@ -109,6 +109,14 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
         }
         None | Some(0) => None,
     };
+    let instance = Instance {
+        app: message.text("app", &message.app)?,
+        id: message.text("private_instance_id", &message.instance_id)?,
+        index: message.text("private_instance_index", &message.instance_index)?,
+        availability_zone: message.text("availability_zone", &message.availability_zone)?,
+        isolation_segment: message.text("isolation_segment", &message.isolation_segment)?,
+        tags: message.tags()?,
+    };
     let backend = Backend {
         address,
         weight,
@@ -117,12 +125,7 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
             Some("http2") => HttpProtocol::Http2,
             Some(_) | None => HttpProtocol::Http1,
         },
-        app: message.text("app", &message.app)?,
-        instance_id: message.text("private_instance_id", &message.instance_id)?,
-        instance_index: message.text("private_instance_index", &message.instance_index)?,
-        availability_zone: message.text("availability_zone", &message.availability_zone)?,
-        isolation_segment: message.text("isolation_segment", &message.isolation_segment)?,
-        tags: message.tags()?,
+        instance: instance.shared(),
         origin: Origin::Nats,
     };
     Ok(Registration {

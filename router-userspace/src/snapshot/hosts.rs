@@ -370,7 +370,7 @@ mod tests {
                 } else {
                     hosts.add(name.as_str().into());
                     let routes = hosts.get_mut(&name).unwrap();
-                    routes.paths = vec![(format!("/{number}/{step}").into(), empty_pool())];
+                    routes.paths = [(format!("/{number}/{step}").into(), empty_pool())].into();
                 }
                 versions.push(hosts.clone());
             }

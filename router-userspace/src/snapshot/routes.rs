@@ -3,6 +3,8 @@
 use std::cmp::Ordering;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::route::Pool;
 use crate::route::conditions::Conditions;
 
@@ -10,8 +12,8 @@ use crate::route::conditions::Conditions;
 /// that matches is the first, and a path can be found by binary search.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostRoutes {
-    /// Those without conditions.
-    pub paths: Vec<(Arc<str>, Arc<Pool>)>,
+    /// Those without conditions. Most hosts have one, and it stands in place.
+    pub paths: SmallVec<[(Arc<str>, Arc<Pool>); 1]>,
     /// The others, sorted as those are, of one path in the [order](Conditions::order) of their
     /// conditions. Most hosts have none, and pay a pointer.
     conditional: Option<Arc<Vec<ConditionalRoute>>>,
@@ -92,8 +94,6 @@ impl HostRoutes {
         match conditions {
             None => {
                 let at = self.place(&path).unwrap_or_else(|at| at);
-                // Most hosts have one path.
-                self.paths.reserve_exact(1);
                 self.paths.insert(at, (path, pool));
             }
             Some(conditions) => {

@@ -69,7 +69,8 @@ fn admit(
         Mode::Dsr if hop.is_some_and(|hop| !hop.on_link) => return Err(Refusal::NotOnLink),
         Mode::Nat | Mode::Dnat | Mode::Dsr | Mode::Ipip | Mode::Gue | Mode::L7 => {}
     }
-    let (Some(quic), Some(id)) = (policy.quic, backend.tags.get("quic_server_id")) else {
+    let (Some(quic), Some(id)) = (policy.quic, backend.instance().tags.get("quic_server_id"))
+    else {
         return Ok(None);
     };
     match server_id(id, usize::from(quic.server_id_octets)) {

@@ -34,7 +34,7 @@ pub(in crate::l7) fn key(of: &HashOf, headers: &HeaderMap, client: IpAddr) -> Op
 /// What stands for a backend in its scores: its instance id, since an instance that is started again
 /// elsewhere is the same, or its address.
 pub(super) fn seed(backend: &Backend) -> u64 {
-    match backend.instance_id.as_deref().filter(|id| !id.is_empty()) {
+    match backend.instance().id.as_deref().filter(|id| !id.is_empty()) {
         Some(id) => stable_hash(id.bytes()),
         None => stable_hash(backend.address.to_string().bytes()),
     }

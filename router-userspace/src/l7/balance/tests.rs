@@ -11,6 +11,7 @@ use crate::l7::metrics::RouteCounters;
 use crate::l7::router::RouteMatch;
 use crate::l7::shared::Shared;
 use crate::l7::tests::backend;
+use crate::route::Instance;
 
 mod hashing;
 mod joining;
@@ -293,7 +294,11 @@ fn a_backend_at_its_limit_gets_nothing_and_a_pool_of_them_is_full() {
 #[test]
 fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
     let zoned = |(i, zone): (usize, &str)| Backend {
-        availability_zone: Some(zone.into()),
+        instance: Instance {
+            availability_zone: Some(zone.into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(address(i))
     };
     let mut rng = SmallRng::seed_from_u64(7);
@@ -332,7 +337,11 @@ fn the_gateways_zone_comes_first_while_it_has_a_healthy_backend() {
 #[test]
 fn a_session_finds_its_instance_unless_that_is_not_to_be_used() {
     let instance = |i: usize| Backend {
-        instance_id: Some(format!("instance-{i}").into()),
+        instance: Instance {
+            id: Some(format!("instance-{i}").into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(address(i))
     };
     let (pool, _) = state([0, 1, 2].map(instance));

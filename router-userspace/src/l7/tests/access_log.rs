@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::config::{AccessLogFormat, HttpAccessLog, RedactQuery, SyslogAddress};
+use crate::route::Instance;
 
 /// A gateway with an access log, and the directory that the log is in.
 struct Logged {
@@ -96,9 +97,13 @@ fn gorouter() -> HttpAccessLog {
 
 fn instance(address: SocketAddr) -> Backend {
     Backend {
-        app: Some("app-1".into()),
-        instance_id: Some("inst-2".into()),
-        instance_index: Some("3".into()),
+        instance: Instance {
+            app: Some("app-1".into()),
+            id: Some("inst-2".into()),
+            index: Some("3".into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(address)
     }
 }

@@ -10,6 +10,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 use crate::config::{HttpAccessLog, HttpRouteServices, Secret};
+use crate::route::Instance;
 
 const PROXY_HEADERS: [&str; 3] = [
     "x-cf-forwarded-url",
@@ -256,12 +257,20 @@ async fn a_body_and_an_instance_wish_make_the_round() {
     let service = service(|_| ()).await;
     const APP: &str = "5cdc7595-2e9b-4f62-8d5a-a86b92f2df0e";
     let instance = Backend {
-        app: Some(APP.into()),
-        instance_index: Some("1".into()),
+        instance: Instance {
+            app: Some(APP.into()),
+            index: Some("1".into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(echo.address)
     };
     let refusing = Backend {
-        instance_index: Some("0".into()),
+        instance: Instance {
+            index: Some("0".into()),
+            ..Instance::default()
+        }
+        .shared(),
         address: refusing().await,
         ..instance.clone()
     };

@@ -1,6 +1,7 @@
 //! Requests reach the backend their host names, with the headers it expects.
 
 use super::*;
+use crate::route::Instance;
 
 #[tokio::test]
 async fn the_host_chooses_the_backend() {
@@ -91,9 +92,13 @@ async fn the_backend_is_told_of_the_client_and_of_itself() {
     let gateway = Gateway::start(snapshot([(
         "a.com",
         pool([Backend {
-            app: Some("app".into()),
-            instance_id: Some("instance".into()),
-            instance_index: Some("3".into()),
+            instance: Instance {
+                app: Some("app".into()),
+                id: Some("instance".into()),
+                index: Some("3".into()),
+                ..Instance::default()
+            }
+            .shared(),
             ..backend(address)
         }]),
     )]));
@@ -194,9 +199,13 @@ async fn two_instances() -> Gateway {
     let mut backends = Vec::new();
     for index in ["0", "1"] {
         backends.push(Backend {
-            app: Some(APP.into()),
-            instance_index: Some(index.into()),
-            tags: [("process_id".into(), PROCESS.into())].into(),
+            instance: Instance {
+                app: Some(APP.into()),
+                index: Some(index.into()),
+                tags: [("process_id".into(), PROCESS.into())].into(),
+                ..Instance::default()
+            }
+            .shared(),
             ..backend(TestBackend::named(index).await.address)
         });
     }
@@ -268,8 +277,12 @@ async fn a_malformed_instance_is_400() {
 async fn only_the_app_instance_is_kept_from_the_backend() {
     let (listener, address) = scripted().await;
     let instance = Backend {
-        app: Some(APP.into()),
-        instance_index: Some("0".into()),
+        instance: Instance {
+            app: Some(APP.into()),
+            index: Some("0".into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(address)
     };
     let gateway = Gateway::start(snapshot([("a.com", pool([instance]))]));

@@ -3,6 +3,7 @@
 use http::header::{SET_COOKIE, WWW_AUTHENTICATE};
 
 use super::*;
+use crate::route::Instance;
 
 /// A backend of this instance that answers with its id, and begins a session at `/Login`.
 async fn instance(id: &'static str) -> Backend {
@@ -22,7 +23,11 @@ async fn instance(id: &'static str) -> Backend {
     })
     .await;
     Backend {
-        instance_id: Some(id.into()),
+        instance: Instance {
+            id: Some(id.into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(serving.address)
     }
 }

@@ -52,10 +52,10 @@ fn conditions_are_part_of_the_match() {
     let backend = &registration.backend;
     assert_eq!(
         (
-            backend.availability_zone.as_deref(),
-            backend.app.as_deref(),
-            backend.instance_id.as_deref(),
-            backend.instance_index.as_deref(),
+            backend.instance().availability_zone.as_deref(),
+            backend.instance().app.as_deref(),
+            backend.instance().id.as_deref(),
+            backend.instance().index.as_deref(),
         ),
         (Some("z1"), Some("a"), Some("i"), Some("0"))
     );

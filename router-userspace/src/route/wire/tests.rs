@@ -59,16 +59,23 @@ fn every_field_is_read() {
         Some("san")
     );
     assert_eq!(backend.protocol, HttpProtocol::Http2);
-    assert_eq!(backend.app.as_deref(), Some("a"));
-    assert_eq!(backend.instance_id.as_deref(), Some("i"));
-    assert_eq!(backend.instance_index.as_deref(), Some("3"));
-    assert_eq!(backend.availability_zone.as_deref(), Some("z"));
-    assert_eq!(backend.isolation_segment.as_deref(), Some("s"));
+    assert_eq!(backend.instance().app.as_deref(), Some("a"));
+    assert_eq!(backend.instance().id.as_deref(), Some("i"));
+    assert_eq!(backend.instance().index.as_deref(), Some("3"));
+    assert_eq!(backend.instance().availability_zone.as_deref(), Some("z"));
+    assert_eq!(backend.instance().isolation_segment.as_deref(), Some("s"));
     assert_eq!(
-        backend.tags.get("component").map(|value| &**value),
+        backend
+            .instance()
+            .tags
+            .get("component")
+            .map(|value| &**value),
         Some("c")
     );
-    assert_eq!(backend.tags.get("none").map(|value| &**value), Some(""));
+    assert_eq!(
+        backend.instance().tags.get("none").map(|value| &**value),
+        Some("")
+    );
     assert_eq!(registration.stale_after, Some(Duration::from_secs(60)));
     assert_eq!(registration.balance, Some(Balance::LeastConnections));
     assert_eq!(registration.route_service_url.as_deref(), Some("https://r"));

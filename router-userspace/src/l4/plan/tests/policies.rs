@@ -6,6 +6,7 @@ use router_common::{SOURCE_ALLOW, SOURCE_DENY};
 
 use super::*;
 use crate::config::QuicConfig;
+use crate::route::Instance;
 
 impl Bench {
     /// Gives VIP 1 this policy.
@@ -26,7 +27,11 @@ impl Bench {
 
 fn with_tag(host: u8, id: &str) -> Backend {
     Backend {
-        tags: Map::from([("quic_server_id".into(), id.into())]),
+        instance: Instance {
+            tags: Map::from([("quic_server_id".into(), id.into())]),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(host)
     }
 }

@@ -70,7 +70,11 @@ fn gateways_agree_whatever_order_they_learn_backends_in() {
 #[test]
 fn an_instance_keeps_its_keys_when_it_moves() {
     let instance = |i: usize, moved: usize| Backend {
-        instance_id: Some(format!("instance-{i}").into()),
+        instance: Instance {
+            id: Some(format!("instance-{i}").into()),
+            ..Instance::default()
+        }
+        .shared(),
         ..backend(address(i + moved))
     };
     let (before, _) = state([0, 1, 2].map(|i| instance(i, 0)));
