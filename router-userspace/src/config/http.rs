@@ -334,6 +334,10 @@ impl HttpConfig {
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"
         );
         self.tls.validate()?;
+        ensure!(
+            self.proxy_protocol != ProxyProtocol::Require || !self.tls.http3,
+            "http.tls.http3 has no PROXY headers, which http.proxy_protocol requires"
+        );
         self.backend_tls.validate()?;
         self.route_services.validate()?;
         ensure!(

@@ -244,6 +244,12 @@ impl Progress {
         }
     }
 
+    /// A request's stream has begun, before its head.
+    #[cfg(feature = "http3")]
+    pub(super) fn head_begins(&self) {
+        self.enter(Phase::Head, self.worker.now());
+    }
+
     /// A request's head is complete; when it began to arrive, or now if that took several reads.
     pub(super) fn request_begins(&self) -> Instant {
         let started = match self.phase.get() {

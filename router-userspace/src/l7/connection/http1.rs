@@ -10,6 +10,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 
 use crate::config::HttpLimits;
+use crate::l7::body::ClientBody;
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_io::ClientIo;
 use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
@@ -29,7 +30,11 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
             client.count_request();
             note_both_lengths(&progress, &mut request);
             let client = Rc::clone(&client);
-            let answer = forward::answer(Rc::clone(&client), Rc::clone(&progress), request);
+            let answer = forward::answer(
+                Rc::clone(&client),
+                Rc::clone(&progress),
+                request.map(ClientBody::Hyper),
+            );
             async move {
                 let mut answer = answer.await;
                 if let Ok(response) = &mut answer
