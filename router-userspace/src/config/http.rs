@@ -176,7 +176,7 @@ pub struct HttpLimits {
     /// Bytes of a request's head; more is answered 431.
     pub request_header_bytes: usize,
     pub request_headers: usize,
-    /// Requests at once on one connection of HTTP/2.
+    /// Requests at once on one connection of HTTP/2 or HTTP/3.
     pub concurrent_streams: u32,
     /// Bytes of a request target; more is answered 414.
     pub uri_bytes: usize,

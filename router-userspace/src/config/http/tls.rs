@@ -144,7 +144,7 @@ mod tests {
             r#"
             [http]
             trusted_proxies = ["192.0.2.1/32"]
-            proxy_protocol = "require"
+            proxy_protocol = "accept"
             backend_proxy_protocol = "v2"
             forwarded_client_cert = "sanitize_set"
             forwarded_client_cert_format = "hash-subject"
@@ -191,6 +191,11 @@ mod tests {
                 "system_roots",
             ),
             ("[http]\nproxy_protocol = \"accept\"\n", "trusted_proxies"),
+            (
+                "[http]\nproxy_protocol = \"require\"\ntrusted_proxies = [\"10.0.0.1/32\"]\n\
+                 [http.tls]\nhttp3 = true\n",
+                "http.tls.http3",
+            ),
             ("[http.timeouts]\nproxy_header = \"0s\"\n", "proxy_header"),
         ] {
             let message = format!("{:#}", parse(text).unwrap_err());

@@ -185,6 +185,10 @@ async fn serve_stream(
     let (mut h3, received) = h3.split();
     let mut body = RequestBody::new(received, Rc::clone(&stream), len);
     begin_body(&request, len, &mut body).await;
+    if body.is_broken() {
+        h3.stop_stream(Code::H3_MESSAGE_ERROR);
+        return refused(&client, StatusCode::BAD_REQUEST);
+    }
     if request.headers().contains_key(EXPECT) && !body.has_begun() {
         let mut go_on = Response::new(());
         *go_on.status_mut() = StatusCode::CONTINUE;
@@ -215,11 +219,13 @@ async fn serve_stream(
 /// Waits for the first of a body, or its end, where there should be none: a backend of HTTP/1 is told of a
 /// body before it comes, and most clients send the end with the head.
 async fn begin_body(request: &Request<()>, len: Option<u64>, body: &mut RequestBody) {
-    let expects_none = len.is_none()
-        && matches!(
+    let expects_none = match len {
+        None => matches!(
             *request.method(),
             Method::GET | Method::HEAD | Method::OPTIONS | Method::CONNECT | Method::TRACE
-        );
+        ),
+        Some(len) => len == 0,
+    };
     poll_fn(|cx| match body.poll_begin(cx) {
         Poll::Pending if expects_none => Poll::Pending,
         _ => Poll::Ready(()),

@@ -64,6 +64,11 @@ impl RequestBody {
         self.first.is_some()
     }
 
+    /// Whether it has begun with what it must not have.
+    pub(in crate::l7) fn is_broken(&self) -> bool {
+        matches!(self.first, Some(Some(Err(_))))
+    }
+
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Polled> {
         let next = ready!(self.poll_checked(cx));
         if !matches!(next, Some(Ok(_))) {
