@@ -139,6 +139,11 @@ impl Client {
         }
     }
 
+    #[cfg(feature = "http3")]
+    pub(super) fn has_look_at(&self) -> bool {
+        self.look_at.get().is_some()
+    }
+
     pub(super) fn take_look_at(&self) -> Option<Instant> {
         self.look_at.take()
     }

@@ -117,7 +117,8 @@ enum State {
     /// Another process has the address.
     Busy,
     Bound(Vec<Part>),
-    Served,
+    /// Handed to the workers, or given up.
+    Settled,
 }
 
 /// What [`Listeners::serve`] is to serve on from here on.
@@ -211,7 +212,7 @@ impl Listeners {
                 Err(error) if error.kind() == ErrorKind::AddrInUse => {}
                 Err(error) => {
                     tracing::warn!(local = %address.local, %error, "HTTP/3 is not served");
-                    address.state = State::Served;
+                    address.state = State::Settled;
                 }
             }
         }
@@ -231,7 +232,7 @@ impl Listeners {
             // Fails only for a worker that panicked, which is told when it is waited for.
             let _ = worker.send(Assignment::Http3(listener));
         }
-        address.state = State::Served;
+        address.state = State::Settled;
     }
 
     fn addresses(&self) -> MutexGuard<'_, Vec<Address>> {

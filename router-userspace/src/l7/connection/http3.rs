@@ -5,7 +5,7 @@
 //! request back.
 
 use std::cell::Cell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -75,7 +75,8 @@ pub(in crate::l7) async fn serve(
 #[derive(Default)]
 struct Streams {
     open: Cell<usize>,
-    ended: Notify,
+    /// One has ended, or the connection's timer has to look sooner.
+    changed: Notify,
 }
 
 /// Accepts requests; once it `goes_away`, only until those that are open have ended.
@@ -117,7 +118,7 @@ async fn run(
                 // Names the request behind the last one; this one may not be sent again.
                 h3.shutdown(1).await?;
             }
-            () = streams.ended.notified(), if is_going => {}
+            () = streams.changed.notified() => {}
             // Requests that are on their way learn meanwhile that they are not served.
             () = tokio::time::sleep(LINGER), if is_over => return Ok(()),
         }
@@ -137,8 +138,7 @@ fn begin_stream(
     let served = {
         let client = Rc::clone(&client);
         async move {
-            let _open = open;
-            serve_stream(client, known, request, accepted).await;
+            serve_stream(client, &open.0, known, request, accepted).await;
         }
     };
     tokio::task::spawn_local(StreamTask::new(served, client, Some(progress)));
@@ -157,13 +157,14 @@ impl OpenStream {
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.open.set(self.0.open.get() - 1);
-        self.0.ended.notify_one();
+        self.0.changed.notify_one();
     }
 }
 
 /// One request. Returning early resets its stream.
 async fn serve_stream(
     client: Rc<Client>,
+    streams: &Streams,
     progress: Rc<Progress>,
     request: RequestResolver<Connection, Bytes>,
     accepted: Accepted,
@@ -200,7 +201,16 @@ async fn serve_stream(
     let request = request.map(|()| ClientBody::Http3(Box::new(body)));
     stream.is_responding.set(true);
     let responded = async {
-        let Ok(response) = forward::answer(client, progress, request).await;
+        let mut answer = pin!(forward::answer(Rc::clone(&client), progress, request));
+        let Ok(response) = poll_fn(|cx| {
+            let answer = answer.as_mut().poll(cx);
+            // The route's timeouts are the connection's task to watch.
+            if client.has_look_at() {
+                streams.changed.notify_one();
+            }
+            answer
+        })
+        .await;
         respond(response, is_head, &mut h3).await
     };
     tokio::select! {

@@ -381,7 +381,9 @@ async fn the_gateways_own_answers_are_those_of_the_other_versions() {
         ("a.com", Method::TRACE, 405, ""),
         ("a.com", Method::CONNECT, 405, ""),
     ] {
-        let answer = client.exchange(asked(host, method)).await.unwrap();
+        let asked = asked(host, method.clone());
+        let answer = client.exchange(asked).await;
+        let answer = answer.unwrap_or_else(|error| panic!("{method} {host}: {error}"));
         assert_eq!(answer.status, status, "{host}");
         let said = answer.headers.get("x-cf-routererror");
         let said = said.map_or("", |it| it.to_str().unwrap());

@@ -3,6 +3,7 @@
 use h3_quinn::quinn::{ConnectionError, SendStream, VarInt};
 
 use super::*;
+use crate::config::ClientAuth;
 
 /// A stream of a client that writes frames itself, on a connection without h3.
 async fn raw(site: &Site) -> (Endpoint, Connection) {
@@ -267,6 +268,32 @@ async fn a_client_has_as_many_connections_as_it_may() {
     let excessive = h3::error::Code::H3_EXCESSIVE_LOAD.value();
     assert_eq!(closed_with(&other).await, excessive);
     assert_eq!(one.get("/").await.status, 200);
+}
+
+#[tokio::test]
+async fn clients_without_the_certificate_or_the_name_they_need_are_counted() {
+    let strict = Site::with(Snapshot::default(), |config| {
+        config.tls.strict_sni = true;
+        let files = &mut config.tls.certificates[0];
+        let made = rcgen::generate_simple_self_signed(["b.com".to_owned()]).unwrap();
+        std::fs::write(&files.certificate_file, made.cert.pem()).unwrap();
+        std::fs::write(&files.key_file, made.signing_key.serialize_pem()).unwrap();
+    });
+    let closed = Site::with(Snapshot::default(), |config| {
+        config.tls.client_auth = ClientAuth::Require;
+        let ca = &config.tls.certificates[0].certificate_file;
+        config.tls.client_ca_file = Some(ca.clone());
+    });
+    for (site, reason) in [
+        (strict, "tls_unknown_name"),
+        (closed, "tls_client_certificate_missing"),
+    ] {
+        // With TLS 1.3 a client may learn of it after its own end of the handshake.
+        let _ = quic(site.address(), &site.certificate).await;
+        let counted = |totals: &L7Totals| totals.handshake_failures.contains(&(reason, 1));
+        let totals = site.gateway.totals(counted).await;
+        assert_eq!(totals.http3_connections, 0);
+    }
 }
 
 #[tokio::test]
