@@ -190,27 +190,34 @@ async fn serve_stream(
         h3.stop_stream(Code::H3_MESSAGE_ERROR);
         return refused(&client, StatusCode::BAD_REQUEST);
     }
-    if request.headers().contains_key(EXPECT) && !body.has_begun() {
-        let mut go_on = Response::new(());
-        *go_on.status_mut() = StatusCode::CONTINUE;
-        if h3.send_response(go_on).await.is_err() {
-            return;
-        }
-    }
+    // Others than `100-continue` are refused.
+    let mut waits = request.headers().contains_key(EXPECT) && !body.has_begun();
     let is_head = request.method() == Method::HEAD;
     let request = request.map(|()| ClientBody::Http3(Box::new(body)));
     stream.is_responding.set(true);
     let responded = async {
         let mut answer = pin!(forward::answer(Rc::clone(&client), progress, request));
-        let Ok(response) = poll_fn(|cx| {
-            let answer = answer.as_mut().poll(cx);
-            // The route's timeouts are the connection's task to watch.
-            if client.has_look_at() {
-                streams.changed.notify_one();
+        let response = loop {
+            let step = poll_fn(|cx| {
+                let answer = answer.as_mut().poll(cx);
+                // The route's timeouts are the connection's task to watch.
+                if client.has_look_at() {
+                    streams.changed.notify_one();
+                }
+                match answer {
+                    Poll::Ready(Ok(response)) => Poll::Ready(Some(response)),
+                    Poll::Pending if waits && stream.is_asked_for(cx.waker()) => Poll::Ready(None),
+                    Poll::Pending => Poll::Pending,
+                }
+            });
+            if let Some(response) = step.await {
+                break response;
             }
-            answer
-        })
-        .await;
+            waits = false;
+            let mut go_on = Response::new(());
+            *go_on.status_mut() = StatusCode::CONTINUE;
+            h3.send_response(go_on).await?;
+        };
         respond(response, is_head, &mut h3).await
     };
     tokio::select! {

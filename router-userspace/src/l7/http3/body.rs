@@ -122,6 +122,7 @@ impl Body for RequestBody {
     type Error = Box<dyn Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Polled> {
+        self.stream.ask_for_body();
         match self.first.take() {
             Some(first) => Poll::Ready(first),
             None => self.poll_next(cx),

@@ -10,7 +10,7 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes};
 use h3::error::Code;
@@ -62,10 +62,32 @@ pub(in crate::l7) struct Stream {
     pub untaken: Cell<usize>,
     /// Empty DATA frames that h3 has been given and has not taken for the body's end.
     pub empty_data: Cell<usize>,
+    /// The body has been asked for, or who is to be woken when it is.
+    asked_for: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
     /// A response is under way, and not whole.
     pub is_responding: Cell<bool>,
     /// It came after the client was told that no more are served.
     pub is_rejected: Cell<bool>,
+}
+
+impl Stream {
+    /// A backend would take the body.
+    pub(super) fn ask_for_body(&self) {
+        if !self.asked_for.replace(true)
+            && let Some(waker) = self.waker.take()
+        {
+            waker.wake();
+        }
+    }
+
+    /// Whether a backend would; if not, who is to be woken when one does.
+    pub(in crate::l7) fn is_asked_for(&self, waker: &Waker) -> bool {
+        if !self.asked_for.get() {
+            self.waker.replace(Some(waker.clone()));
+        }
+        self.asked_for.get()
+    }
 }
 
 impl Connection {

@@ -312,6 +312,29 @@ async fn bodies_and_trailers_pass_both_ways() {
     }
 }
 
+#[tokio::test]
+async fn a_100_continue_comes_when_a_backend_has_been_found() {
+    let site = Site::to(echo(false).await.address);
+    let mut client = site.client().await;
+    for (host, statuses) in [("a.com", &[100, 200][..]), ("b.com", &[404][..])] {
+        let wanted = Request::builder()
+            .method(Method::POST)
+            .uri(format!("https://{host}/"))
+            .header("expect", "100-continue")
+            .body(())
+            .unwrap();
+        let mut stream = client.send(wanted).await;
+        for &status in statuses {
+            let head = tokio::time::timeout(PATIENCE, stream.recv_response());
+            assert_eq!(head.await.unwrap().unwrap().status(), status);
+            if status == 100 {
+                stream.send_data(Bytes::from("hi")).await.unwrap();
+                stream.finish().await.unwrap();
+            }
+        }
+    }
+}
+
 /// In which somebody who does not read must have stopped a sender.
 const STILL: Duration = Duration::from_millis(250);
 
