@@ -1,18 +1,15 @@
-//! HTTP/3 to clients (RFC 9114) on the UDP ports of `http.tls.listen`: sockets, handshakes, who may come in.
+//! HTTP/3 to clients (RFC 9114) on the UDP ports of `http.tls.listen`: handshakes, and who may come in.
 //!
 //! Each worker has an endpoint of its own on each address, by a socket of its own (SO_REUSEPORT); see
 //! [`socket`] for clients that change their address. Requests are served by [`crate::l7::connection`], as those of
-//! HTTP/2 are. Sockets are not handed over to a process that takes over: it begins when this one's
-//! connections have ended and the address is free, and clients use TCP meanwhile.
+//! HTTP/2 are; addresses come and go in [`listen`].
 
 use std::cell::RefCell;
-use std::io::ErrorKind;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use http::header::ALT_SVC;
 use http::{HeaderMap, HeaderValue, Version};
 use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
@@ -22,23 +19,22 @@ use quinn::{
 };
 use ring::{hkdf, hmac};
 use rustls::pki_types::CertificateDer;
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, watch};
 
 use crate::config::ClientCertFormat;
 use crate::l7::client::Client;
 use crate::l7::client_cert;
 use crate::l7::connection;
 use crate::l7::handshake::{HandshakeFailure, MAX_TLS_HANDSHAKES, TlsSession};
-use crate::l7::worker::{Assignment, OpenConnection, Worker};
+use crate::l7::worker::{OpenConnection, Worker};
 
 mod body;
 mod frames;
+mod listen;
 mod socket;
 mod transport;
 
 pub(super) use body::RequestBody;
-pub(super) use socket::Part;
+pub(super) use listen::{Listener, Listeners, Wanted};
 pub(super) use transport::{Accepted, Connection, SendStream};
 
 /// What a client may send on one stream, and on all of them, before a backend has taken it.
@@ -62,12 +58,6 @@ const RETRY_FROM: usize = 64;
 /// Datagrams of a client whose handshake has not been looked at yet.
 const WAITING_BYTES: u64 = 64 * 1024;
 
-/// What the kernel may hold for one worker; capped by `net.core.rmem_max` and `wmem_max`.
-const SOCKET_BUFFER_BYTES: usize = 2 * 1024 * 1024;
-
-/// How often an address is tried that another process has.
-const BIND_AGAIN: Duration = Duration::from_millis(100);
-
 /// How long clients are told at the end of a drain that their connections end.
 pub(super) const CLOSE: Duration = Duration::from_millis(100);
 
@@ -89,194 +79,6 @@ impl Keys {
             reset: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &reset)),
         }
     }
-}
-
-/// Where a worker serves HTTP/3.
-pub(super) struct Listener {
-    part: Part,
-    keys: Arc<Keys>,
-    /// Closed when no more connections are to be accepted.
-    open: watch::Receiver<()>,
-}
-
-/// The addresses of a proxy that HTTP/3 is served on.
-pub(super) struct Listeners {
-    workers: Vec<mpsc::UnboundedSender<Assignment>>,
-    keys: Arc<Keys>,
-    addresses: Mutex<Vec<Address>>,
-}
-
-struct Address {
-    local: SocketAddr,
-    /// Dropped to accept no more.
-    open: watch::Sender<()>,
-    state: State,
-}
-
-enum State {
-    /// Another process has the address.
-    Busy,
-    Bound(Vec<Part>),
-    /// Handed to the workers, or given up.
-    Settled,
-}
-
-/// What [`Listeners::serve`] is to serve on from here on.
-pub(super) struct Wanted(Vec<(SocketAddr, Option<State>)>);
-
-impl Listeners {
-    pub(super) fn new(workers: Vec<mpsc::UnboundedSender<Assignment>>) -> Arc<Listeners> {
-        Arc::new(Listeners {
-            workers,
-            keys: Arc::new(Keys::new()),
-            addresses: Mutex::default(),
-        })
-    }
-
-    /// Binds those of `wanted` that it does not serve on yet; nothing is served before [`Listeners::serve`].
-    /// Where `waits`, an address that another process has is bound when it is free.
-    ///
-    /// # Errors
-    /// Names the address that cannot be bound.
-    pub(super) fn bind(&self, wanted: &[SocketAddr], waits: bool) -> anyhow::Result<Wanted> {
-        let known = self.addresses();
-        let bind_new = |&local: &SocketAddr| {
-            if known.iter().any(|it| it.local == local) {
-                return Ok((local, None));
-            }
-            let state = match bind(local, self.workers.len()) {
-                Ok(sockets) => State::Bound(socket::parts(sockets)),
-                Err(error) if waits && error.kind() == ErrorKind::AddrInUse => State::Busy,
-                Err(error) => {
-                    return Err(error).with_context(|| format!("listen on {local}, UDP"));
-                }
-            };
-            Ok((local, Some(state)))
-        };
-        Ok(Wanted(
-            wanted.iter().map(bind_new).collect::<Result<_, _>>()?,
-        ))
-    }
-
-    /// Serves on what is wanted and on nothing else.
-    ///
-    /// # Errors
-    /// The thread that waits for busy addresses cannot be started.
-    pub(super) fn serve(self: &Arc<Self>, wanted: Wanted) -> anyhow::Result<()> {
-        let mut addresses = self.addresses();
-        addresses.retain(|it| wanted.0.iter().any(|(local, _)| *local == it.local));
-        let mut is_busy = false;
-        for (local, state) in wanted.0 {
-            let Some(state) = state else { continue };
-            if matches!(state, State::Busy) {
-                is_busy = true;
-                tracing::info!(%local, "HTTP/3 begins when the UDP address is free");
-            }
-            let mut address = Address {
-                local,
-                open: watch::Sender::new(()),
-                state,
-            };
-            self.assign(&mut address);
-            addresses.push(address);
-        }
-        drop(addresses);
-        if is_busy {
-            let weak = Arc::downgrade(self);
-            std::thread::Builder::new()
-                .name("http3-bind".to_owned())
-                .spawn(move || wait_for_addresses(&weak))
-                .context("start the thread that waits for UDP addresses")?;
-        }
-        Ok(())
-    }
-
-    /// Serves no more.
-    pub(super) fn clear(&self) {
-        self.addresses().clear();
-    }
-
-    /// Whether an address is still another process's.
-    fn bind_busy(&self) -> bool {
-        let mut addresses = self.addresses();
-        for address in addresses.iter_mut() {
-            if !matches!(address.state, State::Busy) {
-                continue;
-            }
-            match bind(address.local, self.workers.len()) {
-                Ok(sockets) => {
-                    address.state = State::Bound(socket::parts(sockets));
-                    self.assign(address);
-                    tracing::info!(local = %address.local, "HTTP/3 is served");
-                }
-                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
-                Err(error) => {
-                    tracing::warn!(local = %address.local, %error, "HTTP/3 is not served");
-                    address.state = State::Settled;
-                }
-            }
-        }
-        addresses.iter().any(|it| matches!(it.state, State::Busy))
-    }
-
-    fn assign(&self, address: &mut Address) {
-        let State::Bound(parts) = &mut address.state else {
-            return;
-        };
-        for (worker, part) in self.workers.iter().zip(parts.drain(..)) {
-            let listener = Listener {
-                part,
-                keys: Arc::clone(&self.keys),
-                open: address.open.subscribe(),
-            };
-            // Fails only for a worker that panicked, which is told when it is waited for.
-            let _ = worker.send(Assignment::Http3(listener));
-        }
-        address.state = State::Settled;
-    }
-
-    fn addresses(&self) -> MutexGuard<'_, Vec<Address>> {
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn wait_for_addresses(listeners: &Weak<Listeners>) {
-    while let Some(listeners) = listeners.upgrade()
-        && listeners.bind_busy()
-    {
-        drop(listeners);
-        std::thread::sleep(BIND_AGAIN);
-    }
-}
-
-/// `count` sockets on one address, which nobody else may have.
-fn bind(address: SocketAddr, count: usize) -> std::io::Result<Vec<UdpSocket>> {
-    let socket = || {
-        let socket = Socket::new(
-            Domain::for_address(address),
-            Type::DGRAM.nonblocking(),
-            Some(Protocol::UDP),
-        )?;
-        // Smaller ones serve too.
-        let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-        let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
-        Ok::<_, std::io::Error>(socket)
-    };
-    // As for TCP, the first is bound without SO_REUSEPORT, so that it fails where another process of the
-    // same user has the address.
-    let first = socket()?;
-    first.bind(&address.into())?;
-    first.set_reuse_port(true)?;
-    let mut sockets = vec![first];
-    for _ in 1..count {
-        let further = socket()?;
-        further.set_reuse_port(true)?;
-        further.bind(&address.into())?;
-        sockets.push(further);
-    }
-    Ok(sockets.into_iter().map(UdpSocket::from).collect())
 }
 
 /// What a worker knows of its HTTP/3.
@@ -374,7 +176,7 @@ pub(super) async fn accept(worker: Rc<Worker>, listener: Listener) {
     }
 }
 
-fn endpoint(worker: &Worker, part: Part, keys: &Keys) -> std::io::Result<Endpoint> {
+fn endpoint(worker: &Worker, part: socket::Part, keys: &Keys) -> std::io::Result<Endpoint> {
     let ids = part.connection_ids();
     let mut config = EndpointConfig::new(Arc::clone(&keys.reset) as _);
     config.cid_generator(move || Box::new(ids.clone()));
