@@ -27,6 +27,8 @@ use crate::config::{
     HttpZoneBalance, ProxyProtocol,
 };
 use crate::l7::access_log::AccessLog;
+#[cfg(feature = "http3")]
+use crate::l7::handshake::ListenerKind;
 use crate::l7::handshake::Rules;
 use crate::l7::headers::Via;
 use crate::l7::listen::Listening;
@@ -59,6 +61,8 @@ mod frames;
 pub(crate) mod fuzzing;
 mod handshake;
 mod headers;
+#[cfg(feature = "http3")]
+mod http3;
 mod informational;
 mod lease;
 mod listen;
@@ -117,6 +121,8 @@ pub fn stand_by(
     let access_log = AccessLog::open(config, None, &metrics)?;
     let exporter = Exporter::start(&config.tracing, None, &metrics)?;
     metrics.configure(&config.metrics);
+    #[cfg(feature = "http3")]
+    let takes_over = !inherited.is_empty();
     let listening = listen::bind(&[], config, inherited, worker_count)?;
     let settings = Settings {
         access_log,
@@ -127,6 +133,10 @@ pub fn stand_by(
     let shared = Arc::new(Shared::new(worker_count));
     let (stop, stopped) = watch::channel(None);
     let (alive, ended) = mpsc::channel(1);
+    let (assignments, assigned): (Vec<_>, Vec<_>) =
+        (0..worker_count).map(|_| mpsc::unbounded_channel()).unzip();
+    #[cfg(feature = "http3")]
+    let http3 = Http3::bind(config, &listening, assignments.clone(), takes_over)?;
     let mut proxy = Proxy {
         local_addresses: listening.iter().map(|it| it.local).collect(),
         listening: Mutex::new(listening),
@@ -137,9 +147,10 @@ pub fn stand_by(
         stop,
         ended,
         workers: Vec::new(),
+        #[cfg(feature = "http3")]
+        http3,
     };
-    for index in 0..worker_count {
-        let (listeners, assigned) = mpsc::unbounded_channel();
+    for (index, (listeners, assigned)) in assignments.into_iter().zip(assigned).enumerate() {
         let parts = WorkerParts {
             index,
             listeners: assigned,
@@ -182,11 +193,13 @@ pub struct Proxy {
     /// Closed when the last worker has ended.
     ended: mpsc::Receiver<()>,
     workers: Vec<RunningWorker>,
+    #[cfg(feature = "http3")]
+    http3: Http3,
 }
 
 struct RunningWorker {
     thread: JoinHandle<()>,
-    listeners: mpsc::UnboundedSender<worker::Listener>,
+    listeners: mpsc::UnboundedSender<worker::Assignment>,
 }
 
 impl Proxy {
@@ -205,6 +218,8 @@ impl Proxy {
         for listening in listening.iter() {
             self.assign(listening)?;
         }
+        #[cfg(feature = "http3")]
+        self.http3.serve()?;
         let addresses: Vec<_> = listening.iter().map(|it| it.local).collect();
         tracing::info!(listen = ?addresses, workers = self.workers.len(), "layer 7 serves");
         Ok(())
@@ -261,6 +276,8 @@ impl Proxy {
         let exporter = Exporter::start(&config.tracing, former.exporter.as_ref(), &self.metrics)?;
         let mut listening = self.listening();
         let wanted = listen::bind(&listening, config, Vec::new(), self.workers.len())?;
+        #[cfg(feature = "http3")]
+        let http3 = self.http3.bind_again(config, &wanted)?;
         self.tls.reload(config)?;
         self.metrics.configure(&config.metrics);
         self.settings.store(Arc::new(Settings {
@@ -277,6 +294,8 @@ impl Proxy {
                 }
             }
         }
+        #[cfg(feature = "http3")]
+        self.http3.listeners.serve(http3)?;
         Ok(changed)
     }
 
@@ -297,6 +316,8 @@ impl Proxy {
         self.stop.send_replace(Some(Stop { deadline, retiring }));
         // Descriptors that nobody accepts by would go on taking connections in.
         self.listening().clear();
+        #[cfg(feature = "http3")]
+        self.http3.listeners.clear();
         while self.ended.recv().await.is_some() {}
         for worker in self.workers.drain(..) {
             if worker.thread.join().is_err() {
@@ -331,9 +352,61 @@ impl Proxy {
             };
             let worker = &self.workers[index % self.workers.len()];
             // Fails only for a worker that panicked, which is told when it is waited for.
-            let _ = worker.listeners.send(listener);
+            let _ = worker.listeners.send(worker::Assignment::Tcp(listener));
         }
         Ok(())
+    }
+}
+
+/// HTTP/3 on the addresses of `http.tls.listen`.
+#[cfg(feature = "http3")]
+struct Http3 {
+    listeners: Arc<http3::Listeners>,
+    /// Bound, and not served on yet.
+    bound: Mutex<Option<http3::Wanted>>,
+}
+
+#[cfg(feature = "http3")]
+impl Http3 {
+    fn bind(
+        config: &HttpConfig,
+        listening: &[Listening],
+        workers: Vec<mpsc::UnboundedSender<worker::Assignment>>,
+        takes_over: bool,
+    ) -> anyhow::Result<Http3> {
+        let listeners = http3::Listeners::new(workers);
+        let bound = listeners.bind(&http3_addresses(config, listening), takes_over)?;
+        Ok(Http3 {
+            listeners,
+            bound: Mutex::new(Some(bound)),
+        })
+    }
+
+    fn serve(&self) -> anyhow::Result<()> {
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        match bound.take() {
+            Some(bound) => self.listeners.serve(bound),
+            None => Ok(()),
+        }
+    }
+
+    /// What a reload asks for. An address may be busy with connections of before a former reload.
+    fn bind_again(
+        &self,
+        config: &HttpConfig,
+        listening: &[Listening],
+    ) -> anyhow::Result<http3::Wanted> {
+        self.listeners
+            .bind(&http3_addresses(config, listening), true)
+    }
+}
+
+#[cfg(feature = "http3")]
+fn http3_addresses(config: &HttpConfig, listening: &[Listening]) -> Vec<SocketAddr> {
+    let in_tls = listening.iter().filter(|it| it.kind == ListenerKind::Https);
+    match config.tls.http3 {
+        true => in_tls.map(|it| it.local).collect(),
+        false => Vec::new(),
     }
 }
 
@@ -367,6 +440,8 @@ struct Settings {
     backend_proxy_protocol: BackendProxyProtocol,
     forwarded_client_cert: ForwardedClientCert,
     client_cert_format: ClientCertFormat,
+    #[cfg(feature = "http3")]
+    http3_retry: bool,
     sockmap: bool,
     balance: Balance,
     zone: Option<String>,
@@ -399,6 +474,8 @@ impl Settings {
             backend_proxy_protocol: config.backend_proxy_protocol,
             forwarded_client_cert: config.forwarded_client_cert,
             client_cert_format: config.forwarded_client_cert_format,
+            #[cfg(feature = "http3")]
+            http3_retry: config.tls.http3_retry,
             sockmap: config.sockmap,
             balance: match config.balance {
                 HttpBalance::RoundRobin => Balance::RoundRobin,

@@ -1,5 +1,5 @@
 //! Clients and servers that others wrote, at either end of the real gateway: curl, nghttp2, and
-//! Python's grpcio, h2 and websockets.
+//! Python's aioquic, grpcio, h2 and websockets.
 //!
 //! `cargo xtask setup` installs them; one that is missing fails its tests with that advice. The Python
 //! programs lie beside the modules, and say themselves what was not as it has to be.
@@ -18,6 +18,7 @@ use viaduct::config::{CertificateFiles, Config};
 mod curl;
 mod grpc;
 mod h2;
+mod http3;
 mod nghttp2;
 mod websocket;
 

@@ -268,7 +268,7 @@ fn a_reload_listens_on_other_addresses() {
     assert_eq!(load.stop(), Vec::<String>::new());
 }
 
-fn handover(config: &mut Config, workers: usize) {
+pub(crate) fn handover(config: &mut Config, workers: usize) {
     let folder = config.l4.pin_path.parent().unwrap().parent().unwrap();
     config.handover.socket = Some(folder.join("handover.sock"));
     config.nats.startup_grace = GRACE;
@@ -282,7 +282,7 @@ fn socket(site: &Site) -> PathBuf {
 }
 
 /// Starts another process beside the running one, which is returned.
-fn take_over(site: &mut Site, change: impl FnOnce(&mut Config)) -> Process {
+pub(crate) fn take_over(site: &mut Site, change: impl FnOnce(&mut Config)) -> Process {
     let running = site.gateway.take().unwrap();
     site.spawn_gateway(change).unwrap();
     running

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use router_common::Verdict;
 use viaduct::config::{Forwarding, QuicConfig};
-use viaduct::route::{Backend, Origin};
+use viaduct::route::{Backend, Instance, Origin};
 
 use crate::fixture::*;
 use crate::packets::*;
@@ -49,7 +49,11 @@ fn a_connection_id_leads_to_its_server_from_any_address() {
             let backend = |server: u8| {
                 let mut backend = Backend::new(family.backend(server, 443), Origin::Nats);
                 let id = format!("a0b0c0{server:02x}");
-                backend.tags.insert("quic_server_id".into(), id.into());
+                let instance = Instance {
+                    tags: [("quic_server_id".into(), id.into())].into(),
+                    ..Instance::default()
+                };
+                backend.instance = instance.shared();
                 backend
             };
             gateway.set_backends(vip, (1..5).map(backend).collect());

@@ -94,7 +94,7 @@ pub(crate) const TEST: &[Item] = &[
     },
     Item {
         name: "Python clients",
-        purpose: "tries gRPC, HTTP/2 and WebSockets from both sides",
+        purpose: "tries gRPC, HTTP/2, HTTP/3 and WebSockets",
         find: python_clients,
         packages: &["python3-venv"],
         install: Some(Install::By(install_python_clients)),
@@ -341,7 +341,10 @@ fn python_clients() -> Option<String> {
     let venv = cargo::tools().join("clients");
     let required = fs::read(cargo::root().join(REQUIREMENTS)).ok()?;
     let installed = fs::read(venv.join("requirements.txt")).ok()?;
-    let imports = ["-c", "import grpc, h2.connection, websockets"];
+    let imports = [
+        "-c",
+        "import aioquic.h3.connection, grpc, h2.connection, websockets",
+    ];
     output(Command::new(venv.join("bin/python")).args(imports))?;
     (installed == required).then(|| venv.display().to_string())
 }

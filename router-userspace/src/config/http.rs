@@ -176,7 +176,7 @@ pub struct HttpLimits {
     /// Bytes of a request's head; more is answered 431.
     pub request_header_bytes: usize,
     pub request_headers: usize,
-    /// Requests at once on one connection of HTTP/2.
+    /// Requests at once on one connection of HTTP/2 or HTTP/3.
     pub concurrent_streams: u32,
     /// Bytes of a request target; more is answered 414.
     pub uri_bytes: usize,
@@ -334,6 +334,10 @@ impl HttpConfig {
             "http.proxy_protocol needs http.trusted_proxies, whose headers are believed"
         );
         self.tls.validate()?;
+        ensure!(
+            self.proxy_protocol != ProxyProtocol::Require || !self.tls.http3,
+            "http.tls.http3 has no PROXY headers, which http.proxy_protocol requires"
+        );
         self.backend_tls.validate()?;
         self.route_services.validate()?;
         ensure!(

@@ -5,6 +5,7 @@
 //! backend connection goes back to the pool and the request is counted.
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -17,9 +18,18 @@ use hyper::body::Incoming;
 use crate::l7::client::Progress;
 use crate::l7::compress::Compressed;
 use crate::l7::headers;
+#[cfg(feature = "http3")]
+use crate::l7::http3;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::replay::{Attempt, Replay};
+
+/// What a client sends behind the head of its request.
+pub(super) enum ClientBody {
+    Hyper(Incoming),
+    #[cfg(feature = "http3")]
+    Http3(Box<http3::RequestBody>),
+}
 
 /// A client's request body on its way to a backend.
 pub(super) struct RequestBody {
@@ -32,21 +42,56 @@ pub(super) struct RequestBody {
 #[derive(Debug)]
 pub(super) enum RequestBodyError {
     /// The client's framing is broken, or it left.
-    Client(hyper::Error),
+    Client(Box<dyn Error + Send + Sync>),
     /// Longer than it may be.
     TooLarge,
 }
 
 enum Sent {
-    Once(Incoming),
+    Once(ClientBody),
     /// One of several attempts to send it.
-    Again(Attempt<Incoming>),
+    Again(Attempt<ClientBody>),
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = Box<dyn Error + Send + Sync>;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        match &mut *self {
+            ClientBody::Hyper(body) => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            }
+            #[cfg(feature = "http3")]
+            ClientBody::Http3(body) => Pin::new(&mut **body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            ClientBody::Hyper(body) => body.is_end_stream(),
+            #[cfg(feature = "http3")]
+            ClientBody::Http3(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            ClientBody::Hyper(body) => body.size_hint(),
+            #[cfg(feature = "http3")]
+            ClientBody::Http3(body) => body.size_hint(),
+        }
+    }
 }
 
 impl RequestBody {
-    pub(super) fn new(incoming: Incoming, progress: &Rc<Progress>) -> RequestBody {
-        let has_ended = incoming.is_end_stream();
-        RequestBody::of((!has_ended).then(|| (Sent::Once(incoming), Rc::clone(progress))))
+    pub(super) fn new(body: ClientBody, progress: &Rc<Progress>) -> RequestBody {
+        let has_ended = body.is_end_stream();
+        RequestBody::of((!has_ended).then(|| (Sent::Once(body), Rc::clone(progress))))
     }
 
     pub(super) fn empty() -> RequestBody {
@@ -95,7 +140,7 @@ impl RequestBody {
 
 /// What is needed to send a request's body again.
 pub(super) struct KeptBody {
-    replay: Rc<Replay<Incoming>>,
+    replay: Rc<Replay<ClientBody>>,
     progress: Rc<Progress>,
 }
 
@@ -163,7 +208,7 @@ impl fmt::Display for RequestBodyError {
     }
 }
 
-impl std::error::Error for RequestBodyError {}
+impl Error for RequestBodyError {}
 
 impl Sent {
     fn is_end_stream(&self) -> bool {

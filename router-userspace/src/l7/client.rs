@@ -140,6 +140,11 @@ impl Client {
         }
     }
 
+    #[cfg(feature = "http3")]
+    pub(super) fn has_look_at(&self) -> bool {
+        self.look_at.get().is_some()
+    }
+
     pub(super) fn take_look_at(&self) -> Option<Instant> {
         self.look_at.take()
     }
@@ -246,6 +251,12 @@ impl Progress {
             observed: Observed::default(),
             interim: Interim::default(),
         }
+    }
+
+    /// A request's stream has begun, before its head.
+    #[cfg(feature = "http3")]
+    pub(super) fn head_begins(&self) {
+        self.enter(Phase::Head, self.worker.now());
     }
 
     /// A request's head is complete; when it began to arrive, or now if that took several reads.

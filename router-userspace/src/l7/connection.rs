@@ -2,7 +2,7 @@
 //!
 //! Every connection begins as HTTP/1, and goes on as HTTP/2 if that is what it begins with (prior
 //! knowledge, RFC 9113 §3.3) or what TLS agreed on. It holds at most one timer, which is set again
-//! only when it fires. After the last response of HTTP/1 the connection lingers, so that a client
+//! only when it fires. HTTP/3 has connections of its own, and the same timer. After the last response of HTTP/1 the connection lingers, so that a client
 //! still sending is not reset before it has read its answer (RFC 9112 §9.6).
 
 use std::future::Future;
@@ -23,6 +23,12 @@ use crate::l7::worker::Worker;
 
 mod http1;
 mod http2;
+#[cfg(feature = "http3")]
+mod http3;
+mod streams;
+
+#[cfg(feature = "http3")]
+pub(super) use http3::serve as serve_http3;
 
 /// How long, and for how many bytes, a closed connection is read for the client's sake.
 const LINGER: Duration = Duration::from_secs(1);

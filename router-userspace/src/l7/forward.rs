@@ -1,6 +1,6 @@
 //! One request: check, match, choose a backend, rewrite, send, answer.
 //!
-//! Called by hyper for each request of a client connection, and for each stream of HTTP/2. The attempts
+//! Called for each request of a client connection, and for each stream of HTTP/2 and HTTP/3. The attempts
 //! at backends are in [`crate::l7::exchange`].
 
 use std::rc::Rc;
@@ -8,14 +8,14 @@ use std::rc::Rc;
 use http::header::{ALLOW, CONNECTION, LOCATION, SET_COOKIE, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
-use hyper::body::{Body, Incoming};
+use http_body::Body;
 use hyper::upgrade::OnUpgrade;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::l7::backend::RawBackend;
 use crate::l7::balance::{PoolState, Wanted, WantedInstance};
-use crate::l7::body::{Answer, RequestBody, ResponseBody};
+use crate::l7::body::{Answer, ClientBody, RequestBody, ResponseBody};
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_cert;
 use crate::l7::compress::{self, Coding, Compressed};
@@ -23,6 +23,8 @@ use crate::l7::edits::{self, RequestUrl};
 use crate::l7::error::{ALLOWED_METHODS, BackendFailure, BadRequest, Failure};
 use crate::l7::exchange::{Exchange, Exchanged};
 use crate::l7::headers;
+#[cfg(feature = "http3")]
+use crate::l7::http3;
 use crate::l7::lease::Lease;
 use crate::l7::record::RequestRecord;
 use crate::l7::route_service::{self, Leg};
@@ -38,11 +40,11 @@ use crate::l7::worker::Worker;
 pub(super) async fn answer(
     client: Rc<Client>,
     progress: Rc<Progress>,
-    mut request: Request<Incoming>,
+    mut request: Request<ClientBody>,
 ) -> Answer {
     let trace = trace::settle(&client, request.headers_mut());
     let mut record = RequestRecord::begin(&client, &progress, &request, trace);
-    let http2 = request.version() == Version::HTTP_2;
+    let version = request.version();
     let stream =
         (request.method() == http::Method::CONNECT).then(|| hyper::upgrade::on(&mut request));
     let mut response = match forward(&client, &progress, request, record.started).await {
@@ -67,13 +69,15 @@ pub(super) async fn answer(
             failure.response()
         }
     };
-    if http2 {
-        // Of one hop, and HTTP/2 has no such fields (RFC 9113 §8.2.2).
+    if validate::is_multiplexed(version) {
+        // Of one hop, and there are no such fields (RFC 9113 §8.2.2, RFC 9114 §4.2).
         response.headers_mut().remove(CONNECTION);
     } else if client.worker.is_retiring() {
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(CONNECTION, close);
     }
+    #[cfg(feature = "http3")]
+    http3::advertise(&client, version, response.headers_mut());
     record.response_begins(response.status());
     response.body_mut().set_record(record);
     Ok(response)
@@ -110,7 +114,7 @@ enum Forwarded {
 async fn forward(
     client: &Rc<Client>,
     progress: &Rc<Progress>,
-    request: Request<Incoming>,
+    request: Request<ClientBody>,
     started: Instant,
 ) -> Result<Forwarded, Failure> {
     let worker = &client.worker;
@@ -204,7 +208,7 @@ struct Compression {
 }
 
 impl Compression {
-    fn wanted(pool: &PoolState, request: &Request<Incoming>) -> Compression {
+    fn wanted(pool: &PoolState, request: &Request<ClientBody>) -> Compression {
         let is_on = pool.policy.as_ref().is_some_and(|it| it.compression);
         Compression {
             is_on,
@@ -242,7 +246,7 @@ fn limit_body(
     progress: &Progress,
     pool: &PoolState,
     findings: &Findings,
-    request: &Request<Incoming>,
+    request: &Request<ClientBody>,
 ) -> Result<(), Failure> {
     if request.body().is_end_stream() {
         return Ok(());
@@ -325,7 +329,7 @@ fn answer_options() -> Response<ResponseBody> {
 fn find_pool(
     worker: &Worker,
     findings: &Findings,
-    request: &Request<Incoming>,
+    request: &Request<ClientBody>,
 ) -> Result<Rc<PoolState>, Failure> {
     let host = findings.host_str();
     let lookup = Lookup {
@@ -370,7 +374,7 @@ fn find_instance(pool: &PoolState, findings: &Findings) -> Result<Option<usize>,
 fn outgoing(
     progress: &Rc<Progress>,
     findings: &Findings,
-    request: Request<Incoming>,
+    request: Request<ClientBody>,
 ) -> Request<RequestBody> {
     let (mut parts, body) = request.into_parts();
     if parts.uri.authority().is_some() {
@@ -406,10 +410,10 @@ fn returned(
     let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS;
     // hyper answers an HTTP/1.0 request as such by itself.
     parts.version = match version {
-        Version::HTTP_2 => Version::HTTP_2,
+        Version::HTTP_2 | Version::HTTP_3 => version,
         _ => Version::HTTP_11,
     };
-    let trailers = findings.te_trailers || version == Version::HTTP_2;
+    let trailers = findings.te_trailers || validate::is_multiplexed(version);
     headers::rewrite_response(&mut parts.headers, request_id, switching, trailers);
     if let Some(policy) = &lease.pool().policy {
         edits::apply(&policy.response_headers, &mut parts.headers);

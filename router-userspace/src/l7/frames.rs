@@ -1,4 +1,5 @@
-//! Which frames a client of HTTP/2 sends, and when it sends too many that ask for work and bring none.
+//! Which frames a client of HTTP/2 sends, and when it sends too many that ask for work and bring none. The
+//! budget is that of HTTP/3 too, whose frames are read by [`crate::l7::http3`].
 //!
 //! The h2 library bounds floods of HEADERS, CONTINUATION and empty DATA and resets it was made to send, but
 //! answers any number of PING and SETTINGS and takes any number of PRIORITY and RST_STREAM. The client's
@@ -65,12 +66,7 @@ impl Frames {
     pub(super) fn new(now: Instant) -> Frames {
         Frames {
             reader: FrameReader::default(),
-            budget: Budget {
-                since: now,
-                earned: 0,
-                spent: [0; CONTROLS.len()],
-                written: 0,
-            },
+            budget: Budget::new(now),
         }
     }
 
@@ -88,7 +84,7 @@ impl Frames {
         let budget = &mut self.budget;
         budget.begin_window(now);
         self.reader.read(bytes, |kind| match kind {
-            Kind::Useful => budget.earned += 1,
+            Kind::Useful => budget.earn(1),
             Kind::Control(control) => budget.spend(control),
             Kind::Neutral => {}
         });
@@ -99,12 +95,13 @@ impl Frames {
     }
 
     pub(super) fn on_write(&mut self, len: usize) {
-        self.budget.written += len as u64;
+        self.budget.on_write(len);
     }
 }
 
+/// What a client may send in a [`WINDOW`] beyond what it earns.
 #[derive(Debug)]
-struct Budget {
+pub(super) struct Budget {
     since: Instant,
     /// Useful frames of this window.
     earned: u64,
@@ -115,30 +112,46 @@ struct Budget {
 }
 
 impl Budget {
-    fn begin_window(&mut self, now: Instant) {
-        if now.saturating_duration_since(self.since) >= WINDOW {
-            *self = Budget {
-                since: now,
-                earned: 0,
-                spent: [0; CONTROLS.len()],
-                written: 0,
-            };
+    pub(super) fn new(now: Instant) -> Budget {
+        Budget {
+            since: now,
+            earned: 0,
+            spent: [0; CONTROLS.len()],
+            written: 0,
         }
     }
 
-    fn spend(&mut self, control: Control) {
+    pub(super) fn begin_window(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.since) >= WINDOW {
+            *self = Budget::new(now);
+        }
+    }
+
+    /// So many frames have brought work.
+    pub(super) fn earn(&mut self, frames: u64) {
+        self.earned += frames;
+    }
+
+    /// So many bytes have gone to the client.
+    pub(super) fn on_write(&mut self, len: usize) {
+        self.written += len as u64;
+    }
+
+    pub(super) fn spend(&mut self, control: Control) {
         self.spent[control as usize] += match control {
             Control::Reset => RESET_COST,
             _ => 1,
         };
     }
 
-    fn is_over(&self, limit: u32) -> bool {
+    /// `limit` 0 is no limit.
+    pub(super) fn is_over(&self, limit: u32) -> bool {
         let allowed = u64::from(limit) + self.earned + self.written / BYTES_PER_FRAME;
         limit > 0 && self.spent.iter().sum::<u64>() > allowed
     }
 
-    fn largest(&self) -> Control {
+    /// Of what there was most.
+    pub(super) fn largest(&self) -> Control {
         let largest = CONTROLS
             .into_iter()
             .max_by_key(|it| self.spent[*it as usize]);

@@ -31,7 +31,7 @@ use crate::l7::tls::{ALPN_H2, Tls};
 
 /// TLS handshakes of one worker at once, counted from the client's whole hello, which is what costs
 /// a signature. Later ones wait, as long as `http.timeouts.tls_handshake` lets them.
-const MAX_TLS_HANDSHAKES: usize = 1024;
+pub(super) const MAX_TLS_HANDSHAKES: usize = 1024;
 
 /// A TLS record with the fatal alert `unrecognized_name` (RFC 8446 §5.1, §6; RFC 6066 §3).
 const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
@@ -120,7 +120,7 @@ pub(super) const REASONS: [&str; 12] = [
 
 impl HandshakeFailure {
     /// Index in [`REASONS`].
-    fn reason(self) -> usize {
+    pub(super) fn reason(self) -> usize {
         match self {
             HandshakeFailure::Closed => 0,
             HandshakeFailure::ProxyHeaderTimeout => 1,

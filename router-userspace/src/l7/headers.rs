@@ -70,6 +70,7 @@ pub(super) struct Via {
     http10: HeaderValue,
     http11: HeaderValue,
     http2: HeaderValue,
+    http3: HeaderValue,
 }
 
 impl Via {
@@ -83,6 +84,7 @@ impl Via {
             http10: by("1.0"),
             http11: by("1.1"),
             http2: by("2.0"),
+            http3: by("3.0"),
         }
     }
 
@@ -90,6 +92,7 @@ impl Via {
         match version {
             Version::HTTP_10 => self.http10.clone(),
             Version::HTTP_2 => self.http2.clone(),
+            Version::HTTP_3 => self.http3.clone(),
             _ => self.http11.clone(),
         }
     }

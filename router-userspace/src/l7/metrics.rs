@@ -187,6 +187,13 @@ pub struct L7Totals {
     /// Client connections that speak HTTP/2, and those that were ended for an error of the protocol.
     pub http2_connections: u64,
     pub http2_errors: u64,
+    /// The same of HTTP/3.
+    pub http3_connections: u64,
+    pub http3_errors: u64,
+    /// Clients of HTTP/3 that were asked to prove their address.
+    pub http3_retries: u64,
+    /// Datagrams that came to another worker's socket, and were lost for its queue was full.
+    pub http3_datagrams_dropped: u64,
     pub upgrades: u64,
     pub upgrades_open: u64,
     pub backend_connections_opened: u64,
@@ -329,6 +336,10 @@ pub(super) struct WorkerMetrics {
     pub interim_dropped: Counter,
     pub http2_connections: Counter,
     pub http2_errors: Counter,
+    pub http3_connections: Counter,
+    pub http3_errors: Counter,
+    pub http3_retries: Counter,
+    pub http3_datagrams_dropped: Counter,
     pub upgrades: Counter,
     pub upgrades_open: Counter,
     pub backend_connections_opened: Counter,
@@ -462,6 +473,10 @@ impl WorkerMetrics {
         totals.interim_dropped += self.interim_dropped.read();
         totals.http2_connections += self.http2_connections.read();
         totals.http2_errors += self.http2_errors.read();
+        totals.http3_connections += self.http3_connections.read();
+        totals.http3_errors += self.http3_errors.read();
+        totals.http3_retries += self.http3_retries.read();
+        totals.http3_datagrams_dropped += self.http3_datagrams_dropped.read();
         totals.upgrades += self.upgrades.read();
         totals.upgrades_open += self.upgrades_open.read();
         totals.backend_connections_opened += self.backend_connections_opened.read();

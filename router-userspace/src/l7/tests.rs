@@ -28,6 +28,8 @@ mod counting;
 mod failures;
 mod hostile;
 mod http2;
+#[cfg(feature = "http3")]
+mod http3;
 mod informational;
 mod lifecycle;
 mod limits;

@@ -63,7 +63,8 @@ pub(super) struct LengthAndCoding;
 /// The refusal to answer with.
 pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Findings, Failure> {
     // hyper counts those of HTTP/1 itself.
-    if request.version() == Version::HTTP_2 && request.headers().len() > limits.request_headers {
+    let counted = is_multiplexed(request.version());
+    if counted && request.headers().len() > limits.request_headers {
         return Err(Failure::TooManyHeaders);
     }
     let mut findings = inspect_headers(request.headers())?;
@@ -75,6 +76,12 @@ pub(super) fn inspect<B>(request: &Request<B>, limits: &HttpLimits) -> Result<Fi
         findings.upgrade = may_upgrade(request);
     }
     Ok(findings)
+}
+
+/// Whether requests of this version are streams of one connection, with pseudo-header fields (RFC 9113
+/// §8.3, RFC 9114 §4.3) and without fields of the connection.
+pub(super) fn is_multiplexed(version: Version) -> bool {
+    matches!(version, Version::HTTP_2 | Version::HTTP_3)
 }
 
 /// Whether a response of HTTP/1 says once, and in the one way everybody understands, where it ends
@@ -314,14 +321,14 @@ fn inspect_target<B>(
     Ok(())
 }
 
-/// `http://authority/path` (RFC 9112 §3.2.2), and what HTTP/2 has in its pseudo-header fields (RFC 9113
-/// §8.3.1). The authority must be the `Host`, so that no later reader prefers the other one; without a
-/// `Host`, which HTTP/2 does not need, it is the host.
+/// `http://authority/path` (RFC 9112 §3.2.2), and what HTTP/2 and HTTP/3 have in their pseudo-header fields
+/// (RFC 9113 §8.3.1, RFC 9114 §4.3.1). The authority must be the `Host`, so that no later reader prefers the
+/// other one; without a `Host`, which these do not need, it is the host.
 fn inspect_absolute_form<B>(request: &Request<B>, findings: &mut Findings) -> Result<(), Failure> {
     let uri = request.uri();
-    let http2 = request.version() == Version::HTTP_2;
+    let multiplexed = is_multiplexed(request.version());
     let scheme = uri.scheme().ok_or_else(bad_target)?;
-    if *scheme != Scheme::HTTP && !(http2 && *scheme == Scheme::HTTPS) {
+    if *scheme != Scheme::HTTP && !(multiplexed && *scheme == Scheme::HTTPS) {
         return Err(bad_target());
     }
     let authority = uri.authority().ok_or_else(bad_target)?.as_str();
@@ -332,7 +339,7 @@ fn inspect_absolute_form<B>(request: &Request<B>, findings: &mut Findings) -> Re
         Some(host) if !host.as_bytes().eq_ignore_ascii_case(authority.as_bytes()) => {
             Err(Failure::Bad(BadRequest::AuthorityMismatch))
         }
-        None if http2 => {
+        None if multiplexed => {
             let host = HeaderValue::from_str(authority).map_err(|_| bad_target())?;
             inspect_host(&host)?;
             findings.host = Some(host);

@@ -10,6 +10,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -34,6 +35,8 @@ use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::clients::{ClientPlace, Cutoff};
 use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
+#[cfg(feature = "http3")]
+use crate::l7::http3;
 use crate::l7::listen;
 use crate::l7::metrics::{RouteCounters, WorkerMetrics};
 use crate::l7::route_service::Services;
@@ -61,7 +64,7 @@ pub(super) struct WorkerParts {
     /// From 0 on.
     pub index: usize,
     /// As many at once as addresses are configured.
-    pub listeners: mpsc::UnboundedReceiver<Listener>,
+    pub listeners: mpsc::UnboundedReceiver<Assignment>,
     pub published: Published,
     pub settings: Arc<ArcSwap<Settings>>,
     pub shared: Arc<Shared>,
@@ -81,6 +84,13 @@ pub(super) struct Stop {
     pub retiring: bool,
 }
 
+/// What a worker is to accept from.
+pub(super) enum Assignment {
+    Tcp(Listener),
+    #[cfg(feature = "http3")]
+    Http3(http3::Listener),
+}
+
 /// A socket to accept from.
 pub(super) struct Listener {
     pub socket: std::net::TcpListener,
@@ -96,6 +106,8 @@ pub(super) struct Worker {
     pub tls: Arc<Tls>,
     pub route_services: Services,
     pub shared: Arc<Shared>,
+    #[cfg(feature = "http3")]
+    pub http3: http3::WorkerState,
     /// Cloned for each response that is being compressed.
     pub compressing: Rc<()>,
     handshakes: Handshakes,
@@ -113,6 +125,8 @@ pub(super) struct Worker {
     cutting: Cell<bool>,
     retiring: Cell<bool>,
     drain_notice: Notify,
+    #[cfg(feature = "http3")]
+    cut_notice: Notify,
     open_connections: Cell<usize>,
     connection_ended: Notify,
 }
@@ -175,22 +189,36 @@ async fn run(parts: WorkerParts) {
             },
             Some(listener) = listeners.recv() => {
                 acceptors.retain(|acceptor: &JoinHandle<()>| !acceptor.is_finished());
-                let accept = accept(Rc::clone(&worker), listener);
-                acceptors.push(tokio::task::spawn_local(accept));
+                let worker = Rc::clone(&worker);
+                acceptors.push(match listener {
+                    Assignment::Tcp(listener) => {
+                        tokio::task::spawn_local(accept(worker, listener))
+                    }
+                    #[cfg(feature = "http3")]
+                    Assignment::Http3(listener) => {
+                        tokio::task::spawn_local(http3::accept(worker, listener))
+                    }
+                });
             }
         }
     };
     worker.retiring.set(retiring);
     worker.draining.set(true);
     worker.drain_notice.notify_waiters();
-    let ended = async {
+    let mut ended = pin!(async {
         for acceptor in acceptors {
             let _ = acceptor.await;
         }
         worker.connections_ended().await;
-    };
-    let ended = tokio::time::timeout_at(deadline, ended).await;
-    worker.cutting.set(ended.is_err());
+    });
+    let in_time = tokio::time::timeout_at(deadline, ended.as_mut()).await;
+    worker.cutting.set(in_time.is_err());
+    #[cfg(feature = "http3")]
+    if in_time.is_err() && worker.http3.has_connections() {
+        // TCP tells clients by itself that a connection is gone.
+        worker.cut_notice.notify_waiters();
+        let _ = tokio::time::timeout(http3::CLOSE, ended).await;
+    }
     sweeper.abort();
     drop(alive);
 }
@@ -343,6 +371,8 @@ impl Worker {
             index: backends.worker,
             route_services: Services::default(),
             shared: Arc::clone(&backends.common),
+            #[cfg(feature = "http3")]
+            http3: http3::WorkerState::default(),
             compressing: Rc::new(()),
             metrics,
             tls,
@@ -359,6 +389,8 @@ impl Worker {
             cutting: Cell::new(false),
             retiring: Cell::new(false),
             drain_notice: Notify::new(),
+            #[cfg(feature = "http3")]
+            cut_notice: Notify::new(),
             open_connections: Cell::new(0),
             connection_ended: Notify::new(),
         }
@@ -487,7 +519,7 @@ impl Worker {
     ///
     /// # Errors
     /// The client has as many as it may.
-    fn enter(&self, client: IpAddr) -> Result<Option<ClientPlace>, TooManyConnections> {
+    pub(super) fn enter(&self, client: IpAddr) -> Result<Option<ClientPlace>, TooManyConnections> {
         let limit = self.settings(|settings| match settings.limits.connections_per_client {
             0 => None,
             _ if settings.trusts(client) => None,
@@ -524,14 +556,23 @@ impl Worker {
         self.drain_notice.notified().await;
     }
 
+    /// Ends when what is left is ended.
+    #[cfg(feature = "http3")]
+    pub(super) async fn cut_notice(&self) {
+        self.cut_notice.notified().await;
+    }
+
+    /// Whether there are `http.limits.connections`.
+    pub(super) fn is_full(&self) -> bool {
+        self.open_connections.get() >= self.settings(|settings| settings.limits.connections)
+    }
+
     async fn wait_for_room(&self) {
-        let is_full =
-            || self.open_connections.get() >= self.settings(|settings| settings.limits.connections);
-        if is_full() {
+        if self.is_full() {
             self.metrics.connections_full.add(1);
             tracing::warn!("http.limits.connections reached, new connections wait");
         }
-        while is_full() {
+        while self.is_full() {
             self.connection_ended.notified().await;
         }
     }
@@ -544,13 +585,13 @@ impl Worker {
 }
 
 /// A client has `http.limits.connections_per_client`.
-struct TooManyConnections;
+pub(super) struct TooManyConnections;
 
 /// Counts an open client connection, however it ends.
-struct OpenConnection(Rc<Worker>);
+pub(super) struct OpenConnection(Rc<Worker>);
 
 impl OpenConnection {
-    fn new(worker: &Rc<Worker>) -> OpenConnection {
+    pub(super) fn new(worker: &Rc<Worker>) -> OpenConnection {
         worker
             .open_connections
             .set(worker.open_connections.get() + 1);

@@ -151,6 +151,26 @@ pub(super) fn encode(page: &mut Page<'_>, metrics: &L7Metrics) -> fmt::Result {
             totals.http2_errors,
         ),
         (
+            "viaduct_http_http3_connections",
+            "Client connections that speak HTTP/3",
+            totals.http3_connections,
+        ),
+        (
+            "viaduct_http_http3_errors",
+            "Client connections of HTTP/3 that were ended for an error of the protocol",
+            totals.http3_errors,
+        ),
+        (
+            "viaduct_http_http3_retries",
+            "Clients of HTTP/3 that were asked to prove their address",
+            totals.http3_retries,
+        ),
+        (
+            "viaduct_http_http3_datagrams_dropped",
+            "Datagrams of HTTP/3 on their way from one worker to another, lost for its queue was full",
+            totals.http3_datagrams_dropped,
+        ),
+        (
             "viaduct_http_client_buckets_full",
             "Rates of clients that were forgotten for those of others, though the clients were not idle",
             totals.client_buckets_full,

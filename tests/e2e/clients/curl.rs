@@ -172,7 +172,7 @@ fn a_proxy_header_is_taken_and_its_absence_refused() {
 impl Clients {
     /// curl's output; panics if it failed.
     #[track_caller]
-    fn curl(&self, arguments: &[&str]) -> String {
+    pub(super) fn curl(&self, arguments: &[&str]) -> String {
         succeed(&mut self.curl_command(arguments))
     }
 

@@ -24,6 +24,11 @@ pub struct HttpTlsConfig {
     pub min_version: TlsVersion,
     /// Offers HTTP/2 by ALPN.
     pub http2: bool,
+    /// Serves HTTP/3 on the UDP ports of `listen`, and says so to clients (RFC 7838).
+    pub http3: bool,
+    /// Every client of HTTP/3 shows first that it gets what is sent to its address, which costs it a round
+    /// trip (Retry, RFC 9000 §8.1.2); otherwise only while many handshakes are under way.
+    pub http3_retry: bool,
     pub client_auth: ClientAuth,
     /// PEM certificates that those of clients are verified against.
     pub client_ca_file: Option<PathBuf>,
@@ -78,6 +83,8 @@ impl Default for HttpTlsConfig {
             strict_sni: false,
             min_version: TlsVersion::Tls12,
             http2: true,
+            http3: false,
+            http3_retry: false,
             client_auth: ClientAuth::None,
             client_ca_file: None,
         }
@@ -91,6 +98,14 @@ impl HttpTlsConfig {
                 || !self.certificates.is_empty()
                 || self.certificate_directory.is_some(),
             "http.tls.listen needs http.tls.certificates or http.tls.certificate_directory"
+        );
+        ensure!(
+            cfg!(feature = "http3") || !self.http3,
+            "http.tls.http3: the program was built without HTTP/3"
+        );
+        ensure!(
+            self.http3 || !self.http3_retry,
+            "http.tls.http3_retry needs http.tls.http3"
         );
         ensure!(
             (self.client_auth == ClientAuth::None) == self.client_ca_file.is_none(),
@@ -129,7 +144,7 @@ mod tests {
             r#"
             [http]
             trusted_proxies = ["192.0.2.1/32"]
-            proxy_protocol = "require"
+            proxy_protocol = "accept"
             backend_proxy_protocol = "v2"
             forwarded_client_cert = "sanitize_set"
             forwarded_client_cert_format = "hash-subject"
@@ -140,6 +155,8 @@ mod tests {
             strict_sni = true
             min_version = "1.3"
             http2 = false
+            http3 = true
+            http3_retry = true
             client_auth = "request"
             client_ca_file = "/ca.pem"
             [http.backend_tls]
@@ -167,12 +184,18 @@ mod tests {
             ("[http.tls]\nclient_auth = \"require\"\n", "client_ca_file"),
             ("[http.tls]\nclient_ca_file = \"/ca\"\n", "client_auth"),
             ("[http.tls]\nmin_version = \"1.1\"\n", "min_version"),
+            ("[http.tls]\nhttp3_retry = true\n", "http.tls.http3"),
             ("[http.backend_tls]\nkey_file = \"/k\"\n", "go together"),
             (
                 "[http.backend_tls]\ncertificate_file = \"/c\"\nkey_file = \"/k\"\n",
                 "system_roots",
             ),
             ("[http]\nproxy_protocol = \"accept\"\n", "trusted_proxies"),
+            (
+                "[http]\nproxy_protocol = \"require\"\ntrusted_proxies = [\"10.0.0.1/32\"]\n\
+                 [http.tls]\nhttp3 = true\n",
+                "http.tls.http3",
+            ),
             ("[http.timeouts]\nproxy_header = \"0s\"\n", "proxy_header"),
         ] {
             let message = format!("{:#}", parse(text).unwrap_err());

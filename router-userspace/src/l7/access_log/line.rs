@@ -71,7 +71,8 @@ fn json(line: &mut Vec<u8>, rules: &Rules, entry: &Entry, ended: &Ended<'_>) {
     }
     if let Some(tls) = ended.tls {
         text(line, "tls_version", tls.version.as_bytes());
-        text(line, "tls_cipher", tls.cipher.as_bytes());
+        let cipher = Some(tls.cipher.as_bytes());
+        optional(line, "tls_cipher", cipher.filter(|it| !it.is_empty()));
         optional(line, "tls_sni", tls.sni.as_deref().map(str::as_bytes));
     }
     optional(line, "error", entry.error.map(str::as_bytes));
@@ -221,6 +222,7 @@ fn protocol(version: Version) -> &'static str {
     match version {
         Version::HTTP_10 => "HTTP/1.0",
         Version::HTTP_2 => "HTTP/2.0",
+        Version::HTTP_3 => "HTTP/3.0",
         _ => "HTTP/1.1",
     }
 }

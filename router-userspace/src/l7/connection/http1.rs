@@ -12,6 +12,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 
 use crate::config::HttpLimits;
+use crate::l7::body::ClientBody;
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_io::ClientIo;
 use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
@@ -36,7 +37,7 @@ pub(super) async fn serve(client: &Rc<Client>, progress: &Rc<Progress>, io: Clie
             Box::pin(forward::answer(
                 Rc::clone(&client),
                 Rc::clone(&progress),
-                request,
+                request.map(ClientBody::Hyper),
             ))
         }
     });

@@ -1,25 +1,24 @@
 //! A client connection of HTTP/2 (RFC 9113): many requests at once, each with a task of its own.
 //!
-//! hyper runs each stream as a future, which [`StreamTasks`] spawns on the worker's thread and drops
-//! when its time is up; a dropped stream is reset.
+//! hyper runs each stream as a future, which [`StreamTasks`] spawns on the worker's thread as a [`StreamTask`].
 
 use std::cell::Cell;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll};
 
 use http::Request;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::time::Instant;
 
 use crate::config::HttpLimits;
+use crate::l7::body::ClientBody;
 use crate::l7::client::{Client, Progress};
 use crate::l7::client_io::ClientIo;
-use crate::l7::connection::{LINGER, Look, drive, look_at};
+use crate::l7::connection::drive;
+use crate::l7::connection::streams::{StreamTask, look_at_streams};
 use crate::l7::forward;
 
 /// What a client may send on one stream, and on all of them, before a backend has taken it.
@@ -47,6 +46,7 @@ pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo) {
             client.count_request();
             let progress = client.begin_stream();
             tasks.next.set(Some(Rc::clone(&progress)));
+            let request = request.map(ClientBody::Hyper);
             forward::answer(Rc::clone(&client), progress, request)
         }
     });
@@ -98,38 +98,6 @@ fn server_builder(
     builder
 }
 
-/// Ends streams whose time is up, and the connection when it has had none for too long: it says so
-/// first, in case the client is about to begin one (RFC 9113 §6.8).
-fn look_at_streams<C>(
-    client: &Client,
-    goes_away: &mut bool,
-    connection: Pin<&mut C>,
-    now: Instant,
-    graceful: impl Fn(Pin<&mut C>),
-) -> Look {
-    let worker = &client.worker;
-    if client.open_streams() > 0 {
-        let mut again = None;
-        client.each_stream(|progress| {
-            // A stream that is closed is dropped by its task.
-            if let Look::Again(at) = look_at(worker, progress, now) {
-                again = again.map_or(Some(at), |again: Instant| Some(again.min(at)));
-            }
-        });
-        return Look::Again(again.unwrap_or(now + LINGER));
-    }
-    let idle = worker.settings(|settings| settings.timeouts.idle);
-    let until = client.quiet_since() + idle;
-    if until > now {
-        return Look::Again(until);
-    }
-    if std::mem::replace(goes_away, true) {
-        return Look::Close;
-    }
-    graceful(connection);
-    Look::Again(now + LINGER)
-}
-
 /// Spawns the futures of a connection's streams.
 #[derive(Clone)]
 struct StreamTasks {
@@ -142,45 +110,7 @@ struct StreamTasks {
 impl<F: Future<Output = ()> + 'static> Executor<F> for StreamTasks {
     fn execute(&self, future: F) {
         let progress = self.next.take();
-        tokio::task::spawn_local(StreamTask {
-            future: Some(Box::pin(future)),
-            client: Rc::clone(&self.client),
-            progress,
-        });
-    }
-}
-
-/// A stream until it ends or is cut.
-struct StreamTask<F> {
-    future: Option<Pin<Box<F>>>,
-    client: Rc<Client>,
-    /// `None` for what carries an upgraded stream.
-    progress: Option<Rc<Progress>>,
-}
-
-impl<F: Future<Output = ()>> Future for StreamTask<F> {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
-        let Some(future) = &mut this.future else {
-            return Poll::Ready(());
-        };
-        if let Some(progress) = &this.progress {
-            progress.begin_poll();
-            if progress.is_cut(cx.waker()) {
-                this.future = None;
-                return Poll::Ready(());
-            }
-        }
-        future.as_mut().poll(cx)
-    }
-}
-
-impl<F> Drop for StreamTask<F> {
-    fn drop(&mut self) {
-        if let Some(progress) = &self.progress {
-            self.client.end(progress);
-        }
+        let client = Rc::clone(&self.client);
+        tokio::task::spawn_local(StreamTask::new(future, client, progress));
     }
 }

@@ -7,6 +7,8 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+#[cfg(feature = "http3")]
+use quinn::crypto::rustls::QuicServerConfig;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, ProducesTickets, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
@@ -17,10 +19,15 @@ use crate::config::{ClientAuth, HttpTlsConfig, TlsVersion};
 
 pub(in crate::l7) const ALPN_H2: &[u8] = b"h2";
 pub(super) const ALPN_HTTP11: &[u8] = b"http/1.1";
+#[cfg(feature = "http3")]
+const ALPN_H3: &[u8] = b"h3";
 
 /// What the listeners serve with until a file or the configuration changes.
 pub(in crate::l7) struct TlsServer {
     pub config: Arc<ServerConfig>,
+    /// The same for QUIC, if that is on.
+    #[cfg(feature = "http3")]
+    pub http3: Option<Arc<QuicServerConfig>>,
     certificates: Arc<Certificates>,
 }
 
@@ -52,6 +59,11 @@ impl TlsServer {
         server.ticketer = tickets;
         server.max_early_data_size = 0;
         Ok(TlsServer {
+            #[cfg(feature = "http3")]
+            http3: match config.http3 {
+                true => Some(Arc::new(quic(&server)?)),
+                false => None,
+            },
             config: Arc::new(server),
             certificates,
         })
@@ -61,6 +73,13 @@ impl TlsServer {
     pub(in crate::l7) fn serves(&self, host: Option<&str>) -> bool {
         self.certificates.serves(host)
     }
+}
+
+#[cfg(feature = "http3")]
+fn quic(server: &ServerConfig) -> anyhow::Result<QuicServerConfig> {
+    let mut server = server.clone();
+    server.alpn_protocols = vec![ALPN_H3.to_vec()];
+    QuicServerConfig::try_from(server).context("choose cipher suites for QUIC")
 }
 
 /// Keys of session tickets.
