@@ -205,6 +205,7 @@ impl Admin {
             nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
             files_unread,
             files_refused,
+            kv: metrics.kv.state(),
             has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
             uptime: self.started.elapsed(),
             grace: config.nats.startup_grace,

@@ -78,6 +78,9 @@ pub struct NatsConfig {
     pub client_key_file: Option<PathBuf>,
     /// First token of the subjects: `router.register`, `router.start`, ...
     pub subject_prefix: String,
+    /// The JetStream bucket of declared routes and policies of VIPs, made if there is none. Empty: none
+    /// is looked for.
+    pub bucket: String,
     /// The longest an expired registration is served on: how often expired ones are looked for, at
     /// least once a second.
     #[serde(with = "humantime_serde")]
@@ -190,6 +193,7 @@ impl Default for NatsConfig {
             client_certificate_file: None,
             client_key_file: None,
             subject_prefix: "router".to_owned(),
+            bucket: "viaduct".to_owned(),
             prune_interval: Duration::from_secs(30),
             stale_threshold: Duration::from_secs(120),
             minimum_register_interval: Duration::from_secs(20),
@@ -262,6 +266,12 @@ impl Config {
                 nats.subject_prefix
             );
         }
+        let in_bucket = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        ensure!(
+            nats.bucket.bytes().all(in_bucket),
+            "nats.bucket {:?} is not of letters, digits, - and _",
+            nats.bucket
+        );
         ensure!(
             nats.client_certificate_file.is_some() == nats.client_key_file.is_some(),
             "nats.client_certificate_file and nats.client_key_file go together"

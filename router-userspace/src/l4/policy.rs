@@ -1,7 +1,8 @@
-//! What the configuration says of each VIP, ready for the planner. Pure.
+//! What the configuration and sources say of each VIP, ready for the planner. Pure.
 //!
-//! [`super::L4`] makes [`Policies`] when it starts and at each reload, and plans anew the VIPs whose
-//! policy is another.
+//! [`super::L4`] makes [`Policies`] when it starts and at each reload, takes in what sources announce,
+//! and plans anew the VIPs whose policy is another. A VIP that the configuration has a policy of is
+//! served by that one alone.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct VipPolicy {
 pub struct Policies {
     default: VipPolicy,
     vips: HashMap<Vip, VipPolicy>,
+    /// By sources.
+    announced: HashMap<Vip, VipPolicy>,
 }
 
 impl Policies {
@@ -63,23 +66,36 @@ impl Policies {
         Policies {
             vips: vips.collect(),
             default,
+            announced: HashMap::new(),
         }
     }
 
+    /// Takes in what a source says of a VIP, or that it says nothing any more.
+    pub fn announce(&mut self, vip: Vip, policy: Option<&VipConfig>) {
+        match policy {
+            Some(policy) => self.announced.insert(vip, self.default.with(policy)),
+            None => self.announced.remove(&vip),
+        };
+    }
+
     pub fn policy_of(&self, vip: &Vip) -> &VipPolicy {
-        self.vips.get(vip).unwrap_or(&self.default)
+        self.of(vip).unwrap_or(&self.default)
+    }
+
+    fn of(&self, vip: &Vip) -> Option<&VipPolicy> {
+        self.vips.get(vip).or_else(|| self.announced.get(vip))
     }
 
     /// Whether a VIP is served without any registration: the proxy on this host needs none.
     pub fn is_declared(&self, vip: &Vip) -> bool {
-        let policy = self.vips.get(vip);
+        let policy = self.of(vip);
         policy.is_some_and(|policy| policy.mode == Mode::L7)
     }
 
     /// The VIPs that are served without any registration.
     pub fn declared(&self) -> impl Iterator<Item = Vip> {
-        let l7 = |(vip, policy): (&Vip, &VipPolicy)| (policy.mode == Mode::L7).then_some(*vip);
-        self.vips.iter().filter_map(l7)
+        let vips = self.vips.keys().chain(self.announced.keys());
+        vips.copied().filter(|vip| self.is_declared(vip))
     }
 }
 
