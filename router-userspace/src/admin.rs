@@ -9,6 +9,7 @@
 //! | `/v1/stats` | counters in one object |
 //! | `/v1/stats/routes`, `/v1/stats/backends` | what layer 7 counted of each, in pages |
 //! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
+//! | `/v1/rejects` | what sources refused lately |
 //! | `/v1/explain` | what would become of a packet or a request |
 //! | `/v1/drain` | backends that an operator drains; by POST, drains one |
 //! | `/v1/drain/gateway` | by POST, drains the gateway itself |
@@ -45,6 +46,7 @@ use crate::config::{AdminListen, Config};
 use crate::event::Event;
 use crate::l4::L4Reader;
 use crate::metrics::Scrape;
+use crate::rejects::Rejects;
 use crate::route::Origin;
 
 mod drain;
@@ -53,6 +55,7 @@ mod flows;
 pub mod listing;
 mod policy;
 pub mod ready;
+mod rejects;
 pub mod traffic;
 
 /// Connections at once. Scrapers and operators are few.
@@ -67,6 +70,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the answers are made of.
 pub struct Admin {
     pub scrape: Scrape,
+    pub rejects: Arc<Rejects>,
     pub config: watch::Receiver<Arc<Config>>,
     /// The agent's.
     pub inbox: mpsc::Sender<Event>,
@@ -185,6 +189,7 @@ fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/stats/backends", get(backend_stats))
         .route("/v1/flows", get(flows::flows))
         .route("/v1/watch", get(flows::watch))
+        .route("/v1/rejects", get(rejects::list))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/drain", get(drain::list).post(drain::drain))
         .route("/v1/drain/gateway", post(drain::drain_gateway))
@@ -242,7 +247,8 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 
 async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
-        listing::routes(&scrape.published.load(), &request)
+        let revisions = &scrape.metrics.kv.revisions;
+        listing::routes(&scrape.published.load(), revisions, &request)
     })
     .await
 }
@@ -250,7 +256,8 @@ async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageReque
 async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
         let served = scrape.l4.as_ref().map(L4Reader::vips).unwrap_or_default();
-        listing::vips(&scrape.published.load(), &served, &request)
+        let revisions = &scrape.metrics.kv.revisions;
+        listing::vips(&scrape.published.load(), revisions, &served, &request)
     })
     .await
 }

@@ -20,7 +20,7 @@ pub mod kv;
 pub mod ledger;
 pub mod nats;
 #[cfg(test)]
-mod nats_server;
+pub(crate) mod nats_server;
 
 /// What every source works with.
 #[derive(Clone)]

@@ -14,13 +14,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use async_nats::Client;
 use async_nats::connection::State as Connection;
 use async_nats::jetstream::consumer::push::{Ordered, OrderedConfig};
 use async_nats::jetstream::consumer::{DeliverPolicy, ReplayPolicy};
 use async_nats::jetstream::context::{GetStreamErrorKind, RequestErrorKind};
 use async_nats::jetstream::stream::{self, Stream};
 use async_nats::jetstream::{self, ErrorCode, Message};
+use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
@@ -35,7 +35,7 @@ use crate::warning::WarningLimit;
 pub mod content;
 pub mod entry;
 pub mod status;
-// STORE
+pub mod store;
 
 /// How often the connection is looked at, beside the client's events.
 const RECONCILE: Duration = Duration::from_secs(1);
@@ -452,15 +452,16 @@ enum Next {
     End,
 }
 
-/// Whether a message gives its key a value; deletes, purges and the server's own marks of values whose
-/// time is over take it away (ADR-8, ADR-43).
+/// Whether a message gives its key a value.
 fn is_value(message: &Message) -> bool {
-    let Some(headers) = &message.headers else {
-        return true;
-    };
-    let operation = headers
-        .get("KV-Operation")
-        .map(|operation| operation.as_str());
+    message.headers.as_ref().is_none_or(marks_value)
+}
+
+/// Deletes, purges and the server's own marks of values whose time is over take a value away (ADR-8,
+/// ADR-43).
+fn marks_value(headers: &HeaderMap) -> bool {
+    let operation = headers.get("KV-Operation");
+    let operation = operation.map(|operation| operation.as_str());
     headers.get("Nats-Marker-Reason").is_none() && matches!(operation, None | Some("PUT"))
 }
 

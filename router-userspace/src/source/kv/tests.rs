@@ -373,3 +373,45 @@ async fn a_thousand_keys_come_in_one_reading_and_in_order() {
     let exact = |snapshot: &Snapshot, _: &Metrics| snapshot.hosts.len() == 1000;
     gateway.until("each key has one route", exact).await;
 }
+
+#[tokio::test]
+async fn entries_are_written_over_the_revision_that_was_read_and_over_no_other() {
+    use crate::source::kv::store::{Entry, Store, Written};
+    let store = tempfile::tempdir().unwrap();
+    let server = server(None, &store).await;
+    let nats = config(server.address).nats;
+    let mut store = Store::open(&nats).await.unwrap();
+    assert_eq!(store.entry("route.a").await.unwrap(), Entry::default());
+    assert_eq!(store.entries().await.unwrap(), []);
+
+    for (at, wanted) in [
+        (0, Written::At(1)),
+        (0, Written::Conflict),
+        (1, Written::At(2)),
+    ] {
+        let value = route(&format!("at{at}.x"));
+        assert_eq!(store.put("route.a", value, at).await.unwrap(), wanted);
+    }
+    assert_eq!(store.delete("route.a", 1).await.unwrap(), Written::Conflict);
+    let entry = store.entry("route.a").await.unwrap();
+    assert_eq!((entry.revision, entry.value), (2, Some(route("at1.x"))));
+    assert_eq!(store.entries().await.unwrap().len(), 1);
+    assert_eq!(store.delete("route.a", 2).await.unwrap(), Written::At(3));
+    let gone = Entry {
+        revision: 3,
+        value: None,
+    };
+    assert_eq!(store.entry("route.a").await.unwrap(), gone);
+    assert_eq!(store.entries().await.unwrap(), []);
+    let again = store.put("route.a", route("a.x"), 3).await.unwrap();
+    assert_eq!(again, Written::At(4));
+    let without = Server::start(None).await;
+    let error = Store::open(&config(without.address).nats)
+        .await
+        .err()
+        .unwrap();
+    assert!(
+        format!("{error:#}").contains("has no JetStream"),
+        "{error:#}"
+    );
+}
