@@ -9,6 +9,7 @@
 //! | `/v1/stats` | counters in one object |
 //! | `/v1/stats/routes`, `/v1/stats/backends` | what layer 7 counted of each, in pages |
 //! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
+//! | `/gorouter/routes` | HTTP routes in gorouter's JSON |
 //! | `/v1/rejects` | what sources refused lately |
 //! | `/v1/explain` | what would become of a packet or a request |
 //! | `/v1/drain` | backends that an operator drains; by POST, drains one |
@@ -52,6 +53,7 @@ use crate::route::Origin;
 mod drain;
 mod explain;
 mod flows;
+mod gorouter;
 pub mod listing;
 mod policy;
 pub mod ready;
@@ -189,6 +191,7 @@ fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/stats/backends", get(backend_stats))
         .route("/v1/flows", get(flows::flows))
         .route("/v1/watch", get(flows::watch))
+        .route("/gorouter/routes", get(gorouter::routes))
         .route("/v1/rejects", get(rejects::list))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/drain", get(drain::list).post(drain::drain))

@@ -48,6 +48,8 @@ pub struct Metrics {
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
     pub nats_slow_consumer: Counter,
+    /// Messages of instances in isolation segments that this gateway does not serve.
+    pub nats_other_segments: Counter,
     pub kv: KvStatus,
     /// Values taken from the bucket.
     pub kv_values: Counter,
@@ -161,6 +163,7 @@ impl Default for Metrics {
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
             nats_slow_consumer: Counter::default(),
+            nats_other_segments: Counter::default(),
             kv: KvStatus::default(),
             kv_values: Counter::default(),
             kv_rejects: Counter::default(),
@@ -343,6 +346,11 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_nats_slow_consumer",
         "Messages dropped because more came than could be taken in",
         metrics.nats_slow_consumer.get(),
+    )?;
+    page.counter(
+        "viaduct_nats_other_segments",
+        "Messages passed over because their isolation segment is served by others",
+        metrics.nats_other_segments.get(),
     )?;
     page.gauge(
         "viaduct_kv_followed",

@@ -231,6 +231,9 @@ async fn the_api_answers_on_a_unix_socket() {
     );
     reload.send_modify(|config| Arc::make_mut(config).nats.startup_grace = Duration::ZERO);
     assert!(get("/readyz").await.unwrap().contains("nats: disconnected"));
+    let routes = get("/gorouter/routes").await.unwrap();
+    let routes: serde_json::Value = serde_json::from_str(&routes).unwrap();
+    assert!(!routes.as_object().unwrap().is_empty());
     rejects.note(crate::route::Origin::Kv, "route.a", "uris: none");
     let refused = get("/v1/rejects").await.unwrap();
     assert!(

@@ -1,5 +1,6 @@
 //! A nats-server for the tests of the sources that speak to one, on a port of its own.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -9,6 +10,8 @@ use std::time::{Duration, Instant};
 pub struct Server {
     child: Child,
     pub address: SocketAddr,
+    /// Where other servers of its cluster find it.
+    pub cluster: Option<SocketAddr>,
 }
 
 impl Server {
@@ -30,8 +33,20 @@ impl Server {
         let ports = directory
             .path()
             .join(format!("nats-server_{}.ports", child.id()));
-        let address = until("the server tells its port", || address(&ports)).await;
-        Server { child, address }
+        let address = until("the server tells its port", || address(&ports, "nats")).await;
+        let cluster = self::address(&ports, "cluster");
+        Server {
+            child,
+            address,
+            cluster,
+        }
+    }
+
+    /// One of a configuration file; what it says of the listener is overruled.
+    pub async fn start_configured(port: Option<u16>, configuration: &str) -> Server {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(configuration.as_bytes()).unwrap();
+        Server::start_with(port, &["-c", file.path().to_str().unwrap()]).await
     }
 }
 
@@ -42,13 +57,10 @@ impl Drop for Server {
     }
 }
 
-fn address(ports: &Path) -> Option<SocketAddr> {
+fn address(ports: &Path, kind: &str) -> Option<SocketAddr> {
     let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(ports).ok()?).ok()?;
-    ports["nats"][0]
-        .as_str()?
-        .strip_prefix("nats://")?
-        .parse()
-        .ok()
+    let url = ports[kind][0].as_str()?;
+    url.split_once("://")?.1.parse().ok()
 }
 
 /// Polls until there is an answer.

@@ -72,14 +72,16 @@ impl Key {
     }
 }
 
-/// As serde does, with the path to what is wrong.
+/// As serde does, with the path to what is wrong in place of its line.
 fn deserialize<'de, T: DeserializeOwned>(
     json: impl serde::Deserializer<'de, Error = serde_json::Error>,
 ) -> anyhow::Result<T> {
     serde_path_to_error::deserialize(json).map_err(|error| {
-        match error.path().to_string().as_str() {
-            "." => anyhow!("{}", error.inner()),
-            path => anyhow!("{path}: {}", error.inner()),
+        let (path, why) = (error.path().to_string(), error.inner().to_string());
+        match (path.as_str(), why.rsplit_once(" at line ")) {
+            (".", _) => anyhow!(why),
+            (path, Some((why, _))) => anyhow!("{path}: {why}"),
+            (path, None) => anyhow!("{path}: {why}"),
         }
     })
 }

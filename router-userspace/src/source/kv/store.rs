@@ -48,12 +48,7 @@ impl Store {
     pub async fn open(config: &NatsConfig) -> anyhow::Result<Store> {
         let servers = config.servers.join(", ");
         let (events, _) = mpsc::channel(1);
-        let client = nats::options(config, events)
-            .await?
-            .name("viaduct-cli")
-            .connect(&config.servers[..])
-            .await
-            .with_context(|| format!("connect to {servers}"))?;
+        let client = nats::connect(config, "viaduct-cli", events).await?;
         let jetstream = context_of(&client);
         let stream = match find(&jetstream, &config.bucket).await {
             Ok(stream) => stream,

@@ -9,6 +9,8 @@ use crate::metrics::Metrics;
 use crate::snapshot::{Published, Snapshot};
 use crate::source::nats_server::{Server, until};
 
+mod access;
+
 #[test]
 fn backoff_grows_to_its_bound_and_varies() {
     assert_eq!(backoff(1), Duration::ZERO);
@@ -31,9 +33,19 @@ impl Gateway {
     }
 
     async fn start_with(server: SocketAddr, stale_threshold: Duration) -> Gateway {
-        let mut config = Config::default();
-        config.nats.servers = vec![format!("nats://{server}")];
-        config.nats.stale_threshold = stale_threshold;
+        Gateway::configured(NatsConfig {
+            servers: vec![format!("nats://{server}")],
+            stale_threshold,
+            ..NatsConfig::default()
+        })
+        .await
+    }
+
+    async fn configured(nats: NatsConfig) -> Gateway {
+        let mut config = Config {
+            nats,
+            ..Config::default()
+        };
         config.nats.prune_interval = Duration::from_millis(50);
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
         let (nats, fixed) = (config.nats.clone(), config.clone());
@@ -438,4 +450,37 @@ async fn a_server_that_is_not_there_yet_is_waited_for() {
     gateway
         .until("it is served", |snapshot, _| snapshot.hosts.len() == 1)
         .await;
+}
+
+#[tokio::test]
+async fn a_gateway_of_some_segments_takes_in_no_others() {
+    let server = Server::start(None).await;
+    let gateway = Gateway::configured(NatsConfig {
+        servers: vec![format!("nats://{}", server.address)],
+        routing_table_sharding_mode: crate::config::ShardingMode::SharedAndSegments,
+        isolation_segments: vec!["ours".to_owned()],
+        ..NatsConfig::default()
+    })
+    .await;
+    let client = client(server.address).await;
+    let message = |host: &str, segment: &str| {
+        format!(
+            r#"{{"host":"10.0.0.1","port":80,"uris":["{host}"],"isolation_segment":"{segment}"}}"#
+        )
+    };
+    for (host, segment) in [("a.x", "theirs"), ("b.x", "ours"), ("c.x", "")] {
+        publish(&client, "router.register", message(host, segment)).await;
+    }
+    // Of another segment, it cannot mean this instance.
+    publish(&client, "router.unregister", message("b.x", "theirs")).await;
+    publish(&client, "router.register", message("d.x", "ours")).await;
+    gateway
+        .until("the last is served", |snapshot, _| {
+            snapshot.hosts.contains("d.x")
+        })
+        .await;
+    let snapshot = gateway.published.load();
+    assert!(snapshot.hosts.contains("b.x") && snapshot.hosts.contains("c.x"));
+    assert!(!snapshot.hosts.contains("a.x"));
+    assert_eq!(gateway.metrics.nats_other_segments.get(), 2);
 }
