@@ -145,3 +145,32 @@ fn scheduler(scheduler: config::Scheduler) -> Scheduler {
         config::Scheduler::LeastConnections => Scheduler::LeastConnections,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_of_a_vip_comes_before_what_sources_say_of_it() {
+        let [configured, announced]: [Vip; 2] =
+            ["tcp/192.0.2.1:80", "tcp/192.0.2.2:80"].map(|vip| vip.parse().unwrap());
+        let with = |vip, forwarding| VipConfig {
+            forwarding: Some(forwarding),
+            ..VipConfig::new(vip)
+        };
+        let mut policies = Policies::new(&L4Config {
+            vip: vec![with(configured, Forwarding::Dsr)],
+            ..L4Config::default()
+        });
+        for vip in [configured, announced] {
+            policies.announce(vip, Some(&with(vip, Forwarding::L7)));
+        }
+        assert_eq!(policies.policy_of(&configured).mode, Mode::Dsr);
+        assert_eq!(policies.policy_of(&announced).mode, Mode::L7);
+        let declared: Vec<Vip> = policies.declared().collect();
+        assert_eq!(declared, [announced]);
+        policies.announce(announced, None);
+        assert_eq!(policies.policy_of(&announced).mode, Mode::Nat);
+        assert_eq!(policies.declared().count(), 0);
+    }
+}

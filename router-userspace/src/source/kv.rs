@@ -194,7 +194,8 @@ impl Source {
                 Ok(Next::End) => return,
                 Err(_) if self.absent => RETRY_ABSENT,
                 Err(error) => {
-                    self.lose(&format!("{error:#}"));
+                    let said = server_errors(&mut events);
+                    self.lose(&format!("{error:#}{said}"));
                     retry = (retry * 2).min(RETRY[1]);
                     retry
                 }
@@ -333,7 +334,7 @@ impl Source {
         if is_last && watch.met.is_some() {
             return Ok(self.read_whole(watch).await);
         }
-        self.context.metrics.kv_keys.set(self.content.len());
+        self.context.metrics.kv_keys.set(self.content.key_count());
         Ok(sent)
     }
 
@@ -385,9 +386,9 @@ impl Source {
         }
         let sent = self.send(events).await;
         let metrics = &self.context.metrics;
-        metrics.kv_keys.set(self.content.len());
+        metrics.kv_keys.set(self.content.key_count());
         if metrics.kv.state() != State::Followed {
-            let keys = self.content.len();
+            let keys = self.content.key_count();
             tracing::info!(bucket = self.bucket, keys, "declared state read");
         }
         metrics.kv.set(State::Followed);
@@ -443,6 +444,17 @@ impl Source {
     fn prefix(&self) -> String {
         format!("$KV.{}.", self.bucket)
     }
+}
+
+/// What the server said lately against a request, which it leaves unanswered then.
+fn server_errors(events: &mut mpsc::Receiver<async_nats::Event>) -> String {
+    let mut said = String::new();
+    while let Ok(event) = events.try_recv() {
+        if let async_nats::Event::ServerError(error) = event {
+            said = format!(": {error}");
+        }
+    }
+    said
 }
 
 /// What comes after the end of a watch.

@@ -1026,7 +1026,9 @@ proptest! {
 
 #[test]
 fn an_instance_that_leaves_does_not_take_the_next_at_its_address_with_it() {
-    let routes = [RouteKey::Http(crate::route::wire::parse_uri("a.x").unwrap())];
+    let routes = [RouteKey::Http(
+        crate::route::wire::parse_uri("a.x").unwrap(),
+    )];
     let of = |instance: Option<&str>| {
         let address = "10.0.0.1:80".parse().unwrap();
         Arc::new(Backend {

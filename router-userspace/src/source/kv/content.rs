@@ -43,7 +43,7 @@ impl Default for Content {
 
 impl Content {
     /// How many keys have a value.
-    pub fn len(&self) -> usize {
+    pub fn key_count(&self) -> usize {
         self.keys.len()
     }
 
