@@ -5,8 +5,8 @@
 //! order. While it cannot, everything stays as it was read last. A bucket that is not there is made,
 //! but for one that was there before: then what it declared stays, as in any other loss.
 //!
-//! A server without JetStream is asked again at times, and is otherwise as if no bucket were
-//! configured.
+//! A server without JetStream, or one that does not permit it, is asked again at times, and is
+//! otherwise as if no bucket were configured.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -48,6 +48,9 @@ const RETRY_ABSENT: Duration = Duration::from_secs(60);
 const REREAD: Duration = Duration::from_secs(10);
 /// Values that a bucket made here keeps of a key.
 const HISTORY: i64 = 8;
+const NO_JETSTREAM: &str = "the server has no JetStream";
+/// In what the server says to a client that may not publish or subscribe to a subject.
+const NOT_PERMITTED: &str = "Permissions Violation";
 /// The answer to a request of JetStream.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Events of the client that wait for this task; they only wake it.
@@ -192,12 +195,18 @@ impl Source {
             let wait = match ended {
                 Ok(Next::Anew) => continue,
                 Ok(Next::End) => return,
-                Err(_) if self.absent => RETRY_ABSENT,
                 Err(error) => {
-                    let said = server_errors(&mut events);
-                    self.lose(&format!("{error:#}{said}"));
-                    retry = (retry * 2).min(RETRY[1]);
-                    retry
+                    let why = format!("{error:#}{}", server_errors(&mut events));
+                    let state = self.context.metrics.kv.state();
+                    let never = matches!(state, State::Unread | State::Off);
+                    if never && (why.contains(NO_JETSTREAM) || why.contains(NOT_PERMITTED)) {
+                        self.note_absent(&why);
+                        RETRY_ABSENT
+                    } else {
+                        self.lose(&why);
+                        retry = (retry * 2).min(RETRY[1]);
+                        retry
+                    }
                 }
             };
             tokio::select! {
@@ -220,10 +229,7 @@ impl Source {
             }
             Err(Missing::Answer(error)) => return Err(error),
             Err(Missing::JetStream) => {
-                if !known {
-                    self.note_absent();
-                }
-                bail!("the server has no JetStream");
+                bail!(NO_JETSTREAM);
             }
         };
         self.absent = false;
@@ -250,11 +256,14 @@ impl Source {
         Ok(watch)
     }
 
-    /// Without JetStream the gateway is as one without a bucket.
-    fn note_absent(&mut self) {
+    /// Says once that there is no bucket for this gateway, which is then as one without.
+    fn note_absent(&mut self, why: &str) {
         if !self.absent {
             let bucket = &self.bucket;
-            tracing::info!(bucket, "NATS has no JetStream: nothing is declared there");
+            match why.contains(NO_JETSTREAM) {
+                true => tracing::info!(bucket, why, "nothing is declared there"),
+                false => tracing::warn!(bucket, why, "what is declared there is not read"),
+            }
         }
         self.absent = true;
         self.context.metrics.kv.set(State::Off);

@@ -50,7 +50,10 @@ impl Gateway {
 
     /// One whose agent is the test.
     async fn without_agent(server: SocketAddr) -> (mpsc::Receiver<Event>, Gateway) {
-        let fixed = config(server);
+        Gateway::of(config(server)).await
+    }
+
+    async fn of(fixed: Config) -> (mpsc::Receiver<Event>, Gateway) {
         let (reload, config) = watch::channel(Arc::new(fixed.clone()));
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let gateway = Gateway {
@@ -348,6 +351,22 @@ async fn a_server_mark_takes_a_value_away() {
 async fn a_server_without_jetstream_is_no_fault() {
     let server = Server::start(None).await;
     let gateway = Gateway::start(server.address).await;
+    gateway.is(State::Off).await;
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_permit_it_is_as_one_without() {
+    let store = tempfile::tempdir().unwrap();
+    let configuration = format!(
+        "jetstream {{ store_dir: {:?} }}
+         authorization {{ users: [ {{ user: u, password: p, permissions: {{ publish: {{ deny: \"$JS.API.>\" }} }} }} ] }}",
+        store.path()
+    );
+    let server = Server::start_configured(None, &configuration).await;
+    let mut config = config(server.address);
+    config.nats.user = Some("u".to_owned());
+    config.nats.password = Some(toml::Value::String("p".to_owned()).try_into().unwrap());
+    let (_events, gateway) = Gateway::of(config).await;
     gateway.is(State::Off).await;
 }
 
