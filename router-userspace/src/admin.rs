@@ -9,6 +9,8 @@
 //! | `/v1/stats` | counters in one object |
 //! | `/v1/stats/routes`, `/v1/stats/backends` | what layer 7 counted of each, in pages |
 //! | `/v1/flows`, `/v1/watch` | the flow table in pages; sampled packets, live |
+//! | `/gorouter/routes` | HTTP routes in gorouter's JSON |
+//! | `/v1/rejects` | what sources refused lately |
 //! | `/v1/explain` | what would become of a packet or a request |
 //! | `/v1/drain` | backends that an operator drains; by POST, drains one |
 //! | `/v1/drain/gateway` | by POST, drains the gateway itself |
@@ -45,14 +47,17 @@ use crate::config::{AdminListen, Config};
 use crate::event::Event;
 use crate::l4::L4Reader;
 use crate::metrics::Scrape;
+use crate::rejects::Rejects;
 use crate::route::Origin;
 
 mod drain;
 mod explain;
 mod flows;
+mod gorouter;
 pub mod listing;
 mod policy;
 pub mod ready;
+mod rejects;
 pub mod traffic;
 
 /// Connections at once. Scrapers and operators are few.
@@ -67,6 +72,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the answers are made of.
 pub struct Admin {
     pub scrape: Scrape,
+    pub rejects: Arc<Rejects>,
     pub config: watch::Receiver<Arc<Config>>,
     /// The agent's.
     pub inbox: mpsc::Sender<Event>,
@@ -185,6 +191,8 @@ fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/stats/backends", get(backend_stats))
         .route("/v1/flows", get(flows::flows))
         .route("/v1/watch", get(flows::watch))
+        .route("/gorouter/routes", get(gorouter::routes))
+        .route("/v1/rejects", get(rejects::list))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/drain", get(drain::list).post(drain::drain))
         .route("/v1/drain/gateway", post(drain::drain_gateway))
@@ -205,6 +213,7 @@ impl Admin {
             nats_known_for: metrics.nats_first_connect.get().map(Instant::elapsed),
             files_unread,
             files_refused,
+            kv: metrics.kv.state(),
             has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
             uptime: self.started.elapsed(),
             grace: config.nats.startup_grace,
@@ -241,7 +250,8 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 
 async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
-        listing::routes(&scrape.published.load(), &request)
+        let revisions = &scrape.metrics.kv.revisions;
+        listing::routes(&scrape.published.load(), revisions, &request)
     })
     .await
 }
@@ -249,7 +259,8 @@ async fn routes(State(admin): State<Arc<Admin>>, Query(request): Query<PageReque
 async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
     list(&admin, move |scrape| {
         let served = scrape.l4.as_ref().map(L4Reader::vips).unwrap_or_default();
-        listing::vips(&scrape.published.load(), &served, &request)
+        let revisions = &scrape.metrics.kv.revisions;
+        listing::vips(&scrape.published.load(), revisions, &served, &request)
     })
     .await
 }

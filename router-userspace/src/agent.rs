@@ -128,6 +128,7 @@ impl Agent {
         self.metrics.events.add(batch.len() as u64);
         let now = now();
         let mut change = Change::default();
+        let mut policies = Vec::new();
         let mut next_hops = Vec::new();
         let mut interfaces = false;
         for event in batch.drain(..) {
@@ -150,6 +151,7 @@ impl Agent {
                 Event::SourceConnected { origin, connected } => {
                     self.table.set_connected(origin, connected, now);
                 }
+                Event::VipPolicy { vip, policy } => policies.push((vip, policy)),
                 Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
                 Event::Interfaces => interfaces = true,
                 Event::Release { budget, bytes } => budget.add_permits(bytes),
@@ -165,6 +167,14 @@ impl Agent {
                         held.resume = true;
                     }
                 }
+            }
+        }
+        // Before the VIPs that are new: none is served by another policy first.
+        for (vip, policy) in policies {
+            match (&mut self.l4, &mut self.held) {
+                (Some(l4), _) => l4.set_policy(vip, policy, now),
+                (None, Some(held)) => held.l4.note_policy(vip, policy),
+                (None, None) => {}
             }
         }
         if self.publish(change, now) {

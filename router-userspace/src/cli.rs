@@ -12,15 +12,20 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::config::{self, Config};
 
 pub mod announce;
+pub mod apply;
 pub mod check;
 pub mod client;
 pub mod completions;
+pub mod declared;
+pub mod delete;
 pub mod detach;
 pub mod doctor;
 pub mod drain;
 pub mod explain;
 pub mod flows;
+pub mod get;
 pub mod list;
+pub mod rejects;
 pub mod resolve;
 pub mod run;
 pub mod stats;
@@ -64,6 +69,16 @@ enum Command {
     Register(announce::Options),
     /// Withdraw a backend over NATS
     Unregister(announce::Options),
+    /// Declare routes and policies of virtual IPs: write the entries of a file to the bucket
+    Apply(apply::Options),
+    /// Print what the bucket declares, as apply takes it
+    Get(get::Options),
+    /// Take an entry out of the bucket
+    Delete(delete::Options),
+    /// Say what apply would change
+    Diff(apply::DiffOptions),
+    /// List what the running gateway refused lately, and why
+    Rejects(rejects::Options),
     /// Check whether this host can run the gateway as configured, and what to do if not
     Doctor(doctor::Options),
     /// Remove the pinned programs and maps: packets pass by the gateway from here on
@@ -129,6 +144,11 @@ pub fn main() -> ExitCode {
         Command::Drain(options) => drain::run(options),
         Command::Register(options) => announce::register(options),
         Command::Unregister(options) => announce::unregister(options),
+        Command::Apply(options) => apply::apply(options),
+        Command::Get(options) => get::run(options),
+        Command::Delete(options) => delete::run(options),
+        Command::Diff(options) => apply::diff(options),
+        Command::Rejects(options) => rejects::run(options),
         Command::Doctor(options) => doctor::run(options),
         Command::Detach(options) => detach::run(options),
         Command::Completions(options) => completions::run(options, Arguments::command()),

@@ -78,6 +78,12 @@ pub struct NatsConfig {
     pub client_key_file: Option<PathBuf>,
     /// First token of the subjects: `router.register`, `router.start`, ...
     pub subject_prefix: String,
+    /// The JetStream bucket of declared routes and policies of VIPs, made if there is none. Empty: none
+    /// is looked for.
+    pub bucket: String,
+    /// Which registrations are taken in, by the isolation segment that they name.
+    pub routing_table_sharding_mode: ShardingMode,
+    pub isolation_segments: Vec<String>,
     /// The longest an expired registration is served on: how often expired ones are looked for, at
     /// least once a second.
     #[serde(with = "humantime_serde")]
@@ -93,6 +99,18 @@ pub struct NatsConfig {
     /// from elsewhere waits for NATS.
     #[serde(with = "humantime_serde")]
     pub startup_grace: Duration,
+}
+
+/// In gorouter's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShardingMode {
+    #[default]
+    All,
+    /// Those of `isolation_segments`.
+    Segments,
+    /// Those, and those that name none.
+    SharedAndSegments,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -190,6 +208,9 @@ impl Default for NatsConfig {
             client_certificate_file: None,
             client_key_file: None,
             subject_prefix: "router".to_owned(),
+            bucket: "viaduct".to_owned(),
+            routing_table_sharding_mode: ShardingMode::All,
+            isolation_segments: Vec::new(),
             prune_interval: Duration::from_secs(30),
             stale_threshold: Duration::from_secs(120),
             minimum_register_interval: Duration::from_secs(20),
@@ -252,6 +273,17 @@ impl Default for LogConfig {
     }
 }
 
+impl NatsConfig {
+    /// Whether instances of an isolation segment are this gateway's to serve.
+    pub fn serves_segment(&self, segment: Option<&str>) -> bool {
+        match (self.routing_table_sharding_mode, segment) {
+            (ShardingMode::All, _) | (ShardingMode::SharedAndSegments, None) => true,
+            (ShardingMode::Segments, None) => false,
+            (_, Some(segment)) => self.isolation_segments.iter().any(|known| known == segment),
+        }
+    }
+}
+
 impl Config {
     fn validate(&self) -> anyhow::Result<()> {
         let nats = &self.nats;
@@ -262,6 +294,17 @@ impl Config {
                 nats.subject_prefix
             );
         }
+        ensure!(
+            nats.routing_table_sharding_mode != ShardingMode::Segments
+                || !nats.isolation_segments.is_empty(),
+            "nats.routing_table_sharding_mode segments needs nats.isolation_segments"
+        );
+        let in_bucket = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        ensure!(
+            nats.bucket.bytes().all(in_bucket),
+            "nats.bucket {:?} is not of letters, digits, - and _",
+            nats.bucket
+        );
         ensure!(
             nats.client_certificate_file.is_some() == nats.client_key_file.is_some(),
             "nats.client_certificate_file and nats.client_key_file go together"

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::config::VipConfig;
 use crate::l4::explain::Question;
 use crate::l4::next_hop::NextHop;
 use crate::route::{Origin, RouteEvent, Vip};
@@ -17,6 +18,11 @@ pub const INBOX_DEPTH: usize = 8192;
 #[derive(Debug)]
 pub enum Event {
     Route(RouteEvent),
+    /// A source says how a VIP is served where the configuration does not, or no longer does.
+    VipPolicy {
+        vip: Vip,
+        policy: Option<Box<VipConfig>>,
+    },
     /// A source lost or regained its server. Pruning of its routes pauses in between.
     SourceConnected {
         origin: Origin,

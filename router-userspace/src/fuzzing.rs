@@ -44,7 +44,7 @@ pub fn configuration(bytes: &[u8]) {
 pub fn registration(bytes: &[u8]) {
     if let Ok(taken) = wire::register(bytes, &vip_ranges()) {
         check_registration(&taken);
-        let left = wire::unregister(bytes).expect("what may come may leave");
+        let (left, _) = wire::unregister(bytes).expect("what may come may leave");
         assert_eq!(left.address, taken.backend.address);
         assert_eq!(left.routes, taken.routes);
     }

@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use router_common::{BackendCounters, Mode};
 use tokio::sync::mpsc;
 
-use crate::config::{L4Config, LocalClients, PortRange};
+use crate::config::{L4Config, LocalClients, PortRange, VipConfig};
 use crate::event::Event;
 use crate::health::Tunnels;
 use crate::l4::datapath::Datapath;
@@ -70,6 +70,8 @@ const MAX_BACKLOG: usize = 65_536;
 /// The layer 4 projection and the kernel objects it writes.
 pub struct L4 {
     config: L4Config,
+    /// What sources say of VIPs.
+    announced: HashMap<Vip, VipConfig>,
     policies: Policies,
     datapath: Datapath,
     planner: Planner,
@@ -138,6 +140,7 @@ impl L4 {
         });
         let mut l4 = L4 {
             config: config.clone(),
+            announced: HashMap::new(),
             policies,
             watcher: Watcher::start(inbox)?,
             local_routes: LocalRoutes::adopt()?,
@@ -198,7 +201,7 @@ impl L4 {
             self.lock = Some(pins::lock(&self.config.pin_path)?);
         }
         self.datapath.rewrite_settings()?;
-        self.policies = Policies::new(&self.config);
+        self.policies = self.all_policies();
         self.planner = adopt(&mut self.datapath, &self.config, &self.policies)?;
         self.backlog.clear();
         self.refused.clear();
@@ -281,7 +284,8 @@ impl L4 {
     /// Brings the kernel in line with other policies. Of `config`, the rest must be as it was.
     pub fn reload(&mut self, config: &L4Config, now: Instant) {
         self.config = config.clone();
-        let before = std::mem::replace(&mut self.policies, Policies::new(config));
+        let policies = self.all_policies();
+        let before = std::mem::replace(&mut self.policies, policies);
         let mut vips: BTreeSet<Vip> = self.planner.vips().keys().copied().collect();
         vips.extend(self.snapshot.vips.keys().copied());
         vips.extend(before.declared().chain(self.policies.declared()));
@@ -290,6 +294,36 @@ impl L4 {
             self.apply_vip(vip, now);
         }
         self.publish_marks();
+    }
+
+    /// Takes in what a source says of a VIP, and brings the kernel in line.
+    pub fn set_policy(&mut self, vip: Vip, policy: Option<Box<VipConfig>>, now: Instant) {
+        let before = self.policies.policy_of(&vip).clone();
+        let was_declared = self.policies.is_declared(&vip);
+        self.policies.announce(vip, policy.as_deref());
+        self.note_policy(vip, policy);
+        if *self.policies.policy_of(&vip) != before
+            || self.policies.is_declared(&vip) != was_declared
+        {
+            self.apply_vip(vip, now);
+            self.publish_marks();
+        }
+    }
+
+    /// Remembers what a source says of a VIP. Allowed while another agent writes to the maps.
+    pub fn note_policy(&mut self, vip: Vip, policy: Option<Box<VipConfig>>) {
+        match policy {
+            Some(policy) => self.announced.insert(vip, *policy),
+            None => self.announced.remove(&vip),
+        };
+    }
+
+    fn all_policies(&self) -> Policies {
+        let mut policies = Policies::new(&self.config);
+        for (vip, policy) in &self.announced {
+            policies.announce(*vip, Some(policy));
+        }
+        policies
     }
 
     /// Takes in the way to a backend; VIPs that wait for it come to life.

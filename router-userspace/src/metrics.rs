@@ -25,6 +25,7 @@ use crate::route::Origin;
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
+use crate::source::kv::status::{State as KvState, Status as KvStatus};
 
 mod proxy;
 
@@ -47,6 +48,15 @@ pub struct Metrics {
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
     pub nats_slow_consumer: Counter,
+    /// Messages of instances in isolation segments that this gateway does not serve.
+    pub nats_other_segments: Counter,
+    pub kv: KvStatus,
+    /// Values taken from the bucket.
+    pub kv_values: Counter,
+    pub kv_rejects: Counter,
+    pub kv_deletes: Counter,
+    /// Keys of the bucket that have a value.
+    pub kv_keys: Gauge,
     /// Times a source found the agent's inbox full.
     pub inbox_full: Counter,
     pub files: Files,
@@ -153,6 +163,12 @@ impl Default for Metrics {
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
             nats_slow_consumer: Counter::default(),
+            nats_other_segments: Counter::default(),
+            kv: KvStatus::default(),
+            kv_values: Counter::default(),
+            kv_rejects: Counter::default(),
+            kv_deletes: Counter::default(),
+            kv_keys: Gauge::default(),
             inbox_full: Counter::default(),
             files: Files::default(),
             file_loads: Counter::default(),
@@ -330,6 +346,30 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_nats_slow_consumer",
         "Messages dropped because more came than could be taken in",
         metrics.nats_slow_consumer.get(),
+    )?;
+    page.counter(
+        "viaduct_nats_other_segments",
+        "Messages passed over because their isolation segment is served by others",
+        metrics.nats_other_segments.get(),
+    )?;
+    page.gauge(
+        "viaduct_kv_followed",
+        "1 while the JetStream bucket is read and followed",
+        u64::from(metrics.kv.state() == KvState::Followed),
+    )?;
+    page.gauge(
+        "viaduct_kv_keys",
+        "Keys of the JetStream bucket with a value",
+        metrics.kv_keys.get(),
+    )?;
+    page.counters(
+        "viaduct_kv_entries",
+        "Entries read from the JetStream bucket",
+        [
+            ([("result", "taken")], metrics.kv_values.get()),
+            ([("result", "refused")], metrics.kv_rejects.get()),
+            ([("result", "deleted")], metrics.kv_deletes.get()),
+        ],
     )?;
     page.counters(
         "viaduct_file_loads",

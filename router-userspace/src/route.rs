@@ -215,11 +215,13 @@ pub struct Registration {
     pub route_service_url: Option<Arc<str>>,
 }
 
-/// One instance's withdrawal. Matches by address alone, as gorouter does.
+/// One instance's withdrawal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unregistration {
     pub routes: Vec<RouteKey>,
     pub address: SocketAddr,
+    /// Another instance, which has the address after this one, stays. `None`: whichever is there.
+    pub instance_id: Option<Arc<str>>,
     pub origin: Origin,
 }
 

@@ -16,8 +16,11 @@ use crate::rejects::Rejects;
 use crate::route::RouteEvent;
 
 pub mod file;
+pub mod kv;
 pub mod ledger;
 pub mod nats;
+#[cfg(test)]
+pub(crate) mod nats_server;
 
 /// What every source works with.
 #[derive(Clone)]
@@ -50,6 +53,9 @@ pub async fn start(context: &Context) -> anyhow::Result<()> {
     let config = Arc::clone(&context.config.borrow());
     if !config.nats.servers.is_empty() {
         nats::start(&config.nats, context.clone()).await?;
+        if !config.nats.bucket.is_empty() {
+            kv::start(&config.nats, context.clone()).await?;
+        }
     }
     tokio::spawn(file::run(context.clone()));
     Ok(())

@@ -10,6 +10,7 @@
 mod attach;
 mod cli;
 mod clients;
+mod control;
 mod hand_up;
 mod health;
 mod l4;

@@ -15,10 +15,12 @@ use crate::process::{Process, wait_for};
 /// The server's port, free in every lab because each has a namespace of its own.
 pub const PORT: u16 = 4222;
 
-/// Starts a server in the gateway's namespace and waits until it answers.
+/// Starts a server with JetStream in the gateway's namespace and waits until it answers.
 pub fn start_server(lab: &Lab) -> anyhow::Result<Process> {
     let mut command = lab.gateway.command("nats-server");
     command.args(["--addr", "0.0.0.0", "--port", &PORT.to_string()]);
+    command.args(["--jetstream", "--store_dir"]);
+    command.arg(lab.folder().join("jetstream"));
     let mut process = Process::start("nats-server", command, lab.folder())?;
     wait_for("nats-server", || match process.ensure_alive() {
         Ok(()) => Publisher::connect(lab).ok().map(|_| Ok(())),

@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::policy::{PolicyRow, policy};
 use crate::l4::{MemberState, Views, mode_name, scheduler_name};
-use crate::route::{Backend, Balance, HttpProtocol, Pool, Vip};
+use crate::route::{Backend, Balance, HttpMatch, HttpProtocol, Pool, RouteKey, Vip};
 use crate::snapshot::Snapshot;
+use crate::source::kv::status::{Declarer, Revisions};
 
 pub const DEFAULT_LIMIT: usize = 1000;
 pub const MAX_LIMIT: usize = 10_000;
@@ -42,6 +43,8 @@ pub struct RouteRow {
     pub conditions: Option<String>,
     /// What is declared of it.
     pub policy: Option<PolicyRow>,
+    /// The keys of the bucket that declare something of it.
+    pub declared_by: Vec<Declarer>,
     pub balance: Option<&'static str>,
     pub route_service_url: Option<String>,
     /// Whether so few backends are healthy that all are used.
@@ -52,6 +55,8 @@ pub struct RouteRow {
 #[derive(Debug, Serialize)]
 pub struct VipRow {
     pub vip: String,
+    /// The keys of the bucket that declare its policy or backends.
+    pub declared_by: Vec<Declarer>,
     /// Whether so few backends are healthy that all are used.
     pub panic: bool,
     /// Absent without layer 4, as what follows from it below.
@@ -101,7 +106,11 @@ pub struct BackendRow {
 }
 
 /// The cursor is that of a route as it is [shown](crate::route::HttpMatch).
-pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRow>, String> {
+pub fn routes(
+    snapshot: &Snapshot,
+    revisions: &Revisions,
+    request: &PageRequest,
+) -> Result<Page<RouteRow>, String> {
     let after = request.after.as_deref().map(|after| {
         let (route, conditions) = after.split_once(' ').unwrap_or((after, ""));
         let (host, path) = route.split_at(route.find('/').unwrap_or(route.len()));
@@ -112,7 +121,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
         for route in routes.iter() {
             let conditions = route.conditions.map(ToString::to_string);
             let key = (&**host, &**route.path, conditions.unwrap_or_default());
-            page.offer(key, || route.pool);
+            page.offer(key, || (route.pool, route.conditions));
         }
     }
     Ok(page.finish(
@@ -121,8 +130,13 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
             "" => format!("{host}{path}"),
             conditions => format!("{host}{path} {conditions}"),
         },
-        |(host, path, conditions), pool| RouteRow {
+        |(host, path, conditions), (pool, matched)| RouteRow {
             route: format!("{host}{path}"),
+            declared_by: revisions.of(&RouteKey::Http(HttpMatch {
+                host: host.into(),
+                path: path.into(),
+                conditions: matched.cloned(),
+            })),
             conditions: (!conditions.is_empty()).then_some(conditions),
             policy: policy(pool),
             balance: pool.balance().map(Balance::as_str),
@@ -136,6 +150,7 @@ pub fn routes(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<RouteRo
 /// The VIPs that are registered, and those that the proxy on this host serves without.
 pub fn vips(
     snapshot: &Snapshot,
+    revisions: &Revisions,
     served: &Views,
     request: &PageRequest,
 ) -> Result<Page<VipRow>, String> {
@@ -162,6 +177,7 @@ pub fn vips(
         };
         VipRow {
             vip: vip.to_string(),
+            declared_by: revisions.of(&RouteKey::Vip(vip)),
             panic: pool.is_some_and(|pool| snapshot.in_panic(pool)),
             forwarding: view.map(|view| mode_name(view.mode)),
             scheduler: view.map(|view| scheduler_name(view.scheduler)),

@@ -5,11 +5,14 @@
 //! NATS stays away, it is ready after the grace all the same if it serves anything, from files or
 //! adopted from before the restart; with nothing to serve, another gateway answers better. It stays
 //! ready when NATS is lost later: routes stay as they are, and all gateways of a site lose NATS
-//! together. The loss is told as `degraded`, and so is a routes file that was refused.
+//! together. The loss is told as `degraded`, and so is a routes file that was refused. The bucket of
+//! declared state is judged in the same way; where the server has no JetStream, it is not.
 
 use std::time::Duration;
 
 use serde::Serialize;
+
+use crate::source::kv::status::State as KvState;
 
 /// The facts readiness depends on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,6 +26,7 @@ pub struct Sources {
     pub files_unread: usize,
     /// Routes files whose latest reading was refused.
     pub files_refused: usize,
+    pub kv: KvState,
     pub has_routes: bool,
     pub uptime: Duration,
     /// `nats.startup_grace`.
@@ -64,6 +68,14 @@ pub fn judge(sources: &Sources) -> Readiness {
                 }
             }
         }
+    }
+    match sources.kv {
+        KvState::Unread if sources.has_routes && sources.uptime >= sources.grace => {
+            degraded.push("kv: not read");
+        }
+        KvState::Unread => waiting.push("kv: not read yet"),
+        KvState::Lost => degraded.push("kv: not followed"),
+        KvState::Off | KvState::Followed => {}
     }
     Readiness {
         ready: waiting.is_empty(),
@@ -142,6 +154,26 @@ mod tests {
             ..late
         };
         check(serving, &[], &["nats: disconnected"]);
+    }
+
+    #[test]
+    fn the_bucket_is_waited_for_and_its_loss_is_told() {
+        let unread = Sources {
+            kv: KvState::Unread,
+            grace: GRACE,
+            uptime: GRACE,
+            ..Sources::default()
+        };
+        check(unread, &["kv: not read yet"], &[]);
+        let serving = Sources {
+            has_routes: true,
+            ..unread
+        };
+        check(serving, &[], &["kv: not read"]);
+        let with = |kv| Sources { kv, ..serving };
+        check(with(KvState::Followed), &[], &[]);
+        check(with(KvState::Off), &[], &[]);
+        check(with(KvState::Lost), &[], &["kv: not followed"]);
     }
 
     #[test]

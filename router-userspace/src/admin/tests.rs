@@ -9,6 +9,7 @@ use crate::route::declared::DeclaredRoute;
 use crate::route::table::RouteTable;
 use crate::route::{Origin, RouteEvent, wire};
 use crate::snapshot::{Published, Snapshot};
+use crate::source::kv::status::Revisions;
 
 fn snapshot() -> Snapshot {
     let now = Instant::now();
@@ -45,14 +46,16 @@ fn walk<R>(list: impl Fn(&PageRequest) -> Result<Page<R>, String>) -> Vec<R> {
 #[test]
 fn pages_together_hold_every_row_once_and_in_order() {
     let snapshot = snapshot();
-    let routes: Vec<String> = walk(|request| listing::routes(&snapshot, request))
-        .into_iter()
-        .map(|r| r.route)
-        .collect();
+    let routes: Vec<String> =
+        walk(|request| listing::routes(&snapshot, &Revisions::default(), request))
+            .into_iter()
+            .map(|r| r.route)
+            .collect();
     assert_eq!(routes.len(), 51);
     assert!(routes.is_sorted() && routes.contains(&"all.x/p25".to_owned()));
     assert_eq!(
-        walk(|request| listing::vips(&snapshot, &Views::default(), request)).len(),
+        walk(|request| listing::vips(&snapshot, &Revisions::default(), &Views::default(), request))
+            .len(),
         25
     );
     let backends: Vec<BackendRow> = walk(|request| listing::backends(&snapshot, request));
@@ -99,7 +102,7 @@ fn routes_of_one_path_are_listed_each_with_its_conditions_and_policy() {
         (Some("GET"), "rewrite host b", Some("a.x/p GET")),
         (Some("x-a=1"), "redirect 307: path /b", None),
     ] {
-        let page = listing::routes(&snapshot, &request).unwrap();
+        let page = listing::routes(&snapshot, &Revisions::default(), &request).unwrap();
         let row = &page.rows[0];
         assert_eq!(
             (&*row.route, row.conditions.as_deref()),
@@ -124,7 +127,7 @@ fn a_bad_page_request_is_refused_by_its_parameter() {
             after: None,
         };
         assert!(
-            listing::routes(&snapshot, &request)
+            listing::routes(&snapshot, &Revisions::default(), &request)
                 .unwrap_err()
                 .starts_with("limit")
         );
@@ -134,9 +137,14 @@ fn a_bad_page_request_is_refused_by_its_parameter() {
         after: Some("x".to_owned()),
     };
     assert!(
-        listing::vips(&snapshot, &Views::default(), &request)
-            .unwrap_err()
-            .starts_with("after")
+        listing::vips(
+            &snapshot,
+            &Revisions::default(),
+            &Views::default(),
+            &request
+        )
+        .unwrap_err()
+        .starts_with("after")
     );
     assert!(
         listing::backends(&snapshot, &request)
@@ -192,8 +200,10 @@ async fn the_api_answers_on_a_unix_socket() {
         sockmap: None,
     };
     let (inbox, _events) = mpsc::channel(1);
+    let rejects = Arc::<Rejects>::default();
     let admin = Admin {
         scrape,
+        rejects: Arc::clone(&rejects),
         config,
         inbox,
         draining,
@@ -221,6 +231,15 @@ async fn the_api_answers_on_a_unix_socket() {
     );
     reload.send_modify(|config| Arc::make_mut(config).nats.startup_grace = Duration::ZERO);
     assert!(get("/readyz").await.unwrap().contains("nats: disconnected"));
+    let routes = get("/gorouter/routes").await.unwrap();
+    let routes: serde_json::Value = serde_json::from_str(&routes).unwrap();
+    assert!(!routes.as_object().unwrap().is_empty());
+    rejects.note(crate::route::Origin::Kv, "route.a", "uris: none");
+    let refused = get("/v1/rejects").await.unwrap();
+    assert!(
+        refused.contains(r#""what":"route.a","why":"uris: none""#),
+        "{refused}"
+    );
     let text = get("/metrics").await.unwrap();
     for line in [
         "viaduct_nats_rejects_total{reason=\"vip_range\"} 1",
@@ -253,7 +272,7 @@ fn a_vip_that_needs_no_registration_is_listed_beside_those_that_do() {
         (declared, Arc::new(view)),
         (drains, Arc::new(VipView::default())),
     ]);
-    let rows = walk(|request| listing::vips(&snapshot(), &served, request));
+    let rows = walk(|request| listing::vips(&snapshot(), &Revisions::default(), &served, request));
     assert_eq!(rows.len(), 26);
     let row = rows.iter().find(|row| row.vip == declared.to_string());
     assert_eq!(row.unwrap().forwarding, Some("l7"));

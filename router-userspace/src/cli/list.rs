@@ -17,7 +17,7 @@ pub struct Options {
 
 pub fn routes(options: &Options) -> Result<(), Failure> {
     let headings = [
-        "ROUTE", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP", "POLICY",
+        "ROUTE", "BACKEND", "WEIGHT", "HEALTH", "ORIGIN", "APP", "DECLARED", "POLICY",
     ];
     list(options, "/v1/routes", headings, route_members)
 }
@@ -32,6 +32,7 @@ pub fn vips(options: &Options) -> Result<(), Failure> {
         "HEALTH",
         "ORIGIN",
         "APP",
+        "DECLARED",
     ];
     list(options, "/v1/vips", headings, vip_members)
 }
@@ -73,14 +74,16 @@ fn list<const N: usize>(
     Ok(block_on(client::pages(&admin, path, print_page))?)
 }
 
-/// As [`members`], with conditions behind the name and, on the first, what is declared of the route.
-fn route_members(route: &Value) -> Vec<[String; 7]> {
+/// As [`members`], with conditions behind the name and, on the first, where in the bucket and what is
+/// declared of the route.
+fn route_members(route: &Value) -> Vec<[String; 8]> {
     let asks = route["policy"]["asks"].as_array().into_iter().flatten();
     let asks: Vec<String> = asks.map(cell).collect();
     let mut policy = match route["policy"].is_null() {
         true => "-".to_owned(),
         false => asks.join("; "),
     };
+    let mut keys = declarers(route);
     let mut backends = members(route, "route");
     if backends.is_empty() {
         // The gateway answers itself.
@@ -93,10 +96,20 @@ fn route_members(route: &Value) -> Vec<[String; 7]> {
         backends[0][0].push_str(&format!(" [{conditions}]"));
     }
     let row = |[route, backend, weight, health, origin, app]: [String; 6]| {
-        let policy = std::mem::take(&mut policy);
-        [route, backend, weight, health, origin, app, policy]
+        let (keys, policy) = (std::mem::take(&mut keys), std::mem::take(&mut policy));
+        [route, backend, weight, health, origin, app, keys, policy]
     };
     backends.into_iter().map(row).collect()
+}
+
+/// The keys of the bucket that declare something of a row: `route.shop@12`.
+fn declarers(row: &Value) -> String {
+    let keys = row["declared_by"].as_array().into_iter().flatten();
+    let key = |key: &Value| format!("{}@{}", cell(&key["key"]), key["revision"]);
+    match keys.map(key).collect::<Vec<_>>().join(" ") {
+        none if none.is_empty() => "-".to_owned(),
+        keys => keys,
+    }
 }
 
 /// A row for each backend of a pool; the name stands on the first.
@@ -125,23 +138,27 @@ fn members(row: &Value, name: &str) -> Vec<[String; 6]> {
 }
 
 /// As [`members`], with what layer 4 makes of each.
-fn vip_members(row: &Value) -> Vec<[String; 8]> {
+fn vip_members(row: &Value) -> Vec<[String; 9]> {
     let mut forwarding = cell(&row["forwarding"]);
+    let mut keys = declarers(row);
     let states = row["backends"].as_array().into_iter().flatten();
     let states = states.map(|backend| cell(&backend["state"]));
-    let mut rows: Vec<[String; 8]> = members(row, "vip")
+    let mut rows: Vec<[String; 9]> = members(row, "vip")
         .into_iter()
         .zip(states)
         .map(|([vip, backend, weight, health, origin, app], state)| {
-            let forwarding = std::mem::take(&mut forwarding);
-            [vip, forwarding, backend, state, weight, health, origin, app]
+            let (forwarding, keys) = (std::mem::take(&mut forwarding), std::mem::take(&mut keys));
+            [
+                vip, forwarding, backend, state, weight, health, origin, app, keys,
+            ]
         })
         .collect();
     if rows.is_empty() {
         // Served by the proxy on the gateway, which needs no backend here.
-        let mut row_without = [(); 8].map(|()| "-".to_owned());
+        let mut row_without = [(); 9].map(|()| "-".to_owned());
         row_without[0] = cell(&row["vip"]);
         row_without[1] = forwarding;
+        row_without[8] = keys;
         rows.push(row_without);
     }
     rows
@@ -184,15 +201,16 @@ mod tests {
         let row = json!({
             "route": "a.x/p", "conditions": "GET x-a=1",
             "policy": { "origin": "file", "asks": ["compression", "timeouts total 5s"] },
+            "declared_by": [{ "key": "route.a", "revision": 12 }],
             "backends": [{ "address": "1", "origin": "nats" }, { "address": "2" }],
         });
         let rows = route_members(&row);
         assert_eq!(rows[0][..2], ["a.x/p [GET x-a=1]", "1"]);
         assert_eq!(
             rows[0][4..],
-            ["nats", "-", "compression; timeouts total 5s"]
+            ["nats", "-", "route.a@12", "compression; timeouts total 5s"]
         );
-        assert_eq!((&*rows[1][0], &*rows[1][6]), ("", ""));
+        assert_eq!((&*rows[1][0], &*rows[1][6], &*rows[1][7]), ("", "", ""));
         let row = json!({
             "route": "a.x", "conditions": null, "backends": [],
             "policy": { "origin": "file", "asks": ["redirect 308: scheme https"] },
@@ -207,6 +225,7 @@ mod tests {
                 "-",
                 "-",
                 "file",
+                "-",
                 "-",
                 "redirect 308: scheme https"
             ]

@@ -145,10 +145,11 @@ impl Gateway {
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
         let (config, configured) = watch::channel(Arc::new(config));
         let (stop, stopped) = oneshot::channel();
+        let rejects = Arc::default();
         let context = source::Context {
             inbox: inbox.clone(),
             metrics: Arc::clone(&metrics),
-            rejects: Arc::default(),
+            rejects: Arc::clone(&rejects),
             config: configured.clone(),
         };
         let (reports, reported) = mpsc::channel(health::REPORTS_DEPTH);
@@ -179,6 +180,7 @@ impl Gateway {
         };
         let api = Arc::new(Admin {
             scrape,
+            rejects,
             config: configured,
             inbox: inbox.clone(),
             draining: drained,

@@ -274,6 +274,20 @@ impl L4Config {
         self.vip_ranges.iter().any(|range| range.contains(&address))
     }
 
+    /// Whether a VIP may be served by this policy, whoever it is of.
+    ///
+    /// # Errors
+    /// Names the VIP and the key.
+    pub fn check_vip(&self, vip: &VipConfig) -> anyhow::Result<()> {
+        let address = vip.address;
+        ensure!(
+            self.allows_vip(address.address),
+            "{address} is outside l4.vip_ranges"
+        );
+        vip.validate(vip.forwarding.unwrap_or(self.forwarding))
+            .with_context(|| address.to_string())
+    }
+
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         let timeouts = [
             ("l4.timeouts.tcp_syn", self.timeouts.tcp_syn),
@@ -309,13 +323,8 @@ impl L4Config {
         for (i, vip) in self.vip.iter().enumerate() {
             let address = vip.address;
             ensure!(seen.insert(address), "l4.vip[{i}]: {address} stands twice");
-            ensure!(
-                self.allows_vip(address.address),
-                "l4.vip[{i}]: {address} is outside l4.vip_ranges"
-            );
-            let forwarding = vip.forwarding.unwrap_or(self.forwarding);
-            vip.validate(forwarding)
-                .with_context(|| format!("l4.vip[{i}] {address}"))?;
+            self.check_vip(vip)
+                .with_context(|| format!("l4.vip[{i}]"))?;
         }
         let l7 = |vip: &&VipConfig| vip.forwarding.unwrap_or(self.forwarding) == Forwarding::L7;
         ensure!(

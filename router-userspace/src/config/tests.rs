@@ -242,3 +242,25 @@ fn what_cannot_be_balanced_by_is_refused_by_name() {
         assert!(error.contains(wanted), "{error} on {text}");
     }
 }
+
+#[test]
+fn segments_are_served_as_the_sharding_mode_says() {
+    let nats = |text: &str| super::parse(&format!("[nats]\n{text}")).map(|config| config.nats);
+    let served = |nats: &NatsConfig| {
+        [None, Some("ours"), Some("theirs")].map(|segment| nats.serves_segment(segment))
+    };
+    let ours = "isolation_segments = [\"ours\"]\n";
+    assert_eq!(served(&nats(ours).unwrap()), [true, true, true]);
+    for (mode, wanted) in [
+        ("all", [true, true, true]),
+        ("segments", [false, true, false]),
+        ("shared-and-segments", [true, true, false]),
+    ] {
+        let mode = format!("routing_table_sharding_mode = \"{mode}\"\n");
+        assert_eq!(served(&nats(&(mode + ours)).unwrap()), wanted);
+    }
+    let error = nats("routing_table_sharding_mode = \"segments\"").unwrap_err();
+    assert!(format!("{error:#}").contains("needs nats.isolation_segments"));
+    assert!(nats("bucket = \"a.b\"").is_err());
+    assert!(nats("bucket = \"\"").is_ok());
+}

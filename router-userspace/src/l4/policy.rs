@@ -1,7 +1,8 @@
-//! What the configuration says of each VIP, ready for the planner. Pure.
+//! What the configuration and sources say of each VIP, ready for the planner. Pure.
 //!
-//! [`super::L4`] makes [`Policies`] when it starts and at each reload, and plans anew the VIPs whose
-//! policy is another.
+//! [`super::L4`] makes [`Policies`] when it starts and at each reload, takes in what sources announce,
+//! and plans anew the VIPs whose policy is another. A VIP that the configuration has a policy of is
+//! served by that one alone.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct VipPolicy {
 pub struct Policies {
     default: VipPolicy,
     vips: HashMap<Vip, VipPolicy>,
+    /// By sources.
+    announced: HashMap<Vip, VipPolicy>,
 }
 
 impl Policies {
@@ -63,23 +66,36 @@ impl Policies {
         Policies {
             vips: vips.collect(),
             default,
+            announced: HashMap::new(),
         }
     }
 
+    /// Takes in what a source says of a VIP, or that it says nothing any more.
+    pub fn announce(&mut self, vip: Vip, policy: Option<&VipConfig>) {
+        match policy {
+            Some(policy) => self.announced.insert(vip, self.default.with(policy)),
+            None => self.announced.remove(&vip),
+        };
+    }
+
     pub fn policy_of(&self, vip: &Vip) -> &VipPolicy {
-        self.vips.get(vip).unwrap_or(&self.default)
+        self.of(vip).unwrap_or(&self.default)
+    }
+
+    fn of(&self, vip: &Vip) -> Option<&VipPolicy> {
+        self.vips.get(vip).or_else(|| self.announced.get(vip))
     }
 
     /// Whether a VIP is served without any registration: the proxy on this host needs none.
     pub fn is_declared(&self, vip: &Vip) -> bool {
-        let policy = self.vips.get(vip);
+        let policy = self.of(vip);
         policy.is_some_and(|policy| policy.mode == Mode::L7)
     }
 
     /// The VIPs that are served without any registration.
     pub fn declared(&self) -> impl Iterator<Item = Vip> {
-        let l7 = |(vip, policy): (&Vip, &VipPolicy)| (policy.mode == Mode::L7).then_some(*vip);
-        self.vips.iter().filter_map(l7)
+        let vips = self.vips.keys().chain(self.announced.keys());
+        vips.copied().filter(|vip| self.is_declared(vip))
     }
 }
 
@@ -127,5 +143,34 @@ fn scheduler(scheduler: config::Scheduler) -> Scheduler {
         config::Scheduler::SourceHash => Scheduler::SourceHash,
         config::Scheduler::RoundRobin => Scheduler::RoundRobin,
         config::Scheduler::LeastConnections => Scheduler::LeastConnections,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_of_a_vip_comes_before_what_sources_say_of_it() {
+        let [configured, announced]: [Vip; 2] =
+            ["tcp/192.0.2.1:80", "tcp/192.0.2.2:80"].map(|vip| vip.parse().unwrap());
+        let with = |vip, forwarding| VipConfig {
+            forwarding: Some(forwarding),
+            ..VipConfig::new(vip)
+        };
+        let mut policies = Policies::new(&L4Config {
+            vip: vec![with(configured, Forwarding::Dsr)],
+            ..L4Config::default()
+        });
+        for vip in [configured, announced] {
+            policies.announce(vip, Some(&with(vip, Forwarding::L7)));
+        }
+        assert_eq!(policies.policy_of(&configured).mode, Mode::Dsr);
+        assert_eq!(policies.policy_of(&announced).mode, Mode::L7);
+        let declared: Vec<Vip> = policies.declared().collect();
+        assert_eq!(declared, [announced]);
+        policies.announce(announced, None);
+        assert_eq!(policies.policy_of(&announced).mode, Mode::Nat);
+        assert_eq!(policies.declared().count(), 0);
     }
 }

@@ -361,8 +361,10 @@ impl RouteTable {
     fn unregister(&mut self, gone: Unregistration, change: &mut Change) {
         for route in &gone.routes {
             if let Some(id) = self.find(route, gone.address, gone.origin) {
-                self.remove(id, change);
-                change.removed += 1;
+                if is_of(&gone, &entry(&self.entries, id).backend) {
+                    self.remove(id, change);
+                    change.removed += 1;
+                }
             } else if self.serving(route, gone.address).is_some() {
                 change.shadowed += 1;
             }
@@ -622,6 +624,14 @@ fn same_policy(known: Option<&Policy>, new: &Policy) -> bool {
     match known {
         Some(known) => known == new,
         None => new.balance.is_none() && new.route_service_url.is_none(),
+    }
+}
+
+/// Whether the instance that leaves is the one that has the address, as far as both say who they are.
+fn is_of(gone: &Unregistration, backend: &Backend) -> bool {
+    match (&gone.instance_id, &backend.instance().id) {
+        (Some(gone), Some(known)) => gone == known,
+        (None, _) | (_, None) => true,
     }
 }
 

@@ -140,16 +140,20 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
     })
 }
 
-/// Reads the payload of a `router.unregister`: the same JSON, of which host, port and routes count.
+/// Reads the payload of a `router.unregister`: the same JSON, of which host, port, routes and the
+/// instance count. Says the isolation segment beside.
 ///
 /// VIPs are not held against `vip_ranges`: whatever was let in may leave.
-pub fn unregister(payload: &[u8]) -> Result<Unregistration, Reject> {
+pub fn unregister(payload: &[u8]) -> Result<(Unregistration, Option<Arc<str>>), Reject> {
     let message = decode(payload)?;
-    Ok(Unregistration {
+    let gone = Unregistration {
         address: message.address()?,
         routes: message.routes(None)?,
+        instance_id: message.text("private_instance_id", &message.instance_id)?,
         origin: Origin::Nats,
-    })
+    };
+    let segment = message.text("isolation_segment", &message.isolation_segment)?;
+    Ok((gone, segment))
 }
 
 /// Normalises one entry of `uris`: `host[/path]`, lower case, cut at `?`, without the slashes at

@@ -133,6 +133,7 @@ impl Ledger {
                 Some(RouteEvent::Unregister(Unregistration {
                     routes: vec![route],
                     address,
+                    instance_id: None,
                     origin: self.origin,
                 }))
             }

@@ -1,4 +1,5 @@
-//! Routes from NATS, in gorouter's messages. The only module that names the NATS client.
+//! Routes from NATS, in gorouter's messages. Beside [`kv`](super::kv), the only module that names the
+//! NATS client.
 //!
 //! One task reads one subscription, `<prefix>.*`, so that registrations and withdrawals keep their
 //! order. It announces the gateway by `<prefix>.start` after every connect, once the subscription is
@@ -88,11 +89,7 @@ pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> 
 pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyhow::Result<()> {
     let servers = config.servers.join(", ");
     let (events_in, mut events) = mpsc::channel(CLIENT_EVENTS);
-    let options = options(config, events_in).await?;
-    let client = options
-        .connect(&config.servers[..])
-        .await
-        .with_context(|| format!("connect to {servers}"))?;
+    let client = connect(config, "viaduct", events_in).await?;
     let subject = format!("{}.{kind}", config.subject_prefix);
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await.context("subscribe")?;
@@ -130,10 +127,54 @@ pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyho
 /// None answers, or it refuses.
 pub async fn reach(config: &NatsConfig) -> anyhow::Result<String> {
     let (events, _) = mpsc::channel(CLIENT_EVENTS);
-    let options = options(config, events).await?;
-    let client = options.connect(&config.servers[..]).await;
-    let client = client.with_context(|| format!("connect to {}", config.servers.join(", ")))?;
+    let client = connect(config, "viaduct", events).await?;
     Ok(client.server_info().version)
+}
+
+/// Connects once, under a name that the server shows.
+///
+/// # Errors
+/// Names the servers, and the keys that they refuse.
+pub async fn connect(
+    config: &NatsConfig,
+    name: &str,
+    events: mpsc::Sender<async_nats::Event>,
+) -> anyhow::Result<Client> {
+    let options = options(config, events).await?.name(name);
+    let client = options.connect(&config.servers[..]).await;
+    client
+        .map_err(|error| anyhow!(explain(config, &error.to_string())))
+        .with_context(|| format!("connect to {}", config.servers.join(", ")))
+}
+
+/// What the client says of a connection that was not made, with the keys that it may be about.
+fn explain(config: &NatsConfig, error: &str) -> String {
+    let lower = error.to_lowercase();
+    if lower.contains("authorization") || lower.contains("authentication") {
+        let said = match config {
+            NatsConfig { user: Some(_), .. } => "nats.user and nats.password are",
+            NatsConfig { token: Some(_), .. } => "nats.token is",
+            NatsConfig {
+                nkey_seed: Some(_), ..
+            } => "nats.nkey_seed is",
+            NatsConfig {
+                credentials_file: Some(_),
+                ..
+            } => "nats.credentials_file is",
+            NatsConfig {
+                client_certificate_file: Some(_),
+                ..
+            } => "nats.client_certificate_file is",
+            _ => "a client without user, token, key or certificate is",
+        };
+        return format!("{said} refused by the server: {error}");
+    }
+    if lower.contains("tls") || lower.contains("certificate") {
+        return format!(
+            "{error}: nats.ca_file, or what the server makes of nats.client_certificate_file"
+        );
+    }
+    error.to_owned()
 }
 
 /// Checks all that can be checked without a server, but the certificate files.
@@ -239,6 +280,8 @@ struct Source {
     received: u64,
     /// Messages that the client is known to have dropped.
     dropped: u64,
+    /// Why there is no connection, as it was told last.
+    complaint: Option<String>,
     warnings: Warnings,
 }
 
@@ -246,7 +289,6 @@ struct Source {
 struct Warnings {
     rejects: [WarningLimit; Reason::ALL.len()],
     dropped: WarningLimit,
-    client: WarningLimit,
     server: WarningLimit,
 }
 
@@ -281,6 +323,7 @@ impl Source {
             taken_in: 0,
             received: 0,
             dropped: 0,
+            complaint: None,
             warnings: Warnings::default(),
         }
     }
@@ -384,13 +427,19 @@ impl Source {
     async fn take(&mut self, message: Message) -> Option<RouteEvent> {
         let metrics = &self.context.metrics;
         let subject = message.subject.as_str();
+        let config = Arc::clone(&self.context.config.borrow());
+        // The segment beside: those of others are not this gateway's.
         let event = if subject == self.subjects.register {
             metrics.registers.inc();
-            let config = self.context.config.borrow();
-            wire::register(&message.payload, &config.l4.vip_ranges).map(RouteEvent::Register)
+            let read = wire::register(&message.payload, &config.l4.vip_ranges);
+            read.map(|registration| {
+                let segment = registration.backend.instance().isolation_segment.clone();
+                (RouteEvent::Register(registration), segment)
+            })
         } else if subject == self.subjects.unregister {
             metrics.unregisters.inc();
-            wire::unregister(&message.payload).map(RouteEvent::Unregister)
+            let read = wire::unregister(&message.payload);
+            read.map(|(gone, segment)| (RouteEvent::Unregister(gone), segment))
         } else {
             if subject == self.subjects.greet {
                 metrics.greets.inc();
@@ -399,7 +448,11 @@ impl Source {
             return None;
         };
         match event {
-            Ok(event) => Some(event),
+            Ok((event, segment)) if config.nats.serves_segment(segment.as_deref()) => Some(event),
+            Ok(_) => {
+                metrics.nats_other_segments.inc();
+                None
+            }
             Err(reject) => {
                 metrics.reject(reject.reason);
                 let payload = &message.payload[..message.payload.len().min(256)];
@@ -432,9 +485,12 @@ impl Source {
                     tracing::warn!(%error, suppressed, "NATS server");
                 }
             }
+            // Each attempt tells it anew.
             async_nats::Event::ClientError(error) => {
-                if let Some(suppressed) = self.warnings.client.allow(now) {
-                    tracing::warn!(%error, suppressed, "NATS");
+                let error = explain(&self.context.config.borrow().nats, &error.to_string());
+                if self.complaint.as_ref() != Some(&error) {
+                    tracing::warn!(error, "NATS is not reached; it is tried again");
+                    self.complaint = Some(error);
                 }
             }
             async_nats::Event::LameDuckMode
@@ -465,6 +521,7 @@ impl Source {
             .nats_connects
             .add(connects - self.connects);
         self.connects = connects;
+        self.complaint = None;
         self.context
             .metrics
             .nats_first_connect

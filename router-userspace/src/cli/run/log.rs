@@ -30,6 +30,8 @@ pub(super) fn start(config: &LogConfig) -> anyhow::Result<LogFilter> {
 pub(crate) fn filter(config: &LogConfig) -> anyhow::Result<EnvFilter> {
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.filter.clone());
     // The client logs each of its events, which the source tells in its own words.
-    EnvFilter::try_new(format!("async_nats=warn,{filter}"))
-        .with_context(|| format!("log.filter {filter:?}"))
+    EnvFilter::try_new(format!(
+        "async_nats=warn,async_nats::connector=off,{filter}"
+    ))
+    .with_context(|| format!("log.filter {filter:?}"))
 }

@@ -51,6 +51,7 @@ fn apply(table: &mut RouteTable, add: bool, address: u8, route: usize) {
         false => RouteEvent::Unregister(crate::route::Unregistration {
             routes: registration.routes,
             address: registration.backend.address,
+            instance_id: None,
             origin: Origin::Nats,
         }),
     };

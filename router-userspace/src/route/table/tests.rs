@@ -6,7 +6,7 @@ use super::*;
 use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
 use crate::route::policy::Redirect;
-use crate::route::{Declaration, Withdrawal};
+use crate::route::{Declaration, Instance, Withdrawal};
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
@@ -43,6 +43,7 @@ fn withdrawal(routes: &[RouteKey], backend: &Arc<Backend>) -> RouteEvent {
     RouteEvent::Unregister(Unregistration {
         routes: routes.to_vec(),
         address: backend.address,
+        instance_id: None,
         origin: backend.origin,
     })
 }
@@ -1020,5 +1021,44 @@ proptest! {
             }
             published = after;
         }
+    }
+}
+
+#[test]
+fn an_instance_that_leaves_does_not_take_the_next_at_its_address_with_it() {
+    let routes = [RouteKey::Http(
+        crate::route::wire::parse_uri("a.x").unwrap(),
+    )];
+    let of = |instance: Option<&str>| {
+        let address = "10.0.0.1:80".parse().unwrap();
+        Arc::new(Backend {
+            instance: Instance {
+                id: instance.map(Arc::from),
+                ..Instance::default()
+            }
+            .shared(),
+            ..Backend::new(address, Origin::Nats)
+        })
+    };
+    for (there, gone, stays) in [
+        (Some("new"), Some("old"), true),
+        (Some("new"), Some("new"), false),
+        (Some("new"), None, false),
+        (None, Some("old"), false),
+    ] {
+        let now = Instant::now();
+        let mut table = RouteTable::new(Duration::from_secs(120), now);
+        table.apply(register(&routes, &of(there)), now);
+        let change = table.apply(
+            RouteEvent::Unregister(Unregistration {
+                routes: routes.to_vec(),
+                address: of(gone).address,
+                instance_id: gone.map(Arc::from),
+                origin: Origin::Nats,
+            }),
+            now,
+        );
+        assert_eq!(change.removed, u64::from(!stays), "{there:?} {gone:?}");
+        assert_eq!(table.snapshot().hosts.contains("a.x"), stays);
     }
 }

@@ -301,7 +301,7 @@ fn a_bad_message_is_refused_by_the_name_of_its_field() {
 fn every_vip_is_refused_while_there_are_no_ranges() {
     let json = br#"{"host":"10.0.0.1","port":80,"vips":["tcp/192.0.2.1:80"]}"#;
     assert_eq!(register(json, &[]).unwrap_err().reason, Reason::VipRange);
-    assert_eq!(unregister(json).unwrap().routes.len(), 1);
+    assert_eq!(unregister(json).unwrap().0.routes.len(), 1);
 }
 
 #[test]
@@ -431,9 +431,19 @@ fn unregister_needs_only_address_and_routes() {
     let json = br#"{"host":"10.0.0.1","tls_port":443,"uris":["A.x/"],"weight":0,"app":5}"#;
     assert_eq!(unregister(json).unwrap_err().reason, Reason::Type);
     let json = br#"{"host":"10.0.0.1","tls_port":443,"uris":["A.x/"],"weight":0}"#;
-    let gone = unregister(json).unwrap();
+    let (gone, segment) = unregister(json).unwrap();
+    assert_eq!((segment, &gone.instance_id), (None, &None));
     assert_eq!(gone.address, "10.0.0.1:443".parse().unwrap());
     assert_eq!(gone.routes.len(), 1);
+}
+
+#[test]
+fn unregister_says_the_instance_and_its_segment() {
+    let json = br#"{"host":"10.0.0.1","port":80,"uris":["a.x"],"private_instance_id":"i",
+        "isolation_segment":"s"}"#;
+    let (gone, segment) = unregister(json).unwrap();
+    assert_eq!(gone.instance_id.as_deref(), Some("i"));
+    assert_eq!(segment.as_deref(), Some("s"));
 }
 
 proptest! {

@@ -1,6 +1,4 @@
 use std::net::SocketAddr;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
 use tokio::sync::watch;
 
@@ -9,6 +7,9 @@ use crate::agent::Agent;
 use crate::event::INBOX_DEPTH;
 use crate::metrics::Metrics;
 use crate::snapshot::{Published, Snapshot};
+use crate::source::nats_server::{Server, until};
+
+mod access;
 
 #[test]
 fn backoff_grows_to_its_bound_and_varies() {
@@ -18,64 +19,6 @@ fn backoff_grows_to_its_bound_and_varies() {
         assert!((most / 2..=most).contains(&backoff(attempt)));
     }
     assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
-}
-
-/// A real nats-server, ended with the test.
-struct Server {
-    child: Child,
-    address: SocketAddr,
-}
-
-impl Server {
-    /// On a port the server finds by itself, or on that of an earlier one.
-    async fn start(port: Option<u16>) -> Server {
-        Server::start_with(port, &[]).await
-    }
-
-    async fn start_with(port: Option<u16>, arguments: &[&str]) -> Server {
-        let directory = tempfile::tempdir().unwrap();
-        let port = port.map_or("-1".to_owned(), |port| port.to_string());
-        let child = Command::new("nats-server")
-            .args(["-a", "127.0.0.1", "-p", &port, "--ports_file_dir"])
-            .arg(directory.path())
-            .args(arguments)
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("nats-server is installed");
-        let ports = directory
-            .path()
-            .join(format!("nats-server_{}.ports", child.id()));
-        let address = until("the server tells its port", || address(&ports)).await;
-        Server { child, address }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn address(ports: &Path) -> Option<SocketAddr> {
-    let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(ports).ok()?).ok()?;
-    ports["nats"][0]
-        .as_str()?
-        .strip_prefix("nats://")?
-        .parse()
-        .ok()
-}
-
-/// Polls until there is an answer.
-async fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(answer) = poll() {
-            return answer;
-        }
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 struct Gateway {
@@ -90,9 +33,19 @@ impl Gateway {
     }
 
     async fn start_with(server: SocketAddr, stale_threshold: Duration) -> Gateway {
-        let mut config = Config::default();
-        config.nats.servers = vec![format!("nats://{server}")];
-        config.nats.stale_threshold = stale_threshold;
+        Gateway::configured(NatsConfig {
+            servers: vec![format!("nats://{server}")],
+            stale_threshold,
+            ..NatsConfig::default()
+        })
+        .await
+    }
+
+    async fn configured(nats: NatsConfig) -> Gateway {
+        let mut config = Config {
+            nats,
+            ..Config::default()
+        };
         config.nats.prune_interval = Duration::from_millis(50);
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
         let (nats, fixed) = (config.nats.clone(), config.clone());
@@ -497,4 +450,37 @@ async fn a_server_that_is_not_there_yet_is_waited_for() {
     gateway
         .until("it is served", |snapshot, _| snapshot.hosts.len() == 1)
         .await;
+}
+
+#[tokio::test]
+async fn a_gateway_of_some_segments_takes_in_no_others() {
+    let server = Server::start(None).await;
+    let gateway = Gateway::configured(NatsConfig {
+        servers: vec![format!("nats://{}", server.address)],
+        routing_table_sharding_mode: crate::config::ShardingMode::SharedAndSegments,
+        isolation_segments: vec!["ours".to_owned()],
+        ..NatsConfig::default()
+    })
+    .await;
+    let client = client(server.address).await;
+    let message = |host: &str, segment: &str| {
+        format!(
+            r#"{{"host":"10.0.0.1","port":80,"uris":["{host}"],"isolation_segment":"{segment}"}}"#
+        )
+    };
+    for (host, segment) in [("a.x", "theirs"), ("b.x", "ours"), ("c.x", "")] {
+        publish(&client, "router.register", message(host, segment)).await;
+    }
+    // Of another segment, it cannot mean this instance.
+    publish(&client, "router.unregister", message("b.x", "theirs")).await;
+    publish(&client, "router.register", message("d.x", "ours")).await;
+    gateway
+        .until("the last is served", |snapshot, _| {
+            snapshot.hosts.contains("d.x")
+        })
+        .await;
+    let snapshot = gateway.published.load();
+    assert!(snapshot.hosts.contains("b.x") && snapshot.hosts.contains("c.x"));
+    assert!(!snapshot.hosts.contains("a.x"));
+    assert_eq!(gateway.metrics.nats_other_segments.get(), 2);
 }
