@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 mod http;
 mod l4;
+mod sources;
 
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
@@ -27,6 +28,9 @@ pub use http::{
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
     MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,
+};
+pub use sources::{
+    ConsulConfig, EtcdConfig, InstanceMap, RedisConfig, Server, ServiceMap, ZookeeperConfig,
 };
 
 /// The longest `health.interval`.
@@ -53,6 +57,10 @@ pub fn parse(text: &str) -> anyhow::Result<Config> {
 pub struct Config {
     pub nats: NatsConfig,
     pub file: FileConfig,
+    pub redis: RedisConfig,
+    pub etcd: EtcdConfig,
+    pub zookeeper: ZookeeperConfig,
+    pub consul: ConsulConfig,
     pub http: HttpConfig,
     pub l4: L4Config,
     pub health: HealthConfig,
@@ -292,6 +300,10 @@ impl Config {
                 socket.display()
             );
         }
+        self.redis.validate()?;
+        self.etcd.validate()?;
+        self.zookeeper.validate()?;
+        self.consul.validate()?;
         self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()

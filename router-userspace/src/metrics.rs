@@ -25,6 +25,7 @@ use crate::route::Origin;
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
+use crate::source::status::{State, Statuses};
 
 mod proxy;
 
@@ -47,6 +48,11 @@ pub struct Metrics {
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
     pub nats_slow_consumer: Counter,
+    /// Sources that follow a server.
+    pub sources: Statuses,
+    /// Keys of a source that announce something, and values of them that were refused.
+    pub source_keys: [Gauge; Origin::ALL.len()],
+    pub source_rejects: [Counter; Origin::ALL.len()],
     /// Times a source found the agent's inbox full.
     pub inbox_full: Counter,
     pub files: Files,
@@ -153,6 +159,9 @@ impl Default for Metrics {
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
             nats_slow_consumer: Counter::default(),
+            sources: Statuses::default(),
+            source_keys: Default::default(),
+            source_rejects: Default::default(),
             inbox_full: Counter::default(),
             files: Files::default(),
             file_loads: Counter::default(),
@@ -263,6 +272,7 @@ impl Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
         let mut page = Page(encoder);
         encode_sources(&mut page, &self.metrics)?;
+        encode_servers(&mut page, &self.metrics)?;
         encode_table(&mut page, &self.metrics)?;
         let snapshot = self.published.load();
         page.gauge(
@@ -338,6 +348,43 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
             ([("result", "good")], metrics.file_loads.get()),
             ([("result", "refused")], metrics.file_rejects.get()),
         ],
+    )
+}
+
+/// Sources that follow a server, and are configured.
+fn encode_servers(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
+    let sources = metrics.sources.list();
+    page.gauges(
+        "viaduct_source_connected",
+        "1 while a source has its server",
+        sources.iter().map(|(origin, status)| {
+            let connected = status.state == State::Connected;
+            ([("origin", origin.as_str())], usize::from(connected))
+        }),
+    )?;
+    page.gauges(
+        "viaduct_source_age_seconds",
+        "How long ago the routes of a source were those of its server for sure",
+        sources.iter().filter_map(|(origin, status)| {
+            let age = status.age()?.as_secs() as usize;
+            Some(([("origin", origin.as_str())], age))
+        }),
+    )?;
+    page.gauges(
+        "viaduct_source_keys",
+        "Keys of a source that announce something",
+        sources.iter().map(|(origin, _)| {
+            let keys = metrics.source_keys[*origin as usize].get();
+            ([("origin", origin.as_str())], keys as usize)
+        }),
+    )?;
+    page.counters(
+        "viaduct_source_rejects",
+        "Values of a source's keys that were refused",
+        sources.iter().map(|(origin, _)| {
+            let rejects = metrics.source_rejects[*origin as usize].get();
+            ([("origin", origin.as_str())], rejects)
+        }),
     )
 }
 

@@ -15,9 +15,19 @@ use crate::metrics::Metrics;
 use crate::rejects::Rejects;
 use crate::route::RouteEvent;
 
+mod api;
+pub mod consul;
+pub mod etcd;
 pub mod file;
 pub mod ledger;
+mod mapping;
 pub mod nats;
+pub mod redis;
+#[cfg(test)]
+mod rig;
+pub mod status;
+mod store;
+pub mod zookeeper;
 
 /// What every source works with.
 #[derive(Clone)]
@@ -52,5 +62,9 @@ pub async fn start(context: &Context) -> anyhow::Result<()> {
         nats::start(&config.nats, context.clone()).await?;
     }
     tokio::spawn(file::run(context.clone()));
+    tokio::spawn(redis::run(context.clone()));
+    tokio::spawn(etcd::run(context.clone()));
+    tokio::spawn(zookeeper::run(context.clone()));
+    tokio::spawn(consul::run(context.clone()));
     Ok(())
 }

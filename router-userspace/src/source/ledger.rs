@@ -48,6 +48,11 @@ impl Ledger {
         self.contents.keys().map(|key| &**key)
     }
 
+    /// Keys that say something.
+    pub fn key_count(&self) -> usize {
+        self.contents.len()
+    }
+
     /// Whether the key says nothing.
     pub fn is_empty(&self, key: &str) -> bool {
         !self.contents.contains_key(key)
