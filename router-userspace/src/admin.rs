@@ -198,7 +198,9 @@ impl Admin {
         let metrics = &self.scrape.metrics;
         let snapshot = self.scrape.published.load();
         let config = self.config.borrow().clone();
-        let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
+        let (files_unread, files_refused) = metrics
+            .files
+            .judge(config.file.paths.iter().chain(&config.file.directories));
         ready::judge(&Sources {
             draining: *self.draining.borrow(),
             nats_configured: !config.nats.servers.is_empty(),

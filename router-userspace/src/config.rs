@@ -106,8 +106,10 @@ pub struct NatsConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FileConfig {
-    /// TOML files of static routes.
+    /// Files of static routes, in JSON where they are named so, else in TOML.
     pub paths: Vec<PathBuf>,
+    /// Directories whose `*.toml` and `*.json` are such files.
+    pub directories: Vec<PathBuf>,
     /// How often they are looked at for a change.
     #[serde(with = "humantime_serde")]
     pub poll_interval: Duration,
@@ -210,6 +212,7 @@ impl Default for FileConfig {
     fn default() -> FileConfig {
         FileConfig {
             paths: Vec::new(),
+            directories: Vec::new(),
             poll_interval: Duration::from_secs(1),
         }
     }

@@ -101,20 +101,17 @@ impl Files {
     }
 
     /// Forgets files that are not configured any more.
-    pub fn retain(&self, configured: &[PathBuf]) {
-        self.lock().retain(|path, _| configured.contains(path));
+    pub fn retain(&self, configured: impl Fn(&PathBuf) -> bool) {
+        self.lock().retain(|path, _| configured(path));
     }
 
-    /// How many of the configured files are unread, and how many refused.
-    pub fn judge(&self, configured: &[PathBuf]) -> (usize, usize) {
+    /// How many of the configured files and directories are unread, and how many files are refused.
+    pub fn judge<'a>(&self, configured: impl IntoIterator<Item = &'a PathBuf>) -> (usize, usize) {
         let files = self.lock();
-        let count = |state| {
-            configured
-                .iter()
-                .filter(|path| files.get(*path) == state)
-                .count()
-        };
-        (count(None), count(Some(&false)))
+        let configured = configured.into_iter();
+        let unread = configured.filter(|path| !files.contains_key(*path));
+        let refused = files.values().filter(|taken| !**taken);
+        (unread.count(), refused.count())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<PathBuf, bool>> {

@@ -112,7 +112,7 @@ mod tests {
         let connected = Sources {
             nats_connected: true,
             nats_known_for: Some(Duration::ZERO),
-            ..fresh.clone()
+            ..fresh
         };
         check(
             connected.clone(),
@@ -129,7 +129,7 @@ mod tests {
         );
         let settled = Sources {
             nats_known_for: Some(GRACE),
-            ..connected.clone()
+            ..connected
         };
         check(settled.clone(), &[], &[]);
         let lost = Sources {
@@ -139,7 +139,7 @@ mod tests {
         check(lost, &[], &["nats: disconnected"]);
         let draining = Sources {
             draining: true,
-            ..settled.clone()
+            ..settled
         };
         check(draining, &["draining"], &[]);
     }

@@ -18,6 +18,7 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
+use serde::de::DeserializeOwned;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -27,6 +28,8 @@ use crate::config::Server;
 
 /// Bytes of one answer, or of one line of an answer that goes on.
 pub(crate) const MAX_ANSWER_BYTES: usize = 64 << 20;
+/// Bytes of an answer that are decoded at once: a millisecond's work.
+const MAX_DECODED_BYTES: usize = 128 << 10;
 /// Bytes of what a server says against a request.
 const MAX_ERROR_BYTES: usize = 4096;
 /// Connections that are kept while nothing is asked.
@@ -132,18 +135,34 @@ impl Api {
         path: &str,
         body: Bytes,
     ) -> anyhow::Result<(Response<Incoming>, SendRequest<Full<Bytes>>)> {
-        let mut sender = match self.take() {
-            Some(sender) => sender,
-            None => self.connect().await?,
+        let request = || {
+            let Server { host, port, .. } = &self.server;
+            let host = match host.contains(':') {
+                true => format!("[{host}]:{port}"),
+                false => format!("{host}:{port}"),
+            };
+            let mut request = Request::builder()
+                .method(method.clone())
+                .uri(path)
+                .header(header::HOST, host);
+            for (name, value) in &self.headers {
+                request = request.header(name, value);
+            }
+            request.body(Full::new(body.clone()))
         };
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, &self.server.host);
-        for (name, value) in &self.headers {
-            request = request.header(name, value);
+        let mut answered = None;
+        if let Some(mut sender) = self.take() {
+            // The server may have closed it; nothing is asked here that cannot be asked twice.
+            let response = sender.send_request(request()?).await;
+            answered = response.ok().map(|response| (response, sender));
         }
-        let response = sender.send_request(request.body(Full::new(body))?).await?;
+        let (response, sender) = match answered {
+            Some(answered) => answered,
+            None => {
+                let mut sender = self.connect().await?;
+                (sender.send_request(request()?).await?, sender)
+            }
+        };
         let status = response.status();
         if status.is_success() {
             return Ok((response, sender));
@@ -190,6 +209,22 @@ impl Api {
             idle.push(sender);
         }
     }
+}
+
+/// Decodes an answer, a long one off the thread that sources share with the agent.
+///
+/// # Errors
+/// It is not what it should be.
+pub(crate) async fn decode<T: DeserializeOwned + Send + 'static>(body: Bytes) -> anyhow::Result<T> {
+    let is_long = body.len() > MAX_DECODED_BYTES;
+    let decode = move || serde_json::from_slice(&body);
+    let decoded = match is_long {
+        true => tokio::task::spawn_blocking(decode)
+            .await
+            .expect("an answer is decoded without a panic"),
+        false => decode(),
+    };
+    decoded.context("read the answer")
 }
 
 /// What a server answered in place of what it was asked for.

@@ -25,7 +25,7 @@ use crate::config::{Config, ConsulConfig, Server};
 use crate::route::Origin;
 use crate::route::declared::Announcement;
 use crate::source::Context;
-use crate::source::api::{Api, Refusal, TlsFiles};
+use crate::source::api::{self, Api, Refusal, TlsFiles};
 use crate::source::mapping::{self, Instance, Layout};
 use crate::source::store::{self, MAX_KEYS, Store};
 
@@ -81,6 +81,7 @@ async fn hold(
     let mut catalog = Catalog {
         config,
         services: BTreeSet::new(),
+        followed: BTreeSet::new(),
         turns: VecDeque::from([(Question::Services, 0)]),
         unanswered: BTreeSet::from([Question::Services]),
     };
@@ -185,6 +186,8 @@ struct Catalog<'a> {
     config: &'a ConsulConfig,
     /// That have routes.
     services: BTreeSet<String>,
+    /// That are asked for, or will be.
+    followed: BTreeSet<String>,
     /// To be asked next, from which index on.
     turns: VecDeque<(Question, u64)>,
     /// Never answered yet.
@@ -206,18 +209,18 @@ impl Catalog<'_> {
         } = answer;
         let changed = since == 0 || index != since;
         match &question {
-            Question::Services if changed => self.take_services(&body, store).await?,
+            Question::Services if changed => self.take_services(body, store).await?,
             Question::Service(name) if !self.services.contains(name) => {
                 // It went while it was asked for.
-                self.unanswered.remove(&question);
+                self.followed.remove(name);
                 return Ok(());
             }
             Question::Service(name) if changed => {
-                let context = || format!("service {name}: read the answer");
-                let instances: Vec<Entry> = serde_json::from_slice(&body).with_context(context)?;
+                let instances = api::decode(body).await;
+                let instances = instances.with_context(|| format!("service {name}"))?;
                 self.take_instances(name, instances, store).await;
             }
-            Question::Routes if changed => self.take_routes(&body, store).await?,
+            Question::Routes if changed => self.take_routes(body, store).await?,
             _ => {}
         }
         self.unanswered.remove(&question);
@@ -225,9 +228,8 @@ impl Catalog<'_> {
         Ok(())
     }
 
-    async fn take_services(&mut self, body: &[u8], store: &mut Store) -> anyhow::Result<()> {
-        let all: BTreeMap<String, Vec<String>> =
-            serde_json::from_slice(body).context("services: read the answer")?;
+    async fn take_services(&mut self, body: Bytes, store: &mut Store) -> anyhow::Result<()> {
+        let all: BTreeMap<String, Vec<String>> = api::decode(body).await.context("services")?;
         ensure!(all.len() <= MAX_KEYS, "more than {MAX_KEYS} services");
         let maps = &self.config.map;
         let tagged = |tags: &[String]| tags.iter().any(|tag| self.route_tag(tag).is_some());
@@ -240,17 +242,17 @@ impl Catalog<'_> {
             .filter(|(name, tags)| tagged(tags) || mapped(name))
             .map(|(name, _)| name);
         let services: BTreeSet<String> = with_routes.collect();
-        let queued = |name: &String| {
-            let mut turns = self.turns.iter();
-            turns.any(|(question, _)| matches!(question, Question::Service(one) if one == name))
-        };
-        let new = services.difference(&self.services);
-        let new: Vec<String> = new.filter(|name| !queued(name)).cloned().collect();
+        let new: Vec<String> = services.difference(&self.followed).cloned().collect();
         self.services = services;
         for name in new {
+            self.followed.insert(name.clone());
             self.ask(Question::Service(name));
         }
         let services = &self.services;
+        self.unanswered.retain(|question| match question {
+            Question::Service(name) => services.contains(name),
+            Question::Services | Question::Routes => true,
+        });
         store
             .retain(|key| match key.strip_prefix("service/") {
                 Some(key) => key
@@ -325,9 +327,8 @@ impl Catalog<'_> {
         tag.strip_prefix(&*self.config.tag_prefix)?.split_once('=')
     }
 
-    async fn take_routes(&self, body: &[u8], store: &mut Store) -> anyhow::Result<()> {
-        let entries: Vec<KeyValue> =
-            serde_json::from_slice(body).context("routes: read the answer")?;
+    async fn take_routes(&self, body: Bytes, store: &mut Store) -> anyhow::Result<()> {
+        let entries: Vec<KeyValue> = api::decode(body).await.context("routes")?;
         let layout = Layout {
             routes_prefix: &self.config.routes_prefix,
             maps: &[],

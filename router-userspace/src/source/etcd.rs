@@ -24,13 +24,12 @@ use tokio::time::Instant;
 use crate::config::{Config, EtcdConfig, Server};
 use crate::route::Origin;
 use crate::source::Context;
-use crate::source::api::{Api, Lines, Refusal, TlsFiles};
+use crate::source::api::{self, Api, Lines, Refusal, TlsFiles};
 use crate::source::mapping::Layout;
 use crate::source::store::{self, MAX_KEYS, Store};
 
-/// Keys of a page, and of a smaller one where values are long: etcd's values are up to 1.5 MiB.
+/// Keys of a page; of fewer where values are so long that the gateway hands no more on.
 const PAGE: usize = 1000;
-const SMALL_PAGE: usize = 16;
 
 /// Follows the cluster of the configuration until the process ends.
 pub async fn run(context: Context) {
@@ -117,7 +116,7 @@ async fn follow(
     };
     let mut told = stream::select_all(watches.into_iter().map(lines));
     while let Some(line) = told.next().await {
-        let told: Watched = serde_json::from_slice(&line?).context("read a watch")?;
+        let told: Watched = api::decode(line?).await.context("watch")?;
         if let Some(error) = told.error {
             bail!("watch: {error}");
         }
@@ -214,11 +213,12 @@ impl Client {
             });
             self.ask("/v3/kv/range", &body).await
         };
-        match ask(PAGE).await {
-            Ok(page) => Ok(page),
-            // The server said no, and would again.
-            Err(error) if error.downcast_ref::<Refusal>().is_some() => Err(error),
-            Err(_) => ask(SMALL_PAGE).await,
+        let mut limit = PAGE;
+        loop {
+            match ask(limit).await {
+                Err(error) if limit > 1 && is_too_long(&error) => limit /= 10,
+                page => return page,
+            }
         }
     }
 
@@ -235,14 +235,27 @@ impl Client {
             .context("watch")
     }
 
-    async fn ask<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
+    async fn ask<T: DeserializeOwned + Send + 'static>(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> anyhow::Result<T> {
         let body = Bytes::from(body.to_string());
         let answer = self
             .api
             .ask(Method::POST, path, body, Duration::ZERO)
             .await
             .map_err(|error| error.context(path.to_owned()))?;
-        serde_json::from_slice(answer.body()).with_context(|| format!("{path}: read the answer"))
+        let decoded = api::decode(answer.into_body()).await;
+        decoded.with_context(|| path.to_owned())
+    }
+}
+
+/// The gateway's own refusal of what the server answered, or ours.
+fn is_too_long(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<Refusal>() {
+        Some(refusal) => refusal.text.contains("larger than max"),
+        None => format!("{error:#}").contains("length limit exceeded"),
     }
 }
 

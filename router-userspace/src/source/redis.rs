@@ -13,8 +13,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use futures_util::future::BoxFuture;
@@ -29,9 +27,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::config::{Config, RedisConfig, Server};
 use crate::route::declared::Announcement;
 use crate::route::table::MAX_POOL_BACKENDS;
-use crate::route::{Backend, BackendTls, Origin, Registration, RouteKey, TlsRoots, wire};
+use crate::route::{Origin, wire};
 use crate::source::Context;
 use crate::source::store::{self, MAX_KEYS, Store};
+
+mod keys;
 
 /// Keys that are asked for at once.
 const IN_FLIGHT: usize = 64;
@@ -263,19 +263,16 @@ impl Subject {
     /// Whose key it is; `None`: of nothing here.
     fn of(key: &[u8], prefix: &[u8]) -> Option<Result<Subject, (String, anyhow::Error)>> {
         let name = key.strip_prefix(prefix)?;
-        let kinds: [(&[u8], fn(String) -> Subject); 4] = [
-            (b"frontend:", Subject::Frontend),
-            (b"dead:", Subject::Frontend),
-            (b"/rs/", Subject::Instances),
-            (b"/cname/", Subject::Alias),
-        ];
-        let (host, kind) = kinds
-            .into_iter()
-            .find_map(|(kind, subject)| Some((name.strip_prefix(kind)?, subject)))?;
-        Some(match store::key_name(name) {
-            Ok(_) => Ok(kind(String::from_utf8_lossy(host).into_owned())),
-            Err(refused) => Err(refused),
-        })
+        let of = |kind: &str| name.strip_prefix(kind.as_bytes());
+        let text = |host: &[u8]| String::from_utf8_lossy(host).into_owned();
+        let subject = if let Some(host) = of("frontend:").or(of("dead:")) {
+            Subject::Frontend(text(host))
+        } else if let Some(host) = of("/rs/") {
+            Subject::Instances(text(host))
+        } else {
+            Subject::Alias(text(of("/cname/")?))
+        };
+        Some(store::key_name(name).map(|_| subject))
     }
 
     /// Its name in the store.
@@ -345,8 +342,7 @@ impl Keyspace<'_> {
                 }
             }
         }
-        names.extend(subjects.iter().map(Subject::key));
-        self.read(subjects, store).await?;
+        names.append(&mut self.read(subjects, store).await?);
         store.retain(|key| names.contains(key)).await;
         Ok(())
     }
@@ -364,10 +360,17 @@ impl Keyspace<'_> {
             }
         }
         changed.append(&mut aliases);
-        self.read(changed, store).await
+        self.read(changed, store).await?;
+        Ok(())
     }
 
-    async fn read(&mut self, subjects: BTreeSet<Subject>, store: &mut Store) -> anyhow::Result<()> {
+    /// Takes in what subjects say, and returns their names.
+    async fn read(
+        &mut self,
+        subjects: BTreeSet<Subject>,
+        store: &mut Store,
+    ) -> anyhow::Result<BTreeSet<String>> {
+        let mut names = BTreeSet::new();
         let prefix = self.prefix.to_owned();
         let mut readings = stream::iter(subjects)
             .map(|subject| read(self.connection.clone(), &prefix, subject))
@@ -381,9 +384,11 @@ impl Keyspace<'_> {
             if let Subject::Alias(host) = &subject {
                 self.aliases.set(host, target);
             }
-            store.set(&subject.key(), content).await;
+            let name = subject.key();
+            store.set(&name, content).await;
+            names.insert(name);
         }
-        Ok(())
+        Ok(names)
     }
 
     /// A pattern of keys, with the prefix as it is.
@@ -422,10 +427,10 @@ async fn read(
                 let mut dead = redis::cmd("SRANDMEMBER");
                 dead.arg(key(&format!("dead:{host}"))).arg(MAX_DEAD);
                 let dead: Vec<Vec<u8>> = dead.query_async(&mut connection).await?;
-                frontend(host, &elements, &dead)
+                keys::frontend(host, &elements, &dead)
             }
             Subject::Instances(host) => {
-                instances(host, &list(&mut connection, &subject.key()).await?)
+                keys::instances(host, &list(&mut connection, &subject.key()).await?)
             }
             Subject::Alias(host) => {
                 let mut get = redis::cmd("GETRANGE");
@@ -433,11 +438,11 @@ async fn read(
                     .arg(0)
                     .arg(wire::MAX_TEXT_BYTES);
                 let value: Vec<u8> = get.query_async(&mut connection).await?;
-                match alias(&value) {
+                match keys::alias(&value) {
                     Ok(None) => Ok(Announcement::default()),
                     Ok(Some(of)) => {
                         target = Some(of.to_owned());
-                        instances(host, &list(&mut connection, &format!("/rs/{of}")).await?)
+                        keys::instances(host, &list(&mut connection, &format!("/rs/{of}")).await?)
                     }
                     Err(error) => Err(error),
                 }
@@ -459,119 +464,6 @@ async fn read(
 /// Whether the server answered, and refuses what was asked for rather than to serve at all.
 fn is_refusal(error: &RedisError) -> bool {
     matches!(error.code(), Some("WRONGTYPE" | "NOPERM" | "ERR"))
-}
-
-/// A host by hipache's list: a name, then URLs. A URL that is there twice has twice the weight.
-fn frontend(host: &str, list: &[Vec<u8>], dead: &[Vec<u8>]) -> anyhow::Result<Announcement> {
-    let Some((name, urls)) = list.split_first() else {
-        return Ok(Announcement::default());
-    };
-    let name = std::str::from_utf8(name).context("[0]: not UTF-8")?;
-    let is_dead = |at: usize| dead.contains(&at.to_string().into_bytes());
-    let mut backends: BTreeMap<SocketAddr, Backend> = BTreeMap::new();
-    let mut any_alive = false;
-    for (at, url) in urls.iter().enumerate() {
-        let backend = std::str::from_utf8(url)
-            .context("not UTF-8")
-            .and_then(backend);
-        let backend = backend.with_context(|| format!("[{}]", at + 1))?;
-        let known = backends.entry(backend.address).or_insert(Backend {
-            weight: 0,
-            ..backend
-        });
-        if !is_dead(at) {
-            any_alive = true;
-            known.weight = (known.weight + wire::DEFAULT_WEIGHT).min(wire::MAX_WEIGHT);
-        }
-    }
-    if any_alive {
-        backends.retain(|_, backend| backend.weight > 0);
-    }
-    let app: Option<Arc<str>> =
-        (!name.is_empty() && name.len() <= wire::MAX_TEXT_BYTES).then(|| name.into());
-    let backends = backends.into_values().map(|backend| Backend {
-        app: app.clone(),
-        ..backend
-    });
-    announcement(host, backends.collect())
-}
-
-/// A host by DINP's list of `address:port`.
-fn instances(host: &str, list: &[Vec<u8>]) -> anyhow::Result<Announcement> {
-    let mut backends = Vec::with_capacity(list.len());
-    for (at, instance) in list.iter().enumerate() {
-        let text = std::str::from_utf8(instance).with_context(|| format!("[{at}]: not UTF-8"))?;
-        let address: SocketAddr = text
-            .trim()
-            .parse()
-            .map_err(|_| anyhow!("[{at}]: {text:?} is not ADDRESS:PORT"))?;
-        check(address).with_context(|| format!("[{at}]"))?;
-        backends.push(Backend::new(address, Origin::Redis));
-    }
-    announcement(host, backends)
-}
-
-/// The host whose instances an alias has, if the key is there.
-fn alias(value: &[u8]) -> anyhow::Result<Option<&str>> {
-    if value.is_empty() {
-        return Ok(None);
-    }
-    let value = std::str::from_utf8(value).context("not UTF-8")?.trim();
-    let host = value.strip_prefix("/rs/").filter(|host| !host.is_empty());
-    let host = host.ok_or_else(|| anyhow!("{value:?} is not /rs/HOST"))?;
-    Ok(Some(host))
-}
-
-/// `http[s]://ADDRESS[:PORT][/]`.
-fn backend(url: &str) -> anyhow::Result<Backend> {
-    let server =
-        Server::parse(url.trim(), ["http", "https"], 0).with_context(|| format!("{url:?}"))?;
-    let ip = server.host.parse().map_err(|_| {
-        anyhow!(
-            "{url:?}: a backend is named by its address, {:?} is a name",
-            server.host
-        )
-    })?;
-    let port = match (server.port, server.tls) {
-        (0, false) => 80,
-        (0, true) => 443,
-        (port, _) => port,
-    };
-    let address = SocketAddr::new(ip, port);
-    check(address)?;
-    Ok(Backend {
-        tls: server.tls.then(|| BackendTls {
-            server_name: None,
-            roots: TlsRoots::Backends,
-        }),
-        ..Backend::new(address, Origin::Redis)
-    })
-}
-
-fn check(address: SocketAddr) -> anyhow::Result<()> {
-    wire::check_backend_address(address.ip()).map_err(|why| anyhow!("{address}: {why}"))?;
-    ensure!(address.port() != 0, "{address}: port 0 is not a port");
-    Ok(())
-}
-
-fn announcement(host: &str, backends: Vec<Backend>) -> anyhow::Result<Announcement> {
-    ensure!(
-        backends.len() <= MAX_POOL_BACKENDS,
-        "more than {MAX_POOL_BACKENDS} backends"
-    );
-    ensure!(!host.contains(['/', '?']), "key: {host:?} is not a host");
-    let route = wire::parse_uri(host).map_err(|why| anyhow!("key: {why}"))?;
-    let registrations = backends.into_iter().map(|backend| Registration {
-        routes: vec![RouteKey::Http(route.clone())],
-        backend: Arc::new(backend),
-        stale_after: None,
-        balance: None,
-        route_service_url: None,
-    });
-    Ok(Announcement {
-        registrations: registrations.collect(),
-        declarations: Vec::new(),
-    })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rand::Rng;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 
@@ -120,6 +121,12 @@ impl Gateway {
         .await;
     }
 
+    /// Of the latest attempt at the server.
+    pub(crate) fn error(&self) -> String {
+        let status = self.metrics.sources.get(self.origin);
+        status.and_then(|status| status.error).unwrap_or_default()
+    }
+
     /// Waits until everything was read.
     pub(crate) async fn is_whole(&self) {
         let status = || self.metrics.sources.get(self.origin);
@@ -196,10 +203,16 @@ impl Drop for Server {
     }
 }
 
-/// An address that nobody listens on.
+/// An address that nobody listens on, below the ports that the kernel gives to clients: one of those
+/// that looks for a server which is away would connect to itself.
 pub(crate) fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
+    loop {
+        let port = rand::rng().random_range(16_384..32_768);
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 /// A way to a server that can be held up: bytes wait, connections stay.

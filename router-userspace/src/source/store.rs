@@ -32,6 +32,8 @@ const MAX_REFUSED: usize = 1 << 16;
 pub(crate) const MAX_VALUE_BYTES: usize = 1 << 20;
 /// Keys that are taken in before others of the thread have their turn.
 const STEP: usize = 64;
+/// Keys of which it is found out at a time whether they are gone.
+const LOOK: usize = 1024;
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
 /// A session with a server, which ends with the reason why.
@@ -181,8 +183,26 @@ impl Store {
         for key in refused.cloned().collect::<Vec<_>>() {
             self.accept(&key);
         }
-        self.pending.extend(self.ledger.retain(keep));
-        self.send().await;
+        let mut after = String::new();
+        loop {
+            let mut looked_at = None;
+            let mut gone = Vec::new();
+            for key in self.ledger.keys_after(&after).take(LOOK) {
+                looked_at = Some(key.to_owned());
+                if !keep(key) {
+                    gone.push(key.to_owned());
+                }
+            }
+            for key in &gone {
+                self.pending.extend(self.ledger.remove(key));
+            }
+            self.send().await;
+            match looked_at {
+                Some(last) => after = last,
+                None => return,
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     fn accept(&mut self, key: &str) {
@@ -277,3 +297,6 @@ fn backoff(failures: u32) -> Duration {
     let most = Duration::from_millis(100 << failures.saturating_sub(1).min(16)).min(MAX_BACKOFF);
     rand::rng().random_range(most / 2..=most)
 }
+
+#[cfg(test)]
+mod tests;

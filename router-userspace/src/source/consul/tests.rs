@@ -75,6 +75,13 @@ impl Double {
         self.changed.send_replace(index);
     }
 
+    fn go_back_to(&self, to: u64) {
+        let mut state = self.state.lock().unwrap();
+        state.indexes.values_mut().for_each(|index| *index = to);
+        drop(state);
+        self.changed.send_replace(to);
+    }
+
     fn set(&self, service: &str, instances: &[Value]) {
         self.change(&format!("health/service/{service}"), |state| {
             let instances = instances.to_vec();
@@ -242,7 +249,7 @@ async fn services_by_tags_and_maps_and_routes_of_the_store_are_served_and_follow
     gateway.serves("kv.x", &[]).await;
     assert_eq!(gateway.rejects.list(), []);
     gateway
-        .reload(&config(double.address, &MAP.replace(".m", ".n")))
+        .reload(&config(double.address, &MAP.replace("}.m", "}.n")))
         .await;
     gateway.serves("mapped.n", &["10.0.9.9:81"]).await;
     gateway.serves("mapped.m", &[]).await;
@@ -302,22 +309,17 @@ async fn routes_outlast_an_agent_that_stalls_or_ends_and_an_index_that_goes_back
     double.change("health/service/c", |state| {
         state.services = BTreeMap::from([("a".to_owned(), at("a.x").to_vec())]);
     });
-    let mut state = double.state.lock().unwrap();
-    state.indexes.values_mut().for_each(|index| *index = 3);
-    drop(state);
-    double.changed.send_replace(3);
+    double.go_back_to(3);
     gateway.serves("c.x", &[]).await;
     let address = double.address;
     drop(double);
     gateway.is(State::Lost).await;
     assert_eq!(gateway.backends("a.x"), ["10.0.0.1:80"]);
-    let double = loop {
-        // Connections that end may hold the address for a moment.
-        match std::net::TcpListener::bind(address) {
-            Ok(_) => break Double::start_at(address).await,
-            Err(_) => tokio::task::yield_now().await,
-        }
-    };
+    // Connections that end may hold the address for a moment.
+    while std::net::TcpListener::bind(address).is_err() {
+        tokio::task::yield_now().await;
+    }
+    let double = Double::start_at(address).await;
     double.set("d", &at("d.x"));
     gateway.serves("d.x", &["10.0.0.1:80"]).await;
     gateway.serves("a.x", &[]).await;
@@ -379,10 +381,7 @@ async fn a_token_without_rights_is_told_so() {
     double.set("a", &[instance("1", "10.0.0.1", 80, &["viaduct.uris=a.x"])]);
     let text = |token: &str| config(double.address, &format!("token = {token:?}\n"));
     let gateway = Gateway::start(Origin::Consul, &text("bad"), run);
-    let error = || {
-        let status = gateway.metrics.sources.get(Origin::Consul).unwrap();
-        status.error.unwrap_or_default()
-    };
+    let error = || gateway.error();
     until(error, || {
         error().contains("403") && error().contains("Permission denied")
     })

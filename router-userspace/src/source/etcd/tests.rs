@@ -190,6 +190,20 @@ async fn more_than_a_page_is_read_at_one_revision() {
 }
 
 #[tokio::test]
+async fn long_values_are_read_in_shorter_pages() {
+    let server = Server::start().await;
+    for i in 0..5 {
+        let route = route("a.x", &format!("10.0.0.{i}:80"));
+        let padded = format!("{route}{}", " ".repeat(1_000_000));
+        server.put(format!("/viaduct/routes/{i}"), padded).await;
+    }
+    let gateway = Gateway::start(Origin::Etcd, &config(&server.url(), ""), run);
+    let backends: Vec<String> = (0..5).map(|i| format!("10.0.0.{i}:80")).collect();
+    let backends: Vec<&str> = backends.iter().map(String::as_str).collect();
+    gateway.serves("a.x", &backends).await;
+}
+
+#[tokio::test]
 async fn routes_outlast_the_server_and_a_compaction_while_it_was_away() {
     let server = Server::start().await;
     server.put("/services/a/1", "10.0.0.1:80").await;
@@ -247,10 +261,7 @@ async fn a_watch_from_a_compacted_revision_reads_everything_again() {
         let error = follow(vec![watch], &layout, &mut store).await.unwrap_err();
         store.statuses().lost(Origin::Etcd, &error.to_string());
     });
-    let error = || {
-        let status = gateway.metrics.sources.get(Origin::Etcd);
-        status.and_then(|status| status.error).unwrap_or_default()
-    };
+    let error = || gateway.error();
     until(error, || error() == "watch: compacted up to revision 3").await;
 }
 
@@ -309,10 +320,7 @@ async fn a_user_without_rights_is_told_so_and_one_with_rights_reads() {
         config(&server.url(), &more)
     };
     let gateway = Gateway::start(Origin::Etcd, &text("nobody", "p"), run);
-    let error = || {
-        let status = gateway.metrics.sources.get(Origin::Etcd).unwrap();
-        status.error.unwrap_or_default()
-    };
+    let error = || gateway.error();
     until(error, || error().contains("permission denied")).await;
     gateway.reload(&text("reader", "p")).await;
     gateway.serves("a.x", &["10.0.0.1:80"]).await;
@@ -333,10 +341,7 @@ async fn it_speaks_tls_to_a_server_that_its_certificates_vouch_for() {
     let tls = ["--cert-file", &certificate, "--key-file", &key];
     let server = Server::start_at(free_address(), folder, "https", &tls).await;
     let gateway = Gateway::start(Origin::Etcd, &config(&server.url(), ""), run);
-    let error = || {
-        let status = gateway.metrics.sources.get(Origin::Etcd).unwrap();
-        status.error.unwrap_or_default()
-    };
+    let error = || gateway.error();
     until(error, || error().contains("certificate")).await;
     let ca = format!("ca_file = {certificate:?}\n");
     gateway.reload(&config(&server.url(), &ca)).await;
