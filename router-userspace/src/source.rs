@@ -15,7 +15,7 @@ use crate::metrics::Metrics;
 use crate::rejects::Rejects;
 use crate::route::RouteEvent;
 
-mod api;
+pub mod api;
 pub mod consul;
 pub mod etcd;
 pub mod file;

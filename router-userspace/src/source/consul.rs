@@ -20,12 +20,11 @@ use futures_util::{FutureExt, StreamExt};
 use http::{HeaderName, Method, StatusCode};
 use serde::Deserialize;
 
-use crate::cli::client::escape;
 use crate::config::{Config, ConsulConfig, Server};
 use crate::route::Origin;
 use crate::route::declared::Announcement;
 use crate::source::Context;
-use crate::source::api::{self, Api, Refusal, TlsFiles};
+use crate::source::api::{self, Api, Refusal, TlsFiles, escape};
 use crate::source::mapping::{self, Instance, Layout};
 use crate::source::store::{self, MAX_KEYS, Store};
 

@@ -64,6 +64,7 @@ async fn hold(
     let prefixes = layout.prefixes();
     loop {
         let revision = client.read_all(&prefixes, &layout, store).await?;
+        store.connected_once(endpoint);
         let mut watches = Vec::new();
         for prefix in &prefixes {
             watches.push(client.watch(prefix, revision + 1).await?);
@@ -181,9 +182,9 @@ impl Client {
             let mut from = prefix.as_bytes().to_vec();
             loop {
                 let page = self.page(&from, &end, revision).await?;
+                // Of later pages it is what was reached meanwhile.
                 if revision == 0 {
                     revision = page.header.revision;
-                    store.connected(prefix);
                 }
                 for kv in &page.kvs {
                     names.insert(take_in(kv, layout, store).await);

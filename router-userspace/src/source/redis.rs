@@ -68,7 +68,7 @@ async fn hold(config: &RedisConfig, url: &str, store: &mut Store) -> anyhow::Res
         .set_connection_timeout(Some(config.timeout))
         .set_response_timeout(Some(config.timeout));
     let connection = client.get_multiplexed_async_connection_with_config(&settings);
-    let connection = connection.await.context("connect")?;
+    let connection = connection.await.map_err(said).context("connect")?;
     let mut keyspace = Keyspace {
         connection,
         prefix: config.key_prefix.as_bytes(),
@@ -169,7 +169,7 @@ impl Changes {
                 tracing::info!(%error, "redis tells nothing of changes: it is polled");
                 Ok(None)
             }
-            Ok(Err(error)) => Err(error).context("subscribe"),
+            Ok(Err(error)) => Err(said(error)).context("subscribe"),
             Err(_) => bail!("subscribe: no answer within {:?}", config.timeout),
         }
     }
@@ -302,7 +302,7 @@ impl Keyspace<'_> {
         let settings: BTreeMap<String, String> = match answer {
             Ok(settings) => settings,
             Err(error) if is_refusal(&error) => BTreeMap::new(),
-            Err(error) => return Err(error).context("read notify-keyspace-events"),
+            Err(error) => return Err(said(error)).context("read notify-keyspace-events"),
         };
         let events = settings.values().next().map_or("", String::as_str);
         let all = events.contains('A') || "g$lsx".chars().all(|kind| events.contains(kind));
@@ -322,6 +322,7 @@ impl Keyspace<'_> {
                 let (next, keys): (u64, Vec<Vec<u8>>) = scan
                     .query_async(&mut self.connection)
                     .await
+                    .map_err(said)
                     .context("SCAN")?;
                 for key in keys {
                     match Subject::of(&key, self.prefix) {
@@ -451,14 +452,19 @@ async fn read(
     };
     let content = match content.await {
         Ok(content) => content,
-        Err(error) if is_refusal(&error) => Err(anyhow!("{error}")),
-        Err(error) => return Err(error).with_context(|| format!("read {}", subject.key())),
+        Err(error) if is_refusal(&error) => Err(said(error)),
+        Err(error) => return Err(said(error)).with_context(|| format!("read {}", subject.key())),
     };
     Ok(Reading {
         subject,
         content,
         target,
     })
+}
+
+/// An error without its source, which says the same again.
+fn said(error: RedisError) -> anyhow::Error {
+    anyhow!("{error}")
 }
 
 /// Whether the server answered, and refuses what was asked for rather than to serve at all.

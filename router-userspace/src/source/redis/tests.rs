@@ -276,7 +276,7 @@ async fn a_user_with_few_rights_polls_and_without_rights_is_told_so() {
     };
     let gateway = Gateway::start(Origin::Redis, &text("nobody"), run);
     let error = || gateway.error();
-    crate::source::rig::until(error, || error().contains("NOPERM")).await;
+    crate::source::rig::until(error, || error().contains("no permissions")).await;
     gateway.reload(&text("reader")).await;
     gateway.serves("a.x", &["10.0.0.1:80"]).await;
     let _: () = admin.rpush("app:/rs/a.x", "10.0.0.2:80").unwrap();
@@ -285,7 +285,7 @@ async fn a_user_with_few_rights_polls_and_without_rights_is_told_so() {
     gateway
         .reload(&text("reader").replace("secret", "wrong"))
         .await;
-    crate::source::rig::until(error, || error().contains("WRONGPASS")).await;
+    crate::source::rig::until(error, || error().contains("authentication failed")).await;
     assert_eq!(gateway.backends("a.x").len(), 2);
     gateway.reload("").await;
     gateway.serves("a.x", &[]).await;
