@@ -158,6 +158,9 @@ async fn ask(
         Ok(answer) => {
             let index = answer.headers().get("x-consul-index");
             let index = index.and_then(|index| index.to_str().ok()?.parse().ok());
+            if index.is_none() {
+                tokio::time::sleep(TURN).await;
+            }
             (index.unwrap_or(0), answer.into_body())
         }
         // No key is there; an answer without an index is asked for again in a while.

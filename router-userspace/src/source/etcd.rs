@@ -60,9 +60,10 @@ async fn hold(
         routes_prefix: &config.routes_prefix,
         maps: &config.map,
     };
-    let client = connect(config, endpoint).await?;
     let prefixes = layout.prefixes();
     loop {
+        // Anew each time: tokens of users expire.
+        let client = connect(config, endpoint).await?;
         let revision = client.read_all(&prefixes, &layout, store).await?;
         store.connected_once(endpoint);
         let mut watches = Vec::new();

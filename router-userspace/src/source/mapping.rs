@@ -316,6 +316,20 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_value_stops_it(
+            key in "(/routes/|/services/|/discovery/)[a-z/]{0,6}",
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..64),
+            json in r#"\{"(host|port|tags|weight)":("[0-9.:]{0,9}"|[0-9]{1,20}|null|\[\]),"port":[0-9]{1,6}\}"#,
+        ) {
+            let layout = Layout { routes_prefix: "/routes/", maps: &maps() };
+            for value in [&bytes[..], json.as_bytes()] {
+                let _ = layout.read(&key, value, Origin::Etcd, &[]);
+            }
+        }
+    }
+
     #[test]
     fn no_key_is_read_by_two_prefixes() {
         let mut maps = maps();

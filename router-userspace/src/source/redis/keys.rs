@@ -127,3 +127,38 @@ fn announcement(host: &str, backends: Vec<Backend>) -> anyhow::Result<Announceme
         declarations: Vec::new(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_value_stops_it_and_what_is_taken_is_of_the_host(
+            host in "[a-z*. /]{0,8}",
+            list in proptest::collection::vec(
+                prop_oneof![
+                    "(https?://)?[0-9.\\[\\]:]{0,12}/?".prop_map(String::into_bytes),
+                    proptest::collection::vec(any::<u8>(), 0..12),
+                    (0u8..4, 1u16..99).prop_map(|(n, port)| {
+                        format!("http://10.0.0.{n}:{port}").into_bytes()
+                    }),
+                ],
+                0..4,
+            ),
+            dead in proptest::collection::vec("[0-9]{1,2}".prop_map(String::into_bytes), 0..3),
+        ) {
+            let _ = alias(&list.concat());
+            for read in [frontend(&host, &list, &dead), instances(&host, &list)] {
+                let Ok(announcement) = read else { continue };
+                for registration in announcement.registrations {
+                    prop_assert_eq!(registration.routes[0].to_string(), host.trim_end_matches('.'));
+                    prop_assert!(registration.backend.address.port() > 0);
+                    prop_assert!(registration.backend.weight <= wire::MAX_WEIGHT);
+                }
+            }
+        }
+    }
+}
