@@ -425,3 +425,64 @@ impl ConsulConfig {
         ensure_positive(&[("consul.timeout", self.timeout), ("consul.wait", self.wait)])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+
+    #[test]
+    fn a_mistake_is_named_by_its_key() {
+        for (text, key) in [
+            ("[redis]\nservers = [\"http://a\"]", "redis.servers[0]"),
+            (
+                "[redis]\nservers = [\"redis://a:99999\"]",
+                "redis.servers[0]",
+            ),
+            (
+                "[redis]\nservers = [\"redis://u:p@a\"]",
+                "keys of their own",
+            ),
+            ("[redis]\nservers = [\"redis://a/1\"]", "redis.servers[0]"),
+            ("[redis]\nuser = \"u\"", "redis.user"),
+            ("[redis]\npoll_interval = \"0s\"", "redis.poll_interval"),
+            ("[etcd]\nendpoints = [\"a:2379\"]", "etcd.endpoints[0]"),
+            ("[etcd]\npassword = \"p\"", "etcd.user"),
+            ("[etcd]\nroutes_prefix = \"\"", "etcd.routes_prefix"),
+            ("[[etcd.map]]\n", "etcd.map[0]: neither uris nor vips"),
+            ("[[etcd.map]]\nuris = [\"a b\"]", "etcd.map[0].uris[0]"),
+            ("[[etcd.map]]\nvips = [\"a\"]", "etcd.map[0].vips[0]"),
+            (
+                "[[etcd.map]]\nuris = [\"a\"]\nprefix = \"/a\"",
+                "etcd.map[0].prefix",
+            ),
+            (
+                "[[etcd.map]]\nuris = [\"a\"]\nhost = \"a..b\"",
+                "etcd.map[0].host",
+            ),
+            ("[zookeeper]\nservers = [\"a/b\"]", "zookeeper.servers[0]"),
+            ("[zookeeper]\nroutes_prefix = \"a/\"", "\"a/\""),
+            ("[consul]\naddress = \"a\"", "consul.address"),
+            ("[consul]\nwait = \"1h\"", "consul.wait"),
+            ("[[consul.map]]\nuris = [\"\"]", "consul.map[0].uris[0]"),
+            ("[[consul.map]]\nprefix = \"/a/\"", "prefix"),
+        ] {
+            let error = format!("{:#}", parse(text).expect_err(text));
+            assert!(error.contains(key), "{text}: {error:?} lacks {key:?}");
+        }
+    }
+
+    #[test]
+    fn the_documented_examples_are_valid() {
+        let text = include_str!("../../../docs/sources.md");
+        let blocks = text.split("```toml\n").skip(1);
+        let blocks = blocks.map(|rest| rest.split("```").next().unwrap());
+        let config = parse(&blocks.collect::<String>()).unwrap();
+        assert_eq!(config.redis.servers.len(), 2);
+        assert_eq!((config.etcd.map.len(), config.consul.map.len()), (1, 1));
+        assert_eq!(config.zookeeper.map[0].host, "address");
+        let defaults = super::super::Config::default();
+        assert_eq!(config.etcd.rescan_interval, defaults.etcd.rescan_interval);
+        assert_eq!(config.consul.wait, defaults.consul.wait);
+        assert_eq!(config.redis.poll_interval, defaults.redis.poll_interval);
+    }
+}
