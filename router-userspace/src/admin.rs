@@ -46,9 +46,10 @@ use crate::admin::ready::{Readiness, Sources};
 use crate::config::{AdminListen, Config};
 use crate::event::Event;
 use crate::l4::L4Reader;
-use crate::metrics::Scrape;
+use crate::metrics::{Metrics, Scrape};
 use crate::rejects::Rejects;
 use crate::route::Origin;
+use crate::source::status::Status;
 
 mod drain;
 mod explain;
@@ -205,7 +206,9 @@ impl Admin {
         let metrics = &self.scrape.metrics;
         let snapshot = self.scrape.published.load();
         let config = self.config.borrow().clone();
-        let (files_unread, files_refused) = metrics.files.judge(&config.file.paths);
+        let (files_unread, files_refused) = metrics
+            .files
+            .judge(config.file.paths.iter().chain(&config.file.directories));
         ready::judge(&Sources {
             draining: *self.draining.borrow(),
             nats_configured: !config.nats.servers.is_empty(),
@@ -217,6 +220,7 @@ impl Admin {
             has_routes: !(snapshot.hosts.is_empty() && snapshot.vips.is_empty()),
             uptime: self.started.elapsed(),
             grace: config.nats.startup_grace,
+            followed: metrics.sources.list(),
         })
     }
 }
@@ -382,6 +386,7 @@ fn counters(admin: &Admin) -> Value {
             "slow_consumer": metrics.nats_slow_consumer.get(),
             "rejects": object(&mut metrics.rejects()),
         },
+        "sources": sources(metrics),
         "changes": object(&mut metrics.changes().into_iter()),
         "l4": l4,
         "l7": scrape.l7.totals(),
@@ -390,6 +395,22 @@ fn counters(admin: &Admin) -> Value {
             "dropped": scrape.l7.access_log.dropped(),
         },
     })
+}
+
+/// Those that follow a server, by origin.
+fn sources(metrics: &Metrics) -> Value {
+    let source = |(origin, status): (Origin, Status)| {
+        let row = json!({
+            "state": status.state,
+            "since_seconds": status.since.elapsed().as_secs(),
+            "age_seconds": status.age().map(|age| age.as_secs()),
+            "error": status.error,
+            "keys": metrics.source_keys[origin as usize].get(),
+            "rejects": metrics.source_rejects[origin as usize].get(),
+        });
+        (origin.as_str().to_owned(), row)
+    };
+    Value::Object(metrics.sources.list().into_iter().map(source).collect())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 mod http;
 mod l4;
+mod sources;
 
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
@@ -27,6 +28,9 @@ pub use http::{
 pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
     MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,
+};
+pub use sources::{
+    ConsulConfig, EtcdConfig, InstanceMap, RedisConfig, Server, ServiceMap, ZookeeperConfig,
 };
 
 /// The longest `health.interval`.
@@ -53,6 +57,10 @@ pub fn parse(text: &str) -> anyhow::Result<Config> {
 pub struct Config {
     pub nats: NatsConfig,
     pub file: FileConfig,
+    pub redis: RedisConfig,
+    pub etcd: EtcdConfig,
+    pub zookeeper: ZookeeperConfig,
+    pub consul: ConsulConfig,
     pub http: HttpConfig,
     pub l4: L4Config,
     pub health: HealthConfig,
@@ -116,8 +124,10 @@ pub enum ShardingMode {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FileConfig {
-    /// TOML files of static routes.
+    /// Files of static routes, in JSON where they are named so, else in TOML.
     pub paths: Vec<PathBuf>,
+    /// Directories whose `*.toml` and `*.json` are such files.
+    pub directories: Vec<PathBuf>,
     /// How often they are looked at for a change.
     #[serde(with = "humantime_serde")]
     pub poll_interval: Duration,
@@ -223,6 +233,7 @@ impl Default for FileConfig {
     fn default() -> FileConfig {
         FileConfig {
             paths: Vec::new(),
+            directories: Vec::new(),
             poll_interval: Duration::from_secs(1),
         }
     }
@@ -335,6 +346,10 @@ impl Config {
                 socket.display()
             );
         }
+        self.redis.validate()?;
+        self.etcd.validate()?;
+        self.zookeeper.validate()?;
+        self.consul.validate()?;
         self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()

@@ -26,6 +26,7 @@ use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
 use crate::source::kv::status::{State as KvState, Status as KvStatus};
+use crate::source::status::{State, Statuses};
 
 mod proxy;
 
@@ -57,6 +58,11 @@ pub struct Metrics {
     pub kv_deletes: Counter,
     /// Keys of the bucket that have a value.
     pub kv_keys: Gauge,
+    /// Sources that follow a server.
+    pub sources: Statuses,
+    /// Keys of a source that announce something, and values of them that were refused.
+    pub source_keys: [Gauge; Origin::ALL.len()],
+    pub source_rejects: [Counter; Origin::ALL.len()],
     /// Times a source found the agent's inbox full.
     pub inbox_full: Counter,
     pub files: Files,
@@ -105,20 +111,17 @@ impl Files {
     }
 
     /// Forgets files that are not configured any more.
-    pub fn retain(&self, configured: &[PathBuf]) {
-        self.lock().retain(|path, _| configured.contains(path));
+    pub fn retain(&self, configured: impl Fn(&PathBuf) -> bool) {
+        self.lock().retain(|path, _| configured(path));
     }
 
-    /// How many of the configured files are unread, and how many refused.
-    pub fn judge(&self, configured: &[PathBuf]) -> (usize, usize) {
+    /// How many of the configured files and directories are unread, and how many files are refused.
+    pub fn judge<'a>(&self, configured: impl IntoIterator<Item = &'a PathBuf>) -> (usize, usize) {
         let files = self.lock();
-        let count = |state| {
-            configured
-                .iter()
-                .filter(|path| files.get(*path) == state)
-                .count()
-        };
-        (count(None), count(Some(&false)))
+        let configured = configured.into_iter();
+        let unread = configured.filter(|path| !files.contains_key(*path));
+        let refused = files.values().filter(|taken| !**taken);
+        (unread.count(), refused.count())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<PathBuf, bool>> {
@@ -169,6 +172,9 @@ impl Default for Metrics {
             kv_rejects: Counter::default(),
             kv_deletes: Counter::default(),
             kv_keys: Gauge::default(),
+            sources: Statuses::default(),
+            source_keys: Default::default(),
+            source_rejects: Default::default(),
             inbox_full: Counter::default(),
             files: Files::default(),
             file_loads: Counter::default(),
@@ -279,6 +285,7 @@ impl Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
         let mut page = Page(encoder);
         encode_sources(&mut page, &self.metrics)?;
+        encode_servers(&mut page, &self.metrics)?;
         encode_table(&mut page, &self.metrics)?;
         let snapshot = self.published.load();
         page.gauge(
@@ -378,6 +385,43 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
             ([("result", "good")], metrics.file_loads.get()),
             ([("result", "refused")], metrics.file_rejects.get()),
         ],
+    )
+}
+
+/// Sources that follow a server, and are configured.
+fn encode_servers(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
+    let sources = metrics.sources.list();
+    page.gauges(
+        "viaduct_source_connected",
+        "1 while a source has its server",
+        sources.iter().map(|(origin, status)| {
+            let connected = status.state == State::Connected;
+            ([("origin", origin.as_str())], usize::from(connected))
+        }),
+    )?;
+    page.gauges(
+        "viaduct_source_age_seconds",
+        "How long ago the routes of a source were those of its server for sure",
+        sources.iter().filter_map(|(origin, status)| {
+            let age = status.age()?.as_secs() as usize;
+            Some(([("origin", origin.as_str())], age))
+        }),
+    )?;
+    page.gauges(
+        "viaduct_source_keys",
+        "Keys of a source that announce something",
+        sources.iter().map(|(origin, _)| {
+            let keys = metrics.source_keys[*origin as usize].get();
+            ([("origin", origin.as_str())], keys as usize)
+        }),
+    )?;
+    page.counters(
+        "viaduct_source_rejects",
+        "Values of a source's keys that were refused",
+        sources.iter().map(|(origin, _)| {
+            let rejects = metrics.source_rejects[*origin as usize].get();
+            ([("origin", origin.as_str())], rejects)
+        }),
     )
 }
 

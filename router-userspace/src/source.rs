@@ -15,12 +15,22 @@ use crate::metrics::Metrics;
 use crate::rejects::Rejects;
 use crate::route::RouteEvent;
 
+pub mod api;
+pub mod consul;
+pub mod etcd;
 pub mod file;
 pub mod kv;
 pub mod ledger;
+mod mapping;
 pub mod nats;
 #[cfg(test)]
 pub(crate) mod nats_server;
+pub mod redis;
+#[cfg(test)]
+mod rig;
+pub mod status;
+mod store;
+pub mod zookeeper;
 
 /// What every source works with.
 #[derive(Clone)]
@@ -58,5 +68,9 @@ pub async fn start(context: &Context) -> anyhow::Result<()> {
         }
     }
     tokio::spawn(file::run(context.clone()));
+    tokio::spawn(redis::run(context.clone()));
+    tokio::spawn(etcd::run(context.clone()));
+    tokio::spawn(zookeeper::run(context.clone()));
+    tokio::spawn(consul::run(context.clone()));
     Ok(())
 }

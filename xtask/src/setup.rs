@@ -93,6 +93,27 @@ pub(crate) const TEST: &[Item] = &[
         install: None,
     },
     Item {
+        name: "redis-server",
+        purpose: "is a source of routes",
+        find: || on_path("redis-server"),
+        packages: &["redis-server"],
+        install: None,
+    },
+    Item {
+        name: "etcd",
+        purpose: "is a source of routes",
+        find: || on_path("etcd"),
+        packages: &["etcd-server"],
+        install: None,
+    },
+    Item {
+        name: "ZooKeeper",
+        purpose: "is a source of routes",
+        find: zookeeper,
+        packages: &["zookeeperd"],
+        install: None,
+    },
+    Item {
         name: "Python clients",
         purpose: "tries gRPC, HTTP/2, HTTP/3 and WebSockets",
         find: python_clients,
@@ -189,6 +210,9 @@ const SERVICES: &[(&str, &str)] = &[
     ("nats-server", "nats-server"),
     ("nginx-light", "nginx"),
     ("haproxy", "haproxy"),
+    ("redis-server", "redis-server"),
+    ("etcd-server", "etcd"),
+    ("zookeeperd", "zookeeper"),
 ];
 
 /// One thing to find or install.
@@ -334,6 +358,15 @@ fn component(program: &str) -> Option<String> {
     // rustup's stand-in is there without the component, and fails.
     let text = output(Command::new(&found).arg("--version"))?;
     Some(format!("{found}, {text}"))
+}
+
+/// The package brings a library, which java runs as the server.
+fn zookeeper() -> Option<String> {
+    let library = "/usr/share/java/zookeeper.jar";
+    let found = on_path("java")?;
+    Path::new(library)
+        .is_file()
+        .then(|| format!("{library}, {found}"))
 }
 
 /// A virtual environment with what is required today.

@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::route::Origin;
 use crate::source::kv::status::State as KvState;
+use crate::source::status::{State, Status};
 
 /// The facts readiness depends on.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Sources {
     pub draining: bool,
     pub nats_configured: bool,
@@ -31,51 +33,61 @@ pub struct Sources {
     pub uptime: Duration,
     /// `nats.startup_grace`.
     pub grace: Duration,
+    /// Sources that follow another server, and are configured.
+    pub followed: Vec<(Origin, Status)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Readiness {
     pub ready: bool,
     /// Why it is not ready.
-    pub waiting: Vec<&'static str>,
+    pub waiting: Vec<String>,
     /// What is wrong although it is ready.
-    pub degraded: Vec<&'static str>,
+    pub degraded: Vec<String>,
 }
 
 pub fn judge(sources: &Sources) -> Readiness {
     let mut waiting = Vec::new();
     let mut degraded = Vec::new();
     if sources.draining {
-        waiting.push("draining");
+        waiting.push("draining".to_owned());
     }
     if sources.files_unread > 0 {
-        waiting.push("file: not read yet");
+        waiting.push("file: not read yet".to_owned());
     }
     if sources.files_refused > 0 {
-        degraded.push("file: refused");
+        degraded.push("file: refused".to_owned());
     }
+    let serves_without = sources.has_routes && sources.uptime >= sources.grace;
     if sources.nats_configured {
-        let serves_without = sources.has_routes && sources.uptime >= sources.grace;
         match sources.nats_known_for {
-            None if serves_without => degraded.push("nats: disconnected"),
-            None => waiting.push("nats: not connected yet"),
+            None if serves_without => degraded.push("nats: disconnected".to_owned()),
+            None => waiting.push("nats: not connected yet".to_owned()),
             Some(known_for) => {
                 if known_for < sources.grace {
-                    waiting.push("nats: routes are being collected");
+                    waiting.push("nats: routes are being collected".to_owned());
                 }
                 if !sources.nats_connected {
-                    degraded.push("nats: disconnected");
+                    degraded.push("nats: disconnected".to_owned());
                 }
             }
         }
     }
     match sources.kv {
-        KvState::Unread if sources.has_routes && sources.uptime >= sources.grace => {
-            degraded.push("kv: not read");
+        KvState::Unread if serves_without => {
+            degraded.push("kv: not read".to_owned());
         }
-        KvState::Unread => waiting.push("kv: not read yet"),
-        KvState::Lost => degraded.push("kv: not followed"),
+        KvState::Unread => waiting.push("kv: not read yet".to_owned()),
+        KvState::Lost => degraded.push("kv: not followed".to_owned()),
         KvState::Off | KvState::Followed => {}
+    }
+    for (origin, status) in &sources.followed {
+        let origin = origin.as_str();
+        if status.age().is_none() && !serves_without {
+            waiting.push(format!("{origin}: not read yet"));
+        } else if status.state != State::Connected || status.age().is_none() {
+            degraded.push(format!("{origin}: disconnected"));
+        }
     }
     Readiness {
         ready: waiting.is_empty(),
@@ -87,15 +99,14 @@ pub fn judge(sources: &Sources) -> Readiness {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::status::Statuses;
 
     #[track_caller]
     fn check(sources: Sources, waiting: &[&str], degraded: &[&str]) {
         let readiness = judge(&sources);
         assert_eq!(readiness.ready, waiting.is_empty());
-        assert_eq!(
-            (&readiness.waiting[..], &readiness.degraded[..]),
-            (waiting, degraded)
-        );
+        assert_eq!(readiness.waiting, waiting);
+        assert_eq!(readiness.degraded, degraded);
     }
 
     const GRACE: Duration = Duration::from_secs(20);
@@ -108,17 +119,21 @@ mod tests {
             ..Sources::default()
         };
         check(Sources::default(), &[], &[]);
-        check(fresh, &["nats: not connected yet"], &[]);
+        check(fresh.clone(), &["nats: not connected yet"], &[]);
         let connected = Sources {
             nats_connected: true,
             nats_known_for: Some(Duration::ZERO),
             ..fresh
         };
-        check(connected, &["nats: routes are being collected"], &[]);
+        check(
+            connected.clone(),
+            &["nats: routes are being collected"],
+            &[],
+        );
         check(
             Sources {
                 grace: Duration::ZERO,
-                ..connected
+                ..connected.clone()
             },
             &[],
             &[],
@@ -127,10 +142,10 @@ mod tests {
             nats_known_for: Some(GRACE),
             ..connected
         };
-        check(settled, &[], &[]);
+        check(settled.clone(), &[], &[]);
         let lost = Sources {
             nats_connected: false,
-            ..settled
+            ..settled.clone()
         };
         check(lost, &[], &["nats: disconnected"]);
         let draining = Sources {
@@ -148,7 +163,7 @@ mod tests {
             uptime: GRACE,
             ..Sources::default()
         };
-        check(late, &["nats: not connected yet"], &[]);
+        check(late.clone(), &["nats: not connected yet"], &[]);
         let serving = Sources {
             has_routes: true,
             ..late
@@ -164,13 +179,16 @@ mod tests {
             uptime: GRACE,
             ..Sources::default()
         };
-        check(unread, &["kv: not read yet"], &[]);
+        check(unread.clone(), &["kv: not read yet"], &[]);
         let serving = Sources {
             has_routes: true,
             ..unread
         };
-        check(serving, &[], &["kv: not read"]);
-        let with = |kv| Sources { kv, ..serving };
+        check(serving.clone(), &[], &["kv: not read"]);
+        let with = |kv| Sources {
+            kv,
+            ..serving.clone()
+        };
         check(with(KvState::Followed), &[], &[]);
         check(with(KvState::Off), &[], &[]);
         check(with(KvState::Lost), &[], &["kv: not followed"]);
@@ -188,5 +206,26 @@ mod tests {
             ..Sources::default()
         };
         check(refused, &[], &["file: refused"]);
+    }
+    #[test]
+    fn a_server_is_waited_for_until_it_was_read_and_its_loss_is_told() {
+        let statuses = Statuses::default();
+        statuses.configure(Origin::Redis, true);
+        let judged = |has_routes, waiting: &[&str], degraded: &[&str]| {
+            let sources = Sources {
+                followed: statuses.list(),
+                has_routes,
+                ..Sources::default()
+            };
+            check(sources, waiting, degraded);
+        };
+        judged(false, &["redis: not read yet"], &[]);
+        judged(true, &[], &["redis: disconnected"]);
+        statuses.connected(Origin::Redis);
+        judged(false, &["redis: not read yet"], &[]);
+        statuses.whole(Origin::Redis, true);
+        judged(false, &[], &[]);
+        statuses.lost(Origin::Redis, "gone");
+        judged(false, &[], &["redis: disconnected"]);
     }
 }

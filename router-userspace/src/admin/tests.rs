@@ -240,10 +240,23 @@ async fn the_api_answers_on_a_unix_socket() {
         refused.contains(r#""what":"route.a","why":"uris: none""#),
         "{refused}"
     );
+    metrics.sources.configure(Origin::Redis, true);
+    metrics.sources.lost(Origin::Redis, "refused");
+    metrics.source_rejects[Origin::Redis as usize].inc();
+    assert!(
+        get("/readyz")
+            .await
+            .unwrap()
+            .contains("redis: disconnected")
+    );
+    let stats = get("/v1/stats").await.unwrap();
+    assert!(stats.contains(r#""redis":{"age_seconds":null,"error":"refused","#));
     let text = get("/metrics").await.unwrap();
     for line in [
         "viaduct_nats_rejects_total{reason=\"vip_range\"} 1",
         "viaduct_nats_connected 0",
+        "viaduct_source_connected{origin=\"redis\"} 0",
+        "viaduct_source_rejects_total{origin=\"redis\"} 1",
         "viaduct_health_unhealthy_backends 1",
         "# TYPE viaduct_agent_publish_seconds histogram",
         "viaduct_agent_publish_seconds_bucket{le=\"+Inf\"} 0",

@@ -17,7 +17,11 @@ pub struct Options {
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let config = resolve::load(&options.config)?;
-    for path in &config.file.paths {
+    let mut paths = config.file.paths.clone();
+    for directory in &config.file.directories {
+        paths.extend(source::file::list(directory).map_err(Failure::Usage)?);
+    }
+    for path in &paths {
         source::file::load(path, &config.l4.vip_ranges).map_err(Failure::Usage)?;
     }
     let text = match options.json {

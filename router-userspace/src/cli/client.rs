@@ -14,6 +14,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::cli::{ConfigOption, Failure};
 use crate::config::AdminListen;
+pub use crate::source::api::escape;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_LINE_BYTES: usize = 1 << 20;
@@ -164,18 +165,4 @@ async fn send(
     let host = HeaderValue::from_static("viaduct");
     request.headers_mut().insert(header::HOST, host);
     Ok(sender.send_request(request).await?)
-}
-
-/// Percent-encodes a query value (RFC 3986 §2.1).
-pub fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                escaped.push(char::from(byte));
-            }
-            _ => escaped.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    escaped
 }

@@ -1,12 +1,14 @@
-//! Static routes from TOML files: `[[route]]` after `[[route]]`, each as in docs/routes.md.
+//! Static routes from files: in TOML `[[route]]` after `[[route]]`, or the same in JSON, each as in
+//! docs/routes.md.
 //!
-//! One task looks at the files' size and time of change, and reads one again when either differs or
+//! A file is named by the configuration, or lies in a directory that is; one that leaves its directory
+//! takes its routes along, while one that is named and missing keeps them. One task looks at the files' size and time of change, and reads one again when either differs or
 //! the configuration is reloaded; a file that is being written is left until two looks find it the
 //! same. A file with an error keeps the routes it had. Only what differs from before is sent, a route
 //! at a time and new ones first, so that a large file neither stalls the agent nor empties a pool on
 //! the way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,6 +18,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::config::FileConfig;
 use crate::route::declared::{Announcement, DeclaredRoute};
 use crate::route::policy::HttpPolicy;
 use crate::route::{Declaration, HttpMatch, Origin};
@@ -24,19 +27,31 @@ use crate::source::ledger::Ledger;
 
 /// Bytes of one file.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Files of one directory.
+const MAX_FILES: usize = 10_000;
 
 /// Watches the files of the configuration until the process ends.
 pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
     let mut ledger = Ledger::new(Origin::File);
+    let mut listing = Listing::default();
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         // The agent dropped what a reload left outside.
         ledger.retain_routes(|route| route.is_allowed(&config.l4));
-        files.retain(|path, _| config.file.paths.contains(path));
-        context.metrics.files.retain(&config.file.paths);
+        let paths = listing.look(&config.file, &context).await;
+        files.retain(|path, known| {
+            let stays = paths.contains(path);
+            if !stays && known.error.is_some() {
+                context.rejects.clear(Origin::File, &path.to_string_lossy());
+            }
+            stays
+        });
+        let directories = &config.file.directories;
+        let is_known = |path: &PathBuf| paths.contains(path) || directories.contains(path);
+        context.metrics.files.retain(is_known);
         let mut events = Vec::new();
-        for path in &config.file.paths {
+        for path in &paths {
             let known = files.entry(path.clone()).or_default();
             let Some(read) = look(path, known, &config.l4.vip_ranges).await else {
                 continue;
@@ -54,28 +69,14 @@ pub async fn run(mut context: Context) {
                 }
                 Err(error) => Some(format!("{error:#}")),
             };
-            context.metrics.files.read(path, error.is_none());
-            match &error {
-                None => {
-                    context.metrics.file_loads.inc();
-                    context.rejects.clear(Origin::File, &key);
-                }
-                // One that stays unreadable is told once.
-                Some(error) if known.error.as_ref() != Some(error) => {
-                    context.metrics.file_rejects.inc();
-                    context.rejects.note(Origin::File, &key, error);
-                    tracing::warn!(error, "routes file refused: its routes stay as they were");
-                }
-                Some(_) => {}
+            if error.is_none() {
+                context.metrics.file_loads.inc();
             }
-            known.error = error;
+            note(path, error, &mut known.error, &context);
         }
+        let keys: BTreeSet<_> = paths.iter().map(|path| path.to_string_lossy()).collect();
         // Last, so that what moves between files is there all the time.
-        let configured = |key: &str| {
-            let mut paths = config.file.paths.iter();
-            paths.any(|path| path.to_string_lossy() == key)
-        };
-        events.append(&mut ledger.retain(configured));
+        events.append(&mut ledger.retain(|key| keys.contains(key)));
         if !context.send(events).await {
             return;
         }
@@ -91,6 +92,89 @@ pub async fn run(mut context: Context) {
             }
         }
     }
+}
+
+/// Tells how the reading of a file or a directory ended; one that stays unreadable is told once.
+fn note(path: &Path, error: Option<String>, before: &mut Option<String>, context: &Context) {
+    let (metrics, name) = (&context.metrics, path.to_string_lossy());
+    metrics.files.read(path, error.is_none());
+    match &error {
+        None if before.is_some() => context.rejects.clear(Origin::File, &name),
+        Some(error) if before.as_ref() != Some(error) => {
+            metrics.file_rejects.inc();
+            context.rejects.note(Origin::File, &name, error);
+            tracing::warn!(error, "routes file refused: its routes stay as they were");
+        }
+        None | Some(_) => {}
+    }
+    *before = error;
+}
+
+/// What is in each directory; one that cannot be read is as it was.
+#[derive(Default)]
+struct Listing {
+    directories: BTreeMap<PathBuf, Directory>,
+}
+
+#[derive(Default)]
+struct Directory {
+    files: Vec<PathBuf>,
+    error: Option<String>,
+}
+
+impl Listing {
+    /// The files of the configuration and of its directories.
+    async fn look(&mut self, config: &FileConfig, context: &Context) -> BTreeSet<PathBuf> {
+        self.directories.retain(|path, known| {
+            let stays = config.directories.contains(path);
+            if !stays && known.error.is_some() {
+                context.rejects.clear(Origin::File, &path.to_string_lossy());
+            }
+            stays
+        });
+        let mut paths: BTreeSet<PathBuf> = config.paths.iter().cloned().collect();
+        for path in &config.directories {
+            let directory = path.clone();
+            let listed = tokio::task::spawn_blocking(move || list(&directory)).await;
+            let known = self.directories.entry(path.clone()).or_default();
+            let error = match listed.expect("a directory is listed without a panic") {
+                Ok(files) => {
+                    known.files = files;
+                    None
+                }
+                Err(error) => Some(format!("{error:#}")),
+            };
+            note(path, error, &mut known.error, context);
+            paths.extend(known.files.iter().cloned());
+        }
+        paths
+    }
+}
+
+/// The routes files of a directory, in the order of their names. Hidden ones are somebody's drafts.
+///
+/// # Errors
+/// It cannot be read, or has more than [`MAX_FILES`].
+pub fn list(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let name = directory.display();
+    let entries = std::fs::read_dir(directory).with_context(|| format!("read {name}"))?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("read {name}"))?.path();
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes()[0] == b'.');
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        if !hidden && matches!(extension, Some("toml" | "json")) {
+            files.push(path);
+        }
+        ensure!(
+            files.len() <= MAX_FILES,
+            "read {name}: more than {MAX_FILES} files"
+        );
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// Reads a file if there is something new in it, and nobody is writing it. One that cannot be read
@@ -146,20 +230,42 @@ fn read(path: &Path) -> anyhow::Result<String> {
 }
 
 fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
-    parse(text, vip_ranges).with_context(|| format!("routes file {}", path.display()))
+    let is_json = path
+        .extension()
+        .is_some_and(|extension| extension == "json");
+    let content = match is_json {
+        true => parse_json(text, vip_ranges),
+        false => parse(text, vip_ranges),
+    };
+    content.with_context(|| format!("routes file {}", path.display()))
 }
 
 pub(crate) fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
-    let file: File = toml::from_str(text)?;
+    let file: File<Spanned<DeclaredRoute>> = toml::from_str(text)?;
+    let routes = file.route.into_iter().map(|route| {
+        let start = route.span().start;
+        let line = move || format!("line {}: ", 1 + text[..start].matches('\n').count());
+        (route.into_inner(), line)
+    });
+    read_routes(routes, vip_ranges)
+}
+
+fn parse_json(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
+    let file: File<DeclaredRoute> = serde_json::from_str(text)?;
+    let routes = file.route.into_iter();
+    read_routes(routes.map(|route| (route, String::new)), vip_ranges)
+}
+
+/// Reads routes, each with where it stands.
+fn read_routes(
+    routes: impl Iterator<Item = (DeclaredRoute, impl Fn() -> String)>,
+    vip_ranges: &[IpNet],
+) -> anyhow::Result<Announcement> {
     let mut content = Announcement::default();
     let mut policies: BTreeMap<HttpMatch, Arc<HttpPolicy>> = BTreeMap::new();
-    for (i, route) in file.route.into_iter().enumerate() {
-        let start = route.span().start;
-        let refused = |why| {
-            let line = 1 + text[..start].matches('\n').count();
-            anyhow!("line {line}: route[{i}].{why:#}")
-        };
-        let read = route.into_inner().read(Origin::File, vip_ranges);
+    for (i, (route, place)) in routes.enumerate() {
+        let refused = |why| anyhow!("{}route[{i}].{why:#}", place());
+        let read = route.read(Origin::File, vip_ranges);
         let read = read.map_err(refused)?;
         for Declaration { route, policy } in &read.declarations {
             let before = policies.insert(route.clone(), Arc::clone(policy));
@@ -208,9 +314,9 @@ fn version(path: &Path) -> Option<Version> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
-    #[serde(default)]
-    route: Vec<Spanned<DeclaredRoute>>,
+struct File<R> {
+    #[serde(default = "Vec::new")]
+    route: Vec<R>,
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use crate::route::declared::Announcement;
@@ -46,6 +47,17 @@ impl Ledger {
 
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.contents.keys().map(|key| &**key)
+    }
+
+    /// Keys that say something.
+    pub fn key_count(&self) -> usize {
+        self.contents.len()
+    }
+
+    /// Keys that come after one, in the order of their names.
+    pub fn keys_after(&self, key: &str) -> impl Iterator<Item = &str> {
+        let after = (Bound::Excluded(key), Bound::Unbounded);
+        self.contents.range::<str, _>(after).map(|(key, _)| &**key)
     }
 
     /// Whether the key says nothing.

@@ -5,12 +5,16 @@ use anyhow::bail;
 use crate::config::{Config, NatsConfig};
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 16] = [
+const RELOADABLE: [&str; 20] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
     "nats.startup_grace",
     "file.",
+    "redis.",
+    "etcd.",
+    "zookeeper.",
+    "consul.",
     "http.",
     "l4.drain",
     "l4.forwarding",

@@ -133,15 +133,15 @@ async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs(
         while metrics.file_rejects.get() < count {
             tokio::task::yield_now().await;
         }
-        assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (0, 1));
+        assert_eq!(metrics.files.judge([&path]), (0, 1));
     };
 
-    assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (1, 0));
+    assert_eq!(metrics.files.judge([&path]), (1, 0));
     refused(1).await;
     write(&["a.x", "b.x"]);
     assert_eq!([next().await, next().await], ["+a.x", "+b.x"]);
     // The mark is made before the routes are sent.
-    assert_eq!(metrics.files.judge(std::slice::from_ref(&path)), (0, 0));
+    assert_eq!(metrics.files.judge([&path]), (0, 0));
     write(&["not a host"]);
     refused(2).await;
     let refusals = rejects.list();
@@ -181,6 +181,52 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
             "it is tried again"
         );
     }
+}
+
+#[tokio::test]
+async fn the_files_of_a_directory_come_and_go_and_one_that_is_bad_keeps_its_routes() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("routes");
+    let write = |name: &str, text: &str| {
+        // As editors and deployments do: whole or not at all.
+        let draft = folder.path().join("draft");
+        std::fs::write(&draft, text).unwrap();
+        std::fs::rename(draft, directory.join(name)).unwrap();
+    };
+    let config = format!("[file]\ndirectories = [{directory:?}]\npoll_interval = \"5ms\"\n");
+    let gateway = crate::source::rig::Gateway::start(Origin::File, &config, run);
+    let name = directory.to_string_lossy();
+    gateway.refuses(&name, "read").await;
+    assert_eq!(gateway.metrics.files.judge([&directory]), (0, 1));
+    std::fs::create_dir(&directory).unwrap();
+    write("a.toml", &text(&["a.x"]));
+    let json = r#"{"route":[{"uris":["b.x"],"backend":[{"address":"10.0.0.2:80","weight":7}]}]}"#;
+    write("b.json", json);
+    write(".hidden.toml", "nonsense");
+    write("notes.txt", "nonsense");
+    gateway.serves("a.x", &["10.0.0.1:80"]).await;
+    gateway.serves("b.x", &["10.0.0.2:80*7"]).await;
+    assert_eq!(gateway.rejects.list(), []);
+    let file = |name: &str| directory.join(name).to_string_lossy().into_owned();
+    write("a.toml", "[[route]]\nurls = []\n");
+    gateway.refuses(&file("a.toml"), "line 2").await;
+    write("b.json", &json.replace("b.x", "b b"));
+    gateway.refuses(&file("b.json"), "line 1").await;
+    write("b.json", r#"{"route":[{"uris":["b.x"]}]}"#);
+    gateway.refuses(&file("b.json"), "route[0].backend").await;
+    write("c.json", &json.replace("b.x", "c.x"));
+    gateway.serves("c.x", &["10.0.0.2:80*7"]).await;
+    gateway.serves("a.x", &["10.0.0.1:80"]).await;
+    gateway.serves("b.x", &["10.0.0.2:80*7"]).await;
+    std::fs::remove_file(directory.join("a.toml")).unwrap();
+    gateway.serves("a.x", &[]).await;
+    // A directory that is away says nothing of its files.
+    std::fs::rename(&directory, folder.path().join("away")).unwrap();
+    gateway.refuses(&name, "read").await;
+    assert_eq!(gateway.backends("c.x"), ["10.0.0.2:80*7"]);
+    gateway.reload("").await;
+    gateway.serves("c.x", &[]).await;
+    assert_eq!(gateway.rejects.list(), []);
 }
 
 /// The example of docs/routes.md.
