@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 mod http;
 mod l4;
+mod state;
 
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
@@ -28,6 +29,7 @@ pub use l4::{
     Attach, FlowTimeouts, Forwarding, L4Config, L4Limits, LocalClients, MAX_AFFINITY,
     MAX_SOURCE_PREFIXES, QuicConfig, Reject, Scheduler, VipConfig,
 };
+pub use state::StateConfig;
 
 /// The longest `health.interval`.
 const MAX_HEALTH_INTERVAL: Duration = Duration::from_secs(24 * 3600);
@@ -58,6 +60,7 @@ pub struct Config {
     pub health: HealthConfig,
     pub admin: AdminConfig,
     pub handover: HandoverConfig,
+    pub state: StateConfig,
     pub log: LogConfig,
 }
 
@@ -292,6 +295,7 @@ impl Config {
                 socket.display()
             );
         }
+        self.state.validate()?;
         self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()

@@ -21,6 +21,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use crate::l4::datapath::Sockmap;
 use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
 use crate::l7::metrics::L7Metrics;
+use crate::last_known_good::State;
 use crate::route::Origin;
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
@@ -50,6 +51,7 @@ pub struct Metrics {
     /// Times a source found the agent's inbox full.
     pub inbox_full: Counter,
     pub files: Files,
+    pub state: State,
     pub file_loads: Counter,
     pub file_rejects: Counter,
 
@@ -155,6 +157,7 @@ impl Default for Metrics {
             nats_slow_consumer: Counter::default(),
             inbox_full: Counter::default(),
             files: Files::default(),
+            state: State::default(),
             file_loads: Counter::default(),
             file_rejects: Counter::default(),
             added: Counter::default(),
@@ -343,6 +346,14 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
 
 fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     let size = metrics.size();
+    page.counters(
+        "viaduct_state_writes",
+        "Writings of the routes to disk",
+        [
+            ([("result", "good")], metrics.state.writes.get()),
+            ([("result", "failed")], metrics.state.failures.get()),
+        ],
+    )?;
     page.gauge(
         "viaduct_http_routes",
         "Pairs of host and path",

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::event::Event;
 use crate::metrics::Metrics;
 use crate::rejects::Rejects;
-use crate::route::RouteEvent;
+use crate::route::{Origin, RouteEvent};
 
 pub mod file;
 pub mod ledger;
@@ -39,6 +39,17 @@ impl Context {
         }
         true
     }
+}
+
+/// The sources whose state is waited for before what was adopted at the start is let go. Each tells
+/// by [`Event::SourceConnected`] that its state is whole, or that it is away.
+pub fn configured(config: &Config) -> Vec<Origin> {
+    let sources = [
+        (Origin::File, !config.file.paths.is_empty()),
+        (Origin::Nats, !config.nats.servers.is_empty()),
+    ];
+    let sources = sources.into_iter().filter(|(_, is_on)| *is_on);
+    sources.map(|(origin, _)| origin).collect()
 }
 
 /// Starts every configured source. Must be called inside a tokio runtime.

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::event::Event;
 use crate::route::declared::{Announcement, DeclaredRoute};
 use crate::route::policy::HttpPolicy;
 use crate::route::{Declaration, HttpMatch, Origin};
@@ -29,6 +30,7 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
     let mut ledger = Ledger::new(Origin::File);
+    let mut was_whole = false;
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         // The agent dropped what a reload left outside.
@@ -78,6 +80,17 @@ pub async fn run(mut context: Context) {
         events.append(&mut ledger.retain(configured));
         if !context.send(events).await {
             return;
+        }
+        let is_whole = context.metrics.files.judge(&config.file.paths) == (0, 0);
+        if is_whole != was_whole {
+            was_whole = is_whole;
+            let event = Event::SourceConnected {
+                origin: Origin::File,
+                connected: is_whole,
+            };
+            if context.inbox.send(event).await.is_err() {
+                return;
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(config.file.poll_interval) => {}
