@@ -243,6 +243,8 @@ fn a_gateway_that_starts_with_nats_away_serves_what_was_last_known() {
     site.app(1).set_presence(Presence::Silent);
 
     site.start_gateway(keep).unwrap();
+    // Layer 4 finds the way to them again.
+    site.wait_until_served(2).unwrap();
     let away = Instant::now();
     while away.elapsed() < 2 * STALE {
         for exchange in EXCHANGES {
