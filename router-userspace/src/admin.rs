@@ -26,7 +26,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use axum::Router;
@@ -377,6 +377,7 @@ fn counters(admin: &Admin) -> Value {
         "route_backends": by_origin,
         "unhealthy_backends": snapshot.unhealthy.len(),
         "drained_backends": snapshot.draining.len() + snapshot.draining_at.len(),
+        "state": state(admin),
         "nats": {
             "connected": metrics.nats_connected.get() == 1,
             "connects": metrics.nats_connects.get(),
@@ -411,6 +412,21 @@ fn sources(metrics: &Metrics) -> Value {
         (origin.as_str().to_owned(), row)
     };
     Value::Object(metrics.sources.list().into_iter().map(source).collect())
+}
+
+/// Of the routes on disk, times in seconds; null where there is nothing to tell.
+fn state(admin: &Admin) -> Value {
+    let state = &admin.scrape.metrics.state;
+    let told = state.told();
+    let age = |at: Option<SystemTime>| at.map(|at| at.elapsed().unwrap_or_default().as_secs());
+    json!({
+        // Those that no source has spoken of since the start are `route_backends.adopted`.
+        "restored_age_seconds": age(told.restored_as_of),
+        "written_age_seconds": age(told.written),
+        "bytes": told.bytes,
+        "writes": state.writes.get(),
+        "failures": state.failures.get(),
+    })
 }
 
 #[cfg(test)]

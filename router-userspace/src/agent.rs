@@ -19,10 +19,12 @@ use crate::event::Event;
 use crate::health::Unanswered;
 use crate::l4::L4;
 use crate::l4::explain::Question;
+use crate::last_known_good::Kept;
 use crate::metrics::Metrics;
 use crate::route::table::{Change, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
 use crate::snapshot::{Published, Snapshot};
+use crate::source;
 use crate::warning::WarningLimit;
 
 /// Events of one batch: about a millisecond of work, so that a burst is published as it arrives.
@@ -65,8 +67,9 @@ impl Agent {
         let now = now();
         let mut table = RouteTable::new(config.nats.stale_threshold, now);
         table.set_panic_threshold(config.health.panic_threshold);
-        let connected = config.nats.servers.is_empty();
-        table.set_connected(Origin::Nats, connected, now);
+        for origin in source::configured(config) {
+            table.set_connected(origin, false, now);
+        }
         let tick = tick(&config.nats);
         let mut agent = Agent {
             table,
@@ -93,6 +96,36 @@ impl Agent {
         }
         agent.publish(change, now);
         agent
+    }
+
+    /// Takes in what was on disk, before any source speaks. Of a VIP that layer 4 adopted, the maps
+    /// know better.
+    pub fn adopt(&mut self, kept: Kept, config: &Config) {
+        let now = now();
+        let before = self.table.snapshot();
+        let (age, as_of) = (kept.age(), kept.as_of);
+        let mut change = Change::default();
+        for mut event in kept.events {
+            if let RouteEvent::Register(registration) = &mut event {
+                registration.routes.retain(|route| {
+                    let known =
+                        matches!(route, RouteKey::Vip(vip) if before.vips.contains_key(vip));
+                    route.is_allowed(&config.l4) && !known
+                });
+            }
+            change.merge(self.table.apply(event, now));
+        }
+        let backends = change.added;
+        self.publish(change, now);
+        self.metrics.state.restored(as_of);
+        let size = self.table.size();
+        tracing::info!(
+            http_routes = size.http_routes,
+            vips = size.vips,
+            backends,
+            age = ?Duration::from_secs(age.as_secs()),
+            "serving routes from disk until sources speak of them"
+        );
     }
 
     /// Runs until every sender of `inbox` is gone.
@@ -312,6 +345,11 @@ impl Agent {
             (Some(l4), _) => l4.reload(&config.l4, now()),
             (None, Some(held)) => held.l4.note_config(&config.l4),
             (None, None) => {}
+        }
+        for origin in Origin::ALL {
+            if origin != Origin::Adopted && !source::configured(config).contains(&origin) {
+                self.table.set_connected(origin, true, now());
+            }
         }
         let mut change = self
             .table

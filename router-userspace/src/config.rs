@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 mod http;
 mod l4;
 mod sources;
+mod state;
 
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
@@ -32,6 +33,7 @@ pub use l4::{
 pub use sources::{
     ConsulConfig, EtcdConfig, InstanceMap, RedisConfig, Server, ServiceMap, ZookeeperConfig,
 };
+pub use state::StateConfig;
 
 /// The longest `health.interval`.
 const MAX_HEALTH_INTERVAL: Duration = Duration::from_secs(24 * 3600);
@@ -66,6 +68,7 @@ pub struct Config {
     pub health: HealthConfig,
     pub admin: AdminConfig,
     pub handover: HandoverConfig,
+    pub state: StateConfig,
     pub log: LogConfig,
 }
 
@@ -350,6 +353,7 @@ impl Config {
         self.etcd.validate()?;
         self.zookeeper.validate()?;
         self.consul.validate()?;
+        self.state.validate()?;
         self.http.validate()?;
         self.health.validate()?;
         self.l4.validate()

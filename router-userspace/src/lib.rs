@@ -21,6 +21,7 @@ pub mod source;
 pub mod agent;
 pub mod event;
 pub mod health;
+pub mod last_known_good;
 pub mod snapshot;
 
 pub mod l4;

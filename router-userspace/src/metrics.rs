@@ -21,12 +21,13 @@ use prometheus_client::metrics::histogram::Histogram;
 use crate::l4::datapath::Sockmap;
 use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
 use crate::l7::metrics::L7Metrics;
+use crate::last_known_good::State;
 use crate::route::Origin;
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
 use crate::source::kv::status::{State as KvState, Status as KvStatus};
-use crate::source::status::{State, Statuses};
+use crate::source::status::{State as SourceState, Statuses};
 
 mod proxy;
 
@@ -66,6 +67,7 @@ pub struct Metrics {
     /// Times a source found the agent's inbox full.
     pub inbox_full: Counter,
     pub files: Files,
+    pub state: State,
     pub file_loads: Counter,
     pub file_rejects: Counter,
 
@@ -177,6 +179,7 @@ impl Default for Metrics {
             source_rejects: Default::default(),
             inbox_full: Counter::default(),
             files: Files::default(),
+            state: State::default(),
             file_loads: Counter::default(),
             file_rejects: Counter::default(),
             added: Counter::default(),
@@ -395,7 +398,7 @@ fn encode_servers(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         "viaduct_source_connected",
         "1 while a source has its server",
         sources.iter().map(|(origin, status)| {
-            let connected = status.state == State::Connected;
+            let connected = status.state == SourceState::Connected;
             ([("origin", origin.as_str())], usize::from(connected))
         }),
     )?;
@@ -427,6 +430,14 @@ fn encode_servers(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
 
 fn encode_table(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     let size = metrics.size();
+    page.counters(
+        "viaduct_state_writes",
+        "Writings of the routes to disk",
+        [
+            ([("result", "good")], metrics.state.writes.get()),
+            ([("result", "failed")], metrics.state.failures.get()),
+        ],
+    )?;
     page.gauge(
         "viaduct_http_routes",
         "Pairs of host and path",

@@ -75,7 +75,8 @@ pub enum Origin {
     Consul,
     Zookeeper,
     Redis,
-    /// Found in the pinned maps of an earlier agent; expires unless a source repeats it.
+    /// Found in the pinned maps of an earlier agent, or on disk as the last that it knew; goes to
+    /// whoever speaks of it first, and expires once every source had the time to.
     Adopted,
 }
 

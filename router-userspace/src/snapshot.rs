@@ -12,7 +12,8 @@ pub use crate::snapshot::hosts::Hosts;
 pub use crate::snapshot::routes::{ConditionalRoute, HostRoute, HostRoutes};
 
 use crate::health::state::in_panic;
-use crate::route::{Pool, Vip};
+use crate::route::policy::HttpPolicy;
+use crate::route::{HttpMatch, Pool, Vip};
 
 mod hosts;
 mod routes;
@@ -25,6 +26,9 @@ pub struct Snapshot {
     /// By host as in [`crate::route::HttpMatch`]: exact names and `*.`-wildcards in one map.
     pub hosts: Hosts,
     pub vips: imbl::OrdMap<Vip, Arc<Pool>>,
+    /// What sources declare of routes, those without a pool included: one policy of each source, of
+    /// which the first in the order of [`Origin`](crate::route::Origin) holds.
+    pub declared: imbl::HashMap<HttpMatch, Vec<Arc<HttpPolicy>>>,
     /// Backends that the health checker holds to be down. New requests and flows avoid them unless
     /// their pool is [in panic](Snapshot::in_panic).
     pub unhealthy: imbl::HashSet<SocketAddr>,

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::event::Event;
 use crate::metrics::Metrics;
 use crate::rejects::Rejects;
-use crate::route::RouteEvent;
+use crate::route::{Origin, RouteEvent};
 
 pub mod api;
 pub mod consul;
@@ -52,6 +52,24 @@ impl Context {
         }
         true
     }
+}
+
+/// The sources whose state is waited for before what was adopted at the start is let go. Each tells
+/// by [`Event::SourceConnected`] that its state is whole, or that it is away.
+pub fn configured(config: &Config) -> Vec<Origin> {
+    let nats = !config.nats.servers.is_empty();
+    let files = !config.file.paths.is_empty() || !config.file.directories.is_empty();
+    let sources = [
+        (Origin::File, files),
+        (Origin::Kv, nats && !config.nats.bucket.is_empty()),
+        (Origin::Nats, nats),
+        (Origin::Etcd, !config.etcd.endpoints.is_empty()),
+        (Origin::Consul, config.consul.address.is_some()),
+        (Origin::Zookeeper, !config.zookeeper.servers.is_empty()),
+        (Origin::Redis, !config.redis.servers.is_empty()),
+    ];
+    let sources = sources.into_iter().filter(|(_, is_on)| *is_on);
+    sources.map(|(origin, _)| origin).collect()
 }
 
 /// Starts every configured source. Must be called inside a tokio runtime.

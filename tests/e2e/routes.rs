@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use router_tests::app::{HOST, HTTP_PORT, Presence, VIP};
 use router_tests::nats::Publisher;
 use router_tests::process::wait_for;
@@ -215,4 +216,50 @@ fn register_and_wait(site: &Site, publisher: &mut Publisher, host: &str) {
         (site.get(host, "/").ok()?.status == 200).then_some(())
     })
     .unwrap();
+}
+
+#[test]
+fn a_gateway_that_starts_with_nats_away_serves_what_was_last_known() {
+    let mut site = Site::new(2).unwrap();
+    let directory = site.lab.folder().join("state");
+    let keep = |config: &mut Config| {
+        prune_soon(config);
+        config.state.directory = Some(directory.clone());
+    };
+    site.start_nats().unwrap();
+    site.start_gateway(keep).unwrap();
+    for index in 0..2 {
+        let app = site.start_app(index).unwrap();
+        app.set_presence(Presence::Registered);
+    }
+    site.wait_until_served(2).unwrap();
+    // As before a reboot, which takes the pinned maps with it.
+    site.gateway().signal(Signal::SIGTERM);
+    assert!(site.gateway().wait().unwrap().success());
+    let mut detach = site.viaduct().unwrap();
+    detach.args(["detach", "--config"]).arg(site.config_path());
+    assert!(detach.status().unwrap().success());
+    site.nats = None;
+    site.app(1).set_presence(Presence::Silent);
+
+    site.start_gateway(keep).unwrap();
+    // Layer 4 finds the way to them again.
+    site.wait_until_served(2).unwrap();
+    let away = Instant::now();
+    while away.elapsed() < 2 * STALE {
+        for exchange in EXCHANGES {
+            site.tally(1, exchange).unwrap();
+        }
+    }
+    site.wait_until_served(2).unwrap();
+    let stats = site.admin("/v1/stats").unwrap().body;
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert!(stats["state"]["restored_age_seconds"].is_u64(), "{stats}");
+    assert_ne!(stats["route_backends"]["adopted"], 0);
+
+    site.start_nats().unwrap();
+    for exchange in EXCHANGES {
+        site.wait_until_spared("b2", exchange).unwrap();
+        site.tally(50, exchange).unwrap();
+    }
 }

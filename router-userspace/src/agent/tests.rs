@@ -217,3 +217,48 @@ fn reports_of_layer_4_go_to_the_checker_and_never_wait() {
     assert_eq!(reported.try_recv(), Ok(report));
     assert_eq!(metrics.passive_dropped.get(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn of_a_vip_that_layer_4_adopted_what_is_on_disk_is_not_believed() {
+    let mut config = Config::default();
+    config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
+    let published = Published::default();
+    let metrics = Arc::<Metrics>::default();
+    let (reports, _) = mpsc::channel(1);
+    let mut agent = Agent::new(&config, Arc::clone(&published), None, reports, metrics);
+    let adopted = |address: &str, vips: &[&str]| {
+        let address = address.parse().unwrap();
+        let vips = vips.iter().map(|vip| RouteKey::Vip(vip.parse().unwrap()));
+        RouteEvent::Register(Registration {
+            routes: vips.collect(),
+            backend: Arc::new(crate::route::Backend::new(address, Origin::Adopted)),
+            stale_after: None,
+            balance: None,
+            route_service_url: None,
+        })
+    };
+    // As from the pinned maps.
+    agent
+        .table
+        .apply(adopted("10.0.0.1:80", &["tcp/192.0.2.1:80"]), now());
+    let outside = "tcp/198.51.100.1:80";
+    let on_disk = ["tcp/192.0.2.1:80", "tcp/192.0.2.2:80", outside];
+    let kept = Kept {
+        events: vec![adopted("10.0.0.2:80", &on_disk)],
+        as_of: std::time::SystemTime::now(),
+    };
+    agent.adopt(kept, &config);
+    let snapshot = published.load();
+    let served: Vec<_> = snapshot
+        .vips
+        .iter()
+        .map(|(vip, pool)| format!("{vip} {}", pool.backends[0].address))
+        .collect();
+    assert_eq!(
+        served,
+        [
+            "tcp/192.0.2.1:80 10.0.0.1:80",
+            "tcp/192.0.2.2:80 10.0.0.2:80"
+        ]
+    );
+}

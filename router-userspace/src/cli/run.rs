@@ -34,7 +34,7 @@ use crate::l7::metrics::L7Metrics;
 use crate::l7::{self, Proxy};
 use crate::metrics::{Metrics, Scrape};
 use crate::snapshot::Published;
-use crate::{health, source};
+use crate::{health, last_known_good, source};
 
 mod control;
 mod handover;
@@ -82,6 +82,8 @@ struct Gateway {
     /// Dropped to end the control thread.
     stop: oneshot::Sender<()>,
     control: thread::JoinHandle<()>,
+    /// Keeps the routes on disk.
+    state: Option<last_known_good::Writer>,
     /// Held to the end: dropping it takes what is on its way between sockets with it.
     _sockmap: Option<Arc<Sockmap>>,
     /// For signals and the drain of layer 7.
@@ -163,6 +165,12 @@ impl Gateway {
             tunnels: Arc::clone(&tunnels),
         };
         let (control, l4) = control::start(parts, events, stopped)?;
+        // What was on disk is read.
+        let state = last_known_good::start(
+            &configured.borrow().state,
+            Arc::clone(&published),
+            Arc::clone(&metrics),
+        )?;
         let checks = health::run(
             Arc::clone(&published),
             inbox.clone(),
@@ -226,6 +234,7 @@ impl Gateway {
             draining,
             stop,
             control,
+            state,
             _sockmap: sockmap,
             runtime,
             signals,
@@ -415,6 +424,9 @@ impl Gateway {
         drop(self.stop);
         // The control thread aborts the process where it would panic.
         let _ = self.control.join();
+        if let Some(state) = self.state {
+            state.stop();
+        }
         if end != End::HandedOver
             && let AdminListen::Unix(path) = &config.admin.listen
         {

@@ -56,6 +56,18 @@ impl Conditions {
         }
     }
 
+    pub fn methods(&self) -> &[Arc<str>] {
+        &self.methods
+    }
+
+    pub fn headers(&self) -> &[Condition] {
+        &self.headers
+    }
+
+    pub fn query(&self) -> &[Condition] {
+        &self.query
+    }
+
     pub fn is_empty(&self) -> bool {
         self.count() == 0
     }

@@ -12,7 +12,7 @@
 //!
 //! A source may also declare how a route is served. That holds for whatever backends the route has
 //! until the source withdraws it, is kept beside the entries, and makes a route without backends only
-//! if it answers alone.
+//! if it answers alone. One that was adopted ends as adopted entries do.
 
 use std::collections::BTreeSet;
 use std::hash::BuildHasher;
@@ -20,11 +20,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::config::PortRange;
 use crate::route::expiry::{self, Expiry, Tick};
-use crate::route::policy::HttpPolicy;
 use crate::route::{
     Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
     Unregistration, Vip,
@@ -84,11 +83,11 @@ pub struct RouteTable {
     hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
     by_origin: [usize; Origin::ALL.len()],
-    /// What sources declare of a route: one policy of each, the first in the order of [`Origin`] holds.
-    declared: HashMap<HttpMatch, Vec<Arc<HttpPolicy>>>,
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
+    /// Routes of which a declaration was adopted; another may have taken its place.
+    adopted_declarations: Vec<HttpMatch>,
     sources: [Source; Origin::ALL.len()],
     /// What [`Self::register`] finds of each route; kept for its memory.
     found: Vec<Option<u32>>,
@@ -133,9 +132,9 @@ impl RouteTable {
             index: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             by_origin: [0; Origin::ALL.len()],
-            declared: HashMap::new(),
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
+            adopted_declarations: Vec::new(),
             sources: [Source {
                 connected: true,
                 since: 0,
@@ -190,24 +189,21 @@ impl RouteTable {
         while let Some(id) = self.expiry.due(now) {
             self.visit(id, now, &mut change);
         }
+        self.expire_declared(now, &mut change);
         change
     }
 
-    /// Notes that a source lost or regained its server. Leases do not end while it is away, and have
-    /// their full lifetime again when it is back. What was adopted came from NATS and follows it.
+    /// Notes that a source is away, or that what it says is whole. Leases do not end while it is away,
+    /// and have their full lifetime again when it is back. What was adopted may be of any source, so it
+    /// is kept while one of them is away. A source of which nothing was noted counts as whole.
     pub fn set_connected(&mut self, origin: Origin, connected: bool, now: Instant) {
         let since = expiry::tick_after(self.epoch, now);
-        let followers: &[Origin] = match origin {
-            Origin::Nats => &[Origin::Nats, Origin::Adopted],
-            _ => &[],
-        };
-        for follower in followers {
-            let source = &mut self.sources[*follower as usize];
-            if connected && !source.connected {
-                source.since = since;
-            }
-            source.connected = connected;
-        }
+        self.sources[origin as usize].set(connected, since);
+        let (adopted, speaking) = self
+            .sources
+            .split_last_mut()
+            .expect("adopted is the last of Origin::ALL");
+        adopted.set(speaking.iter().all(|source| source.connected), since);
     }
 
     /// Notes what the health checker found.
@@ -588,6 +584,15 @@ impl RouteTable {
     fn is_serving(&self, id: u32) -> bool {
         let entry = entry(&self.entries, id);
         self.serving(&entry.route, entry.backend.address) == Some(id)
+    }
+}
+
+impl Source {
+    fn set(&mut self, connected: bool, since: Tick) {
+        if connected && !self.connected {
+            self.since = since;
+        }
+        self.connected = connected;
     }
 }
 

@@ -104,7 +104,7 @@ async fn hold(
         }
         catalog.take_in(answer, store).await?;
         if catalog.unanswered.is_empty() {
-            store.whole(true);
+            store.whole(true).await;
         }
     }
 }

@@ -70,7 +70,7 @@ async fn hold(
         for prefix in &prefixes {
             watches.push(client.watch(prefix, revision + 1).await?);
         }
-        store.whole(true);
+        store.whole(true).await;
         let end = Instant::now() + config.rescan_interval;
         let follow = follow(watches, &layout, store);
         match tokio::time::timeout_at(end, follow).await {

@@ -19,6 +19,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::config::FileConfig;
+use crate::event::Event;
 use crate::route::declared::{Announcement, DeclaredRoute};
 use crate::route::policy::HttpPolicy;
 use crate::route::{Declaration, HttpMatch, Origin};
@@ -35,6 +36,7 @@ pub async fn run(mut context: Context) {
     let mut files: BTreeMap<PathBuf, Known> = BTreeMap::new();
     let mut ledger = Ledger::new(Origin::File);
     let mut listing = Listing::default();
+    let mut was_whole = false;
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         // The agent dropped what a reload left outside.
@@ -79,6 +81,17 @@ pub async fn run(mut context: Context) {
         events.append(&mut ledger.retain(|key| keys.contains(key)));
         if !context.send(events).await {
             return;
+        }
+        let is_whole = context.metrics.files.judge(&paths) == (0, 0);
+        if is_whole != was_whole {
+            was_whole = is_whole;
+            let event = Event::SourceConnected {
+                origin: Origin::File,
+                connected: is_whole,
+            };
+            if context.inbox.send(event).await.is_err() {
+                return;
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(config.file.poll_interval) => {}

@@ -78,6 +78,7 @@ pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> 
         context,
         content: Content::default(),
         absent: false,
+        told: false,
         complaint: None,
         rejects: WarningLimit::default(),
     };
@@ -156,6 +157,8 @@ struct Source {
     content: Content,
     /// Whether the server was found to have no JetStream.
     absent: bool,
+    /// Whether the agent knows that there is nothing to wait for.
+    told: bool,
     /// What was said last of why the bucket is not followed.
     complaint: Option<String>,
     rejects: WarningLimit,
@@ -179,6 +182,7 @@ impl Source {
         loop {
             while self.client.connection_state() != Connection::Connected {
                 self.lose("NATS is away");
+                self.tell_agent().await;
                 tokio::select! {
                     _ = look.tick() => {}
                     _ = events.recv() => {}
@@ -188,6 +192,7 @@ impl Source {
             let ended = match self.open(connects).await {
                 Ok(watch) => {
                     retry = RETRY[0];
+                    self.tell_agent().await;
                     self.follow(watch, &mut events).await
                 }
                 Err(error) => Err(error),
@@ -209,10 +214,26 @@ impl Source {
                     }
                 }
             };
+            self.tell_agent().await;
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = self.reconnected(connects) => {}
             }
+        }
+    }
+
+    /// Tells the agent whether the bucket is read, or there is none, if that is news.
+    async fn tell_agent(&mut self) {
+        let connected = matches!(
+            self.context.metrics.kv.state(),
+            State::Followed | State::Off
+        );
+        if self.told != connected {
+            self.told = connected;
+            let origin = Origin::Kv;
+            let event = Event::SourceConnected { origin, connected };
+            // An agent that is gone needs no telling.
+            let _ = self.context.inbox.send(event).await;
         }
     }
 
@@ -304,6 +325,7 @@ impl Source {
                     return Ok(if self.send(events).await { Next::Anew } else { Next::End });
                 }
             }
+            self.tell_agent().await;
             // Asked of the client: its events may be lost.
             let is_up = self.client.connection_state() == Connection::Connected;
             if !is_up || self.connects() != watch.connects {

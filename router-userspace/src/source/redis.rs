@@ -84,7 +84,7 @@ async fn hold(config: &RedisConfig, url: &str, store: &mut Store) -> anyhow::Res
     };
     loop {
         keyspace.read_all(store).await?;
-        store.whole(notifies && changes.is_some());
+        store.whole(notifies && changes.is_some()).await;
         let end = Instant::now() + interval;
         while let Some(changed) = Changes::next(changes.as_mut(), end, keyspace.prefix).await? {
             keyspace.read_changed(changed, store).await?;

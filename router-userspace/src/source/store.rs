@@ -62,7 +62,9 @@ pub(crate) async fn follow<C: PartialEq>(
         store.statuses().configure(origin, true);
         let session = async {
             let error = session(&settings, &mut store).await;
-            tokio::time::sleep(store.lost(&error)).await;
+            let wait = store.lost(&error);
+            store.tell(false).await;
+            tokio::time::sleep(wait).await;
         };
         let differs = |new: &Config| {
             new.l4.vip_ranges != current.l4.vip_ranges || section(new).as_ref() != Some(&settings)
@@ -101,6 +103,8 @@ pub(crate) struct Store {
     /// Sessions that ended since one was whole.
     failures: u32,
     sessions: usize,
+    /// Whether the agent knows that the state is whole.
+    told: bool,
     taken_in: usize,
     refusals: WarningLimit,
 }
@@ -115,6 +119,7 @@ impl Store {
             pending: VecDeque::new(),
             failures: 0,
             sessions: 0,
+            told: false,
             taken_in: 0,
             refusals: WarningLimit::default(),
         }
@@ -147,9 +152,21 @@ impl Store {
     }
 
     /// All that the server has was taken in; `follows`: and it tells every change.
-    pub(crate) fn whole(&mut self, follows: bool) {
+    pub(crate) async fn whole(&mut self, follows: bool) {
         self.failures = 0;
         self.statuses().whole(self.origin, follows);
+        self.tell(true).await;
+    }
+
+    /// Tells the agent whether the state of the source is whole, if that is news.
+    async fn tell(&mut self, connected: bool) {
+        let origin = self.origin;
+        if self.told != connected {
+            self.told = connected;
+            let event = Event::SourceConnected { origin, connected };
+            // An agent that is gone needs no telling.
+            let _ = self.context.inbox.send(event).await;
+        }
     }
 
     /// Takes in what a key says in place of what it said, or keeps that if it is refused.
@@ -234,6 +251,7 @@ impl Store {
 
     async fn switch_off(&mut self) {
         self.statuses().configure(self.origin, false);
+        self.told = false;
         self.retain(|_| false).await;
     }
 

@@ -79,7 +79,7 @@ async fn hold(
     let mut watches = tree.watch(config.recursive_watches).await?;
     loop {
         let once = tree.read_all(watches.is_none(), store).await?;
-        store.whole(true);
+        store.whole(true).await;
         let end = Instant::now() + config.rescan_interval;
         match &mut watches {
             Some(watches) => {

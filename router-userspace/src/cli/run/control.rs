@@ -13,7 +13,7 @@ use crate::config::L4Config;
 use crate::event::Event;
 use crate::l4::{L4, L4Reader};
 use crate::snapshot::Published;
-use crate::{health, source};
+use crate::{health, last_known_good, source};
 
 /// What the control thread is given.
 pub(super) struct Parts {
@@ -54,7 +54,10 @@ pub(super) fn start(
             drop(listeners);
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
-            let agent = Agent::new(&config, published, l4, reports, metrics);
+            let mut agent = Agent::new(&config, published, l4, reports, metrics);
+            if let Some(kept) = last_known_good::read(&config.state) {
+                agent.adopt(kept, &config);
+            }
             source::start(&context).await?;
             anyhow::Ok((agent, reader))
         };

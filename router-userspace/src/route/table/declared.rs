@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 
+use crate::route::expiry::{self, Tick};
 use crate::route::policy::HttpPolicy;
 use crate::route::table::{Change, RouteTable, find_pool, pool_mut};
-use crate::route::{Declaration, HttpMatch, RouteKey, Withdrawal};
+use crate::route::{Declaration, HttpMatch, Origin, RouteKey, Withdrawal};
 
 impl RouteTable {
     /// What holds of all that is declared of a route.
     pub(super) fn declared(&self, route: &HttpMatch) -> Option<&Arc<HttpPolicy>> {
-        if self.declared.is_empty() {
+        if self.next.declared.is_empty() {
             return None;
         }
-        self.declared.get(route)?.first()
+        self.next.declared.get(route)?.first()
     }
 
     /// Takes in a declaration, if there is room.
@@ -23,7 +24,16 @@ impl RouteTable {
             change.bound = Some(bound);
             return;
         }
-        let declared = self.declared.entry(route.clone()).or_default();
+        let declared = self.next.declared.entry(route.clone()).or_default();
+        if policy.origin != Origin::Adopted {
+            declared.retain(|said| said.origin != Origin::Adopted);
+        } else if !declared.is_empty() {
+            change.shadowed += 1;
+            return;
+        }
+        if policy.origin == Origin::Adopted {
+            self.adopted_declarations.push(route.clone());
+        }
         match declared.binary_search_by_key(&policy.origin, |said| said.origin) {
             Ok(at) if declared[at] == policy => {
                 change.refreshed += 1;
@@ -38,11 +48,12 @@ impl RouteTable {
                 change.added += 1;
             }
         }
+        change.changed = true;
         self.follow_declared(&route, change);
     }
 
     pub(super) fn withdraw(&mut self, gone: &Withdrawal, change: &mut Change) {
-        let Some(declared) = self.declared.get_mut(&gone.route) else {
+        let Some(declared) = self.next.declared.get_mut(&gone.route) else {
             return;
         };
         let Ok(at) = declared.binary_search_by_key(&gone.origin, |said| said.origin) else {
@@ -50,10 +61,30 @@ impl RouteTable {
         };
         declared.remove(at);
         if declared.is_empty() {
-            self.declared.remove(&gone.route);
+            self.next.declared.remove(&gone.route);
         }
         change.removed += 1;
+        change.changed = true;
         self.follow_declared(&gone.route, change);
+    }
+
+    /// Ends what was adopted and no source has spoken of, once all have had their time to.
+    pub(super) fn expire_declared(&mut self, now: Tick, change: &mut Change) {
+        let adopted = self.sources[Origin::Adopted as usize];
+        let grace = expiry::ticks(self.stale_threshold);
+        if self.adopted_declarations.is_empty()
+            || !adopted.connected
+            || adopted.since.saturating_add(grace) > now
+        {
+            return;
+        }
+        for route in std::mem::take(&mut self.adopted_declarations) {
+            let origin = Origin::Adopted;
+            let before = change.removed;
+            self.withdraw(&Withdrawal { route, origin }, change);
+            change.expired += change.removed - before;
+            change.removed = before;
+        }
     }
 
     /// Brings the pool of a route in line with what is declared of it.

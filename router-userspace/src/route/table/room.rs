@@ -74,7 +74,7 @@ impl RouteTable {
         route: &HttpMatch,
         policy: &HttpPolicy,
     ) -> Result<(), Bound> {
-        if !self.declared.contains_key(route) && self.declared.len() >= MAX_DECLARED {
+        if !self.next.declared.contains_key(route) && self.next.declared.len() >= MAX_DECLARED {
             return Err(Bound::Declared);
         }
         if policy.answers_alone() && find_pool(&self.next, route).is_none() {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
-use crate::route::policy::Redirect;
+use crate::route::policy::{HttpPolicy, Redirect};
 use crate::route::{Declaration, Instance, Withdrawal};
 
 const THRESHOLD: Duration = Duration::from_secs(120);
@@ -261,8 +261,8 @@ fn a_policy_is_that_of_its_declaration_whoever_registers_the_backends() {
     let change = table.apply(declare(&route, &policy(Origin::File, 3, false)), now);
     assert_eq!(
         (change.added, change.changed),
-        (1, false),
-        "nobody serves it"
+        (1, true),
+        "nobody serves it, and it is to be kept"
     );
     table.apply(register(&[route.clone(), http("b.x", "")], &nats), now);
     assert_eq!(
@@ -277,7 +277,7 @@ fn a_policy_is_that_of_its_declaration_whoever_registers_the_backends() {
     let change = table.apply(declare(&route, &policy(Origin::Nats, 4, false)), now);
     assert_eq!(
         (change.added, change.changed),
-        (1, false),
+        (1, true),
         "a file has precedence"
     );
     let change = table.apply(withdraw(&route, Origin::File), now);
@@ -289,7 +289,7 @@ fn a_policy_is_that_of_its_declaration_whoever_registers_the_backends() {
         table.apply(withdraw(&route, Origin::Nats), now),
         Change::default()
     );
-    assert!(table.declared.is_empty());
+    assert!(table.next.declared.is_empty());
     check_invariants(&table);
 }
 
@@ -398,8 +398,8 @@ fn declarations_and_conditions_are_bounded() {
     assert!(table.apply(register(&[route], &file), now).changed);
 
     let asks = policy(Origin::File, 1, false);
-    while table.declared.len() < MAX_DECLARED {
-        let route = http(&format!("{}.x", table.declared.len()), "");
+    while table.next.declared.len() < MAX_DECLARED {
+        let route = http(&format!("{}.x", table.next.declared.len()), "");
         table.apply(declare(&route, &asks), now);
     }
     let change = table.apply(declare(&http("c.x", ""), &asks), now);
@@ -763,7 +763,7 @@ fn check_invariants(table: &RouteTable) {
                 .is_lt()
         }));
     }
-    for declared in table.declared.values() {
+    for declared in table.next.declared.values() {
         assert!(!declared.is_empty());
         assert!(declared.is_sorted_by(|a, b| a.origin < b.origin));
     }
@@ -1061,4 +1061,45 @@ fn an_instance_that_leaves_does_not_take_the_next_at_its_address_with_it() {
         assert_eq!(change.removed, u64::from(!stays), "{there:?} {gone:?}");
         assert_eq!(table.snapshot().hosts.contains("a.x"), stays);
     }
+}
+
+#[test]
+fn what_was_adopted_is_kept_until_every_source_had_its_time_to_speak() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    for origin in [Origin::Nats, Origin::Etcd] {
+        table.set_connected(origin, false, now);
+    }
+    let route = http("a", "");
+    table.apply(declare(&route, &policy(Origin::Adopted, 1, false)), now);
+    let adopted = backend("10.0.0.1:80", 1, Origin::Adopted);
+    table.apply(register(&[route], &adopted), now);
+    let count = |table: &RouteTable| (table.size().http_routes, table.next.declared.len());
+    let late = now + 10 * THRESHOLD;
+    table.set_connected(Origin::Nats, true, late);
+    assert_eq!(table.expire(late + 2 * THRESHOLD).expired, 0);
+    let whole = late + 3 * THRESHOLD;
+    table.set_connected(Origin::Etcd, true, whole);
+    table.expire(whole + THRESHOLD - TICK);
+    assert_eq!(count(&table), (1, 1));
+    assert_eq!(table.expire(whole + THRESHOLD + TICK).expired, 2);
+    assert_eq!(count(&table), (0, 0));
+}
+
+#[test]
+fn an_adopted_policy_is_that_of_whoever_declares_the_route_first() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let route = http("a", "");
+    table.apply(declare(&route, &policy(Origin::Adopted, 1, false)), now);
+    table.apply(declare(&route, &policy(Origin::Kv, 2, false)), now);
+    // One that comes too late.
+    table.apply(declare(&route, &policy(Origin::Adopted, 1, false)), now);
+    let said = |table: &RouteTable| -> Vec<_> {
+        let said = table.next.declared.values().flatten();
+        said.map(|said| said.origin).collect()
+    };
+    assert_eq!(said(&table), [Origin::Kv]);
+    table.apply(withdraw(&route, Origin::Kv), now);
+    assert!(said(&table).is_empty());
 }

@@ -122,7 +122,7 @@ async fn a_bad_file_keeps_the_routes_it_had_and_a_good_one_changes_what_differs(
         rejects: Arc::clone(&rejects),
         config,
     }));
-    let mut next = async || match events.recv().await.unwrap() {
+    let mut next = async || match next_route(&mut events).await {
         Event::Route(RouteEvent::Register(registration)) => format!("+{}", registration.routes[0]),
         Event::Route(RouteEvent::Unregister(gone)) => format!("-{}", gone.routes[0]),
         Event::Route(RouteEvent::Declare(declared)) => format!("declare {}", declared.route),
@@ -285,4 +285,14 @@ fn routes_that_contradict_each_other_are_refused() {
         error.starts_with("line 4: route[1].uris: ") && error.contains("a.x"),
         "{error}"
     );
+}
+
+/// The next event that is not about the source itself.
+async fn next_route(events: &mut tokio::sync::mpsc::Receiver<Event>) -> Event {
+    loop {
+        match events.recv().await.unwrap() {
+            Event::SourceConnected { .. } => {}
+            event => return event,
+        }
+    }
 }
