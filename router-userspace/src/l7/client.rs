@@ -6,9 +6,10 @@
 //! fires. Progress is a time stamp, so a request costs no timer operation.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use http::{HeaderValue, Method};
@@ -49,6 +50,8 @@ pub(super) struct Client {
     ends: Cell<bool>,
     /// When the connection's timer has to look, if that is before it would.
     look_at: Cell<Option<Instant>>,
+    /// Which has the timer; woken to look.
+    task: RefCell<Option<Waker>>,
 }
 
 impl Client {
@@ -72,6 +75,7 @@ impl Client {
             requests: Cell::new(0),
             ends: Cell::new(false),
             look_at: Cell::new(None),
+            task: RefCell::default(),
         }
     }
 
@@ -137,12 +141,17 @@ impl Client {
     pub(super) fn look_by(&self, at: Instant) {
         if self.look_at.get().is_none_or(|earlier| at < earlier) {
             self.look_at.set(Some(at));
+            if let Some(task) = &*self.task.borrow() {
+                task.wake_by_ref();
+            }
         }
     }
 
-    #[cfg(feature = "http3")]
-    pub(super) fn has_look_at(&self) -> bool {
-        self.look_at.get().is_some()
+    /// Has the calling task woken to look: that of a connection whose requests have tasks of their own.
+    /// One of HTTP/1 runs when its request does.
+    pub(super) async fn wake_this_task(&self) {
+        let task = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+        self.task.replace(Some(task));
     }
 
     pub(super) fn take_look_at(&self) -> Option<Instant> {

@@ -21,6 +21,10 @@ use crate::l7::forward;
 use crate::l7::record;
 use crate::l7::validate::LengthAndCoding;
 
+/// Most bytes read from a client at once. A connection gets there only when its reads fill what it has;
+/// a body of 64 KiB then comes in one read with its head.
+const BUFFER_BYTES: usize = 128 * 1024;
+
 /// hyper's default; asking for it by name would take its slower path.
 const DEFAULT_HEADER_COUNT: usize = 100;
 
@@ -122,7 +126,7 @@ fn server_builder(limits: &HttpLimits) -> hyper::server::conn::http1::Builder {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
         .header_read_timeout(None)
-        .max_buf_size(limits.request_header_bytes)
+        .max_buf_size(limits.request_header_bytes.max(BUFFER_BYTES))
         .max_header_size(limits.request_header_bytes);
     if limits.request_headers != DEFAULT_HEADER_COUNT {
         builder.max_headers(limits.request_headers);

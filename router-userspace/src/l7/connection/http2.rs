@@ -58,6 +58,7 @@ pub(super) async fn serve(client: &Rc<Client>, mut io: ClientIo) {
     if drains {
         connection.as_mut().graceful_shutdown();
     }
+    client.wake_this_task().await;
     let mut goes_away = false;
     let ended = drive(
         client,

@@ -48,6 +48,7 @@ pub(in crate::l7) async fn serve(
     if drains {
         goes_away.notify_one();
     }
+    client.wake_this_task().await;
     let mut is_idle = false;
     let ended = drive(
         &client,
@@ -75,8 +76,7 @@ pub(in crate::l7) async fn serve(
 #[derive(Default)]
 struct Streams {
     open: Cell<usize>,
-    /// One has ended, or the connection's timer has to look sooner.
-    changed: Notify,
+    ended: Notify,
 }
 
 /// Accepts requests; once it `goes_away`, only until those that are open have ended.
@@ -118,7 +118,7 @@ async fn run(
                 // Names the request behind the last one; this one may not be sent again.
                 h3.shutdown(1).await?;
             }
-            () = streams.changed.notified() => {}
+            () = streams.ended.notified(), if is_going => {}
             // Requests that are on their way learn meanwhile that they are not served.
             () = tokio::time::sleep(LINGER), if is_over => return Ok(()),
         }
@@ -138,7 +138,8 @@ fn begin_stream(
     let served = {
         let client = Rc::clone(&client);
         async move {
-            serve_stream(client, &open.0, known, request, accepted).await;
+            let _open = open;
+            serve_stream(client, known, request, accepted).await;
         }
     };
     tokio::task::spawn_local(StreamTask::new(served, client, Some(progress)));
@@ -157,14 +158,13 @@ impl OpenStream {
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.open.set(self.0.open.get() - 1);
-        self.0.changed.notify_one();
+        self.0.ended.notify_one();
     }
 }
 
 /// One request. Returning early resets its stream.
 async fn serve_stream(
     client: Rc<Client>,
-    streams: &Streams,
     progress: Rc<Progress>,
     request: RequestResolver<Connection, Bytes>,
     accepted: Accepted,
@@ -200,10 +200,6 @@ async fn serve_stream(
         let response = loop {
             let step = poll_fn(|cx| {
                 let answer = answer.as_mut().poll(cx);
-                // The route's timeouts are the connection's task to watch.
-                if client.has_look_at() {
-                    streams.changed.notify_one();
-                }
                 match answer {
                     Poll::Ready(Ok(response)) => Poll::Ready(Some(response)),
                     Poll::Pending if waits && stream.is_asked_for(cx.waker()) => Poll::Ready(None),
