@@ -162,6 +162,7 @@ impl Agent {
         let now = now();
         let mut change = Change::default();
         let mut policies = Vec::new();
+        let mut policies_known = false;
         let mut next_hops = Vec::new();
         let mut interfaces = false;
         for event in batch.drain(..) {
@@ -183,6 +184,7 @@ impl Agent {
                 }
                 Event::SourceConnected { origin, connected } => {
                     self.table.set_connected(origin, connected, now);
+                    policies_known |= connected && origin == Origin::Kv;
                 }
                 Event::VipPolicy { vip, policy } => policies.push((vip, policy)),
                 Event::NextHop { backend, next_hop } => next_hops.push((backend, next_hop)),
@@ -210,6 +212,9 @@ impl Agent {
                 (None, None) => {}
             }
         }
+        if policies_known {
+            self.know_policies(now);
+        }
         if self.publish(change, now) {
             self.metrics.published(begin.elapsed());
         }
@@ -226,6 +231,15 @@ impl Agent {
             }
         }
         self.resume(now);
+    }
+
+    /// Of VIPs, sources have said all that they have to say.
+    fn know_policies(&mut self, now: Instant) {
+        match (&mut self.l4, &mut self.held) {
+            (Some(l4), _) => l4.know_policies(now),
+            (None, Some(held)) => drop(held.l4.note_policies_known()),
+            (None, None) => {}
+        }
     }
 
     fn tick(&mut self) {
@@ -350,6 +364,9 @@ impl Agent {
             if origin != Origin::Adopted && !source::configured(config).contains(&origin) {
                 self.table.set_connected(origin, true, now());
             }
+        }
+        if !source::tells_policies(config) {
+            self.know_policies(now());
         }
         let mut change = self
             .table

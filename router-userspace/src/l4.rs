@@ -106,12 +106,15 @@ struct Sweep {
 impl L4 {
     /// Loads or adopts the pinned programs and maps, attaches to every interface and starts
     /// watching next hops, which arrive as [`Event::NextHop`]. `tunnels` is where health checks find
-    /// the ways to VIPs. Must be called inside a tokio runtime.
+    /// the ways to VIPs. With `policies_to_come`, adopted VIPs keep their policies until
+    /// [`L4::know_policies`], but for those that the configuration has. Must be called inside a tokio
+    /// runtime.
     ///
     /// # Errors
     /// Names the interface, map or kernel feature that is missing.
     pub fn start(
         config: &L4Config,
+        policies_to_come: bool,
         inbox: mpsc::Sender<Event>,
         tunnels: Tunnels,
     ) -> anyhow::Result<L4> {
@@ -126,8 +129,11 @@ impl L4 {
             gue_port: config.gue_port,
             pin_path: Some(config.pin_path.clone()),
         })?;
-        let policies = Policies::new(config);
+        let mut policies = Policies::new(config);
         let planner = adopt(&mut datapath, config, &policies)?;
+        if policies_to_come {
+            policies.adopt(|default| planner.policies(default, datapath.ticks_per_second()));
+        }
         let shared = Arc::new(Shared {
             counters: datapath.counters(),
             flows: datapath.flows(),
@@ -318,8 +324,21 @@ impl L4 {
         };
     }
 
+    /// Sources have said all they have to say of VIPs: what was adopted of others counts no more.
+    pub fn know_policies(&mut self, now: Instant) {
+        for vip in self.note_policies_known() {
+            self.apply_vip(vip, now);
+        }
+        self.publish_marks();
+    }
+
+    /// Remembers the same. Allowed while another agent writes to the maps.
+    pub fn note_policies_known(&mut self) -> Vec<Vip> {
+        self.policies.forget_adopted()
+    }
+
     fn all_policies(&self) -> Policies {
-        let mut policies = Policies::new(&self.config);
+        let mut policies = self.policies.of_config(&self.config);
         for (vip, policy) in &self.announced {
             policies.announce(*vip, Some(policy));
         }

@@ -72,6 +72,11 @@ pub fn configured(config: &Config) -> Vec<Origin> {
     sources.map(|(origin, _)| origin).collect()
 }
 
+/// Whether a source is configured that may have policies of VIPs.
+pub fn tells_policies(config: &Config) -> bool {
+    configured(config).contains(&Origin::Kv)
+}
+
 /// Starts every configured source. Must be called inside a tokio runtime.
 ///
 /// # Errors

@@ -42,6 +42,31 @@ fn routes_and_policies_are_served_as_they_are_applied_and_go_as_they_are_deleted
     assert_eq!(site.tally(60, site::echo_tcp).unwrap().len(), 2);
 }
 
+#[test]
+fn a_restart_while_nats_is_away_keeps_declared_policies() {
+    let mut site = Site::running(1).unwrap();
+    let vip = format!("tcp/{ECHO_VIP}");
+    let file = site.lab.folder().join("declared.toml");
+    let policy = format!("[[vip]]\naddress = \"{vip}\"\nscheduler = \"source-hash\"\n");
+    std::fs::write(&file, policy).unwrap();
+    good(&run(&site, &["apply", file.to_str().unwrap()]));
+    scheduled(&site, &vip, "source-hash");
+
+    site.gateway().signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(site.gateway().wait().unwrap().success());
+    site.nats = None;
+    site.start_gateway(|_| ()).unwrap();
+    assert_eq!(scheduler(&site, &vip).as_deref(), Some("source-hash"));
+    assert_eq!(site.tally(3, site::echo_tcp).unwrap().len(), 1);
+
+    site.start_nats().unwrap();
+    wait_for("the policy to be deleted", || {
+        run(&site, &["delete", &vip]).status.success().then_some(())
+    })
+    .unwrap();
+    scheduled(&site, &vip, "maglev");
+}
+
 fn serves(site: &Site, status: u16) {
     let what = format!("{status} of the declared route");
     wait_for(&what, || {
@@ -52,13 +77,17 @@ fn serves(site: &Site, status: u16) {
 
 fn scheduled(site: &Site, vip: &str, scheduler: &str) {
     wait_for(scheduler, || {
-        let body = site.admin("/v1/vips").ok()?.body;
-        let vips: serde_json::Value = serde_json::from_str(&body).ok()?;
-        let mut rows = vips["rows"].as_array()?.iter();
-        let row = rows.find(|row| row["vip"] == vip)?;
-        (row["scheduler"] == scheduler).then_some(())
+        (self::scheduler(site, vip)? == scheduler).then_some(())
     })
     .unwrap();
+}
+
+fn scheduler(site: &Site, vip: &str) -> Option<String> {
+    let body = site.admin("/v1/vips").ok()?.body;
+    let vips: serde_json::Value = serde_json::from_str(&body).ok()?;
+    let mut rows = vips["rows"].as_array()?.iter();
+    let row = rows.find(|row| row["vip"] == vip)?;
+    Some(row["scheduler"].as_str()?.to_owned())
 }
 
 fn run(site: &Site, arguments: &[&str]) -> Output {

@@ -40,6 +40,8 @@ pub struct Policies {
     vips: HashMap<Vip, VipPolicy>,
     /// By sources.
     announced: HashMap<Vip, VipPolicy>,
+    /// What was found in the maps of an earlier agent, until sources have spoken.
+    adopted: HashMap<Vip, VipPolicy>,
 }
 
 impl Policies {
@@ -67,7 +69,29 @@ impl Policies {
             vips: vips.collect(),
             default,
             announced: HashMap::new(),
+            adopted: HashMap::new(),
         }
+    }
+
+    /// Those of another configuration, before sources speak again. What was adopted stays.
+    pub fn of_config(&self, config: &L4Config) -> Policies {
+        Policies {
+            adopted: self.adopted.clone(),
+            ..Policies::new(config)
+        }
+    }
+
+    /// Takes over what `read` finds in the maps, given the policy of VIPs that have none of their own.
+    pub fn adopt(&mut self, read: impl FnOnce(&VipPolicy) -> HashMap<Vip, VipPolicy>) {
+        self.adopted = read(&self.default);
+    }
+
+    /// Forgets what was adopted; returns the VIPs that are now served otherwise.
+    pub fn forget_adopted(&mut self) -> Vec<Vip> {
+        let adopted = std::mem::take(&mut self.adopted);
+        let others = adopted.into_iter();
+        let others = others.filter(|(vip, policy)| self.policy_of(vip) != policy);
+        others.map(|(vip, _)| vip).collect()
     }
 
     /// Takes in what a source says of a VIP, or that it says nothing any more.
@@ -83,7 +107,8 @@ impl Policies {
     }
 
     fn of(&self, vip: &Vip) -> Option<&VipPolicy> {
-        self.vips.get(vip).or_else(|| self.announced.get(vip))
+        let of_source = || self.announced.get(vip).or_else(|| self.adopted.get(vip));
+        self.vips.get(vip).or_else(of_source)
     }
 
     /// Whether a VIP is served without any registration: the proxy on this host needs none.
@@ -94,7 +119,8 @@ impl Policies {
 
     /// The VIPs that are served without any registration.
     pub fn declared(&self) -> impl Iterator<Item = Vip> {
-        let vips = self.vips.keys().chain(self.announced.keys());
+        let of_sources = self.announced.keys().chain(self.adopted.keys());
+        let vips = self.vips.keys().chain(of_sources);
         vips.copied().filter(|vip| self.is_declared(vip))
     }
 }
@@ -172,5 +198,43 @@ mod tests {
         policies.announce(announced, None);
         assert_eq!(policies.policy_of(&announced).mode, Mode::Nat);
         assert_eq!(policies.declared().count(), 0);
+    }
+
+    #[test]
+    fn what_was_adopted_holds_until_sources_have_spoken() {
+        let [silent, configured, announced]: [Vip; 3] =
+            ["tcp/192.0.2.1:80", "tcp/192.0.2.2:80", "tcp/192.0.2.3:80"]
+                .map(|vip| vip.parse().unwrap());
+        let with = |vip, forwarding| VipConfig {
+            forwarding: Some(forwarding),
+            ..VipConfig::new(vip)
+        };
+        let config = L4Config {
+            vip: vec![with(configured, Forwarding::Dsr)],
+            ..L4Config::default()
+        };
+        let mut policies = Policies::new(&config);
+        policies.adopt(|default| {
+            let adopted = VipPolicy {
+                mode: Mode::Ipip,
+                ..default.clone()
+            };
+            HashMap::from([silent, configured, announced].map(|vip| (vip, adopted.clone())))
+        });
+        policies.announce(announced, Some(&with(announced, Forwarding::Gue)));
+        let mut policies = {
+            let mut reloaded = policies.of_config(&config);
+            reloaded.announce(announced, Some(&with(announced, Forwarding::Gue)));
+            reloaded
+        };
+        let modes = |policies: &Policies| {
+            [silent, configured, announced].map(|vip| policies.policy_of(&vip).mode)
+        };
+        assert_eq!(modes(&policies), [Mode::Ipip, Mode::Dsr, Mode::Gue]);
+        let mut changed = policies.forget_adopted();
+        changed.sort();
+        assert_eq!(changed, [silent, configured, announced]);
+        assert_eq!(modes(&policies), [Mode::Nat, Mode::Dsr, Mode::Gue]);
+        assert_eq!(policies.forget_adopted(), []);
     }
 }

@@ -9,7 +9,7 @@ use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::agent::Agent;
-use crate::config::L4Config;
+use crate::config::Config;
 use crate::event::Event;
 use crate::l4::{L4, L4Reader};
 use crate::snapshot::Published;
@@ -47,7 +47,7 @@ pub(super) fn start(
                 true => None,
                 false => {
                     let inbox = context.inbox.clone();
-                    Some(start_l4(&config.l4, inbox, tunnels, &listeners)?)
+                    Some(start_l4(&config, inbox, tunnels, &listeners)?)
                 }
             };
             // Held on to, they would outlive the workers' own and leave clients waiting.
@@ -88,12 +88,14 @@ pub(super) fn start(
 
 /// Layer 4 starts without handing connections up where nobody listens or the kernel will not.
 fn start_l4(
-    config: &L4Config,
+    config: &Config,
     inbox: mpsc::Sender<Event>,
     tunnels: health::Tunnels,
     listeners: &[TcpListener],
 ) -> anyhow::Result<L4> {
-    let mut l4 = L4::start(config, inbox, tunnels).context("layer 4")?;
+    let policies_to_come = source::tells_policies(config);
+    let l4 = L4::start(&config.l4, policies_to_come, inbox, tunnels);
+    let mut l4 = l4.context("layer 4")?;
     if !listeners.is_empty()
         && let Err(error) = l4.hand_up_to(listeners)
     {

@@ -3,17 +3,21 @@
 //! That agent may have ended between any two operations. The ones returned make whole what it left:
 //! what no packet can find is cleared, and every ring is held against its backends.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use router_common::{
-    BackendEntry, BackendState, Mode, QuicKey, RingSlot, Scheduler, SourceKey, VIP_CHAIN, VipEntry,
-    vip_flags,
+    BackendEntry, BackendState, Mode, QuicKey, RingSlot, SOURCE_ALLOW, SOURCE_DENY, Scheduler,
+    SourceKey, VIP_CHAIN, VipEntry, vip_flags,
 };
 
 use super::chains::Link;
 use super::ring::Ring;
+use super::sources::{self, Sources};
 use super::{Installed, MapOp, PlannedMember, PlannedVip, Planner, World, vip_of};
+use crate::config::QuicConfig;
+use crate::l4::policy::VipPolicy;
 use crate::route::Vip;
 
 /// The VIPs that packets find, by index.
@@ -48,6 +52,18 @@ impl Planner {
         ops.retain(|op| !matches!(op, MapOp::SetPrefilter { .. }));
         ops.extend(self.prefilter.all());
         ops
+    }
+
+    /// The policies that what was adopted was made of, as far as they are in the maps; the rest as of
+    /// `default`. Planned anew by them, no VIP changes.
+    pub fn policies(&self, default: &VipPolicy, ticks_per_second: f64) -> HashMap<Vip, VipPolicy> {
+        let vips = self.vips.iter();
+        let policies = vips.filter_map(|(vip, planned)| {
+            let entry = planned.published.as_ref()?;
+            let policy = policy_of(entry, &planned.sources, default, ticks_per_second);
+            Some((*vip, policy))
+        });
+        policies.collect()
     }
 
     /// The VIPs that packets find, by index. Clears all others.
@@ -182,6 +198,35 @@ impl Planner {
         if planned.modes.contains(&Mode::Dnat) {
             self.dnat.insert(planned.index);
         }
+    }
+}
+
+fn policy_of(
+    entry: &VipEntry,
+    sources: &Sources,
+    default: &VipPolicy,
+    ticks_per_second: f64,
+) -> VipPolicy {
+    let has = |flag: u8| entry.flags & flag != 0;
+    // Within the tick, so that rounding up leads back to it.
+    let time = |ticks: u32| Duration::from_secs_f64((f64::from(ticks) - 0.5) / ticks_per_second);
+    let a_second = |a_tick: u32| (f64::from(a_tick) * ticks_per_second) as u32;
+    VipPolicy {
+        mode: Mode::from_bits(entry.mode),
+        scheduler: Scheduler::from_bits(entry.scheduler),
+        silent: has(vip_flags::SILENT),
+        affinity: (entry.affinity > 0).then(|| time(entry.affinity)),
+        allow: sources::prefixes(sources, SOURCE_ALLOW),
+        deny: sources::prefixes(sources, SOURCE_DENY),
+        source_rate: a_second(entry.source_rate),
+        vip_rate: a_second(entry.vip_rate),
+        challenge: has(vip_flags::CHALLENGE),
+        track: has(vip_flags::TRACK),
+        quic: has(vip_flags::QUIC).then_some(QuicConfig {
+            server_id_octets: entry.quic_len,
+            config: entry.quic_config,
+        }),
+        ..default.clone()
     }
 }
 

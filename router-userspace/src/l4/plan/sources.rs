@@ -1,6 +1,7 @@
 //! Which sources a VIP takes, as prefixes of `SOURCES`.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use router_common::{Addr, SOURCE_ALLOW, SOURCE_DENY, SourceKey, vip_flags};
@@ -60,6 +61,19 @@ impl PlannedVip {
             stays
         });
     }
+}
+
+/// Those with a verdict.
+pub(super) fn prefixes(sources: &Sources, verdict: u32) -> Vec<IpNet> {
+    let of = sources.iter().filter(|(_, given)| **given == verdict);
+    let nets = of.filter_map(|((source, bits), _)| {
+        let (address, bits) = match source.ip() {
+            IpAddr::V4(v4) => (IpAddr::V4(v4), bits.checked_sub(96)?),
+            v6 => (v6, *bits),
+        };
+        IpNet::new(address, bits).ok()
+    });
+    nets.collect()
 }
 
 fn prefix(net: &IpNet) -> (Addr, u8) {

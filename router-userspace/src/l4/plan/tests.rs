@@ -259,6 +259,7 @@ fn pool_of(backends: impl IntoIterator<Item = Backend>) -> Pool {
     }
 }
 
+const TICKS_PER_SECOND: f64 = 2.0;
 const DRAIN: Duration = Duration::from_secs(60);
 
 /// A planner and the kernel it writes.
@@ -267,6 +268,7 @@ struct Bench {
     planner: Planner,
     kernel: Kernel,
     config: L4Config,
+    adopted: HashMap<Vip, VipPolicy>,
     next_hops: HashMap<IpAddr, NextHop>,
     unhealthy: imbl::HashSet<SocketAddr>,
     panic_threshold: u8,
@@ -285,6 +287,7 @@ impl Bench {
                 drain: DRAIN,
                 ..L4Config::default()
             },
+            adopted: HashMap::new(),
             next_hops: (1..=32).map(|host| (address(host).ip(), hop(1))).collect(),
             unhealthy: Default::default(),
             panic_threshold: 0,
@@ -301,12 +304,13 @@ impl Bench {
     }
 
     fn with_world<T>(&mut self, run: impl FnOnce(&mut Planner, &World<'_>) -> T) -> T {
-        let policies = Policies::new(&self.config);
+        let mut policies = Policies::new(&self.config);
+        policies.adopt(|_| self.adopted.clone());
         let world = World {
             now: self.now,
             policies: &policies,
             timeouts: &self.config.timeouts,
-            ticks_per_second: 2.0,
+            ticks_per_second: TICKS_PER_SECOND,
             next_hops: &self.next_hops,
             unhealthy: &self.unhealthy,
             panic_threshold: self.panic_threshold,

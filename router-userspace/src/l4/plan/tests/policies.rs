@@ -69,6 +69,71 @@ fn the_policy_is_written_into_the_vip() {
     );
 }
 
+/// Any policy, as far as the maps hold it.
+fn any_policy() -> impl Strategy<Value = VipConfig> {
+    let modes = [
+        Forwarding::Nat,
+        Forwarding::Dnat,
+        Forwarding::Dsr,
+        Forwarding::Ipip,
+        Forwarding::Gue,
+    ];
+    let schedulers = [
+        Schedule::Maglev,
+        Schedule::RoundRobin,
+        Schedule::LeastConnections,
+        Schedule::SourceHash,
+    ];
+    let nets = ["203.0.113.0/24", "10.0.0.0/8", "2001:db8::/32", "0.0.0.0/0"];
+    let nets = prop::sample::subsequence(nets.map(|net| net.parse().unwrap()).to_vec(), 0..3);
+    let how = (
+        prop::sample::select(modes.to_vec()),
+        prop::sample::select(schedulers.to_vec()),
+        any::<bool>(),
+        prop::option::of(1u64..100_000),
+    );
+    let quic = prop::option::of((1u8..9, 0u8..7));
+    let rates = (any::<u32>(), any::<u32>());
+    (how, nets.clone(), nets, rates, any::<(bool, bool)>(), quic).prop_map(
+        |((mode, scheduler, silent, affinity), allow, deny, rates, flags, quic)| VipConfig {
+            forwarding: Some(mode),
+            scheduler: Some(scheduler),
+            reject: silent.then_some(crate::config::Reject::Drop),
+            affinity: affinity.map(Duration::from_millis),
+            deny: deny
+                .into_iter()
+                .filter(|net| !allow.contains(net))
+                .collect(),
+            allow,
+            source_rate: rates.0,
+            vip_rate: rates.1,
+            challenge: flags.0,
+            track: flags.1,
+            quic: quic.map(|(server_id_octets, config)| QuicConfig {
+                server_id_octets,
+                config,
+            }),
+            ..VipConfig::new(vip(1))
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn what_an_earlier_agent_was_told_of_a_vip_is_read_from_the_maps(policy in any_policy()) {
+        let mut bench = Bench::new(4, 16);
+        bench.config.vip = vec![policy];
+        bench.plan(vip(1), &[1, 2]);
+        // This agent is told nothing, or not yet.
+        bench.config.vip = Vec::new();
+        bench.restart();
+        let policies = Policies::new(&bench.config);
+        let default = policies.policy_of(&vip(2));
+        bench.adopted = bench.planner.policies(default, TICKS_PER_SECOND);
+        prop_assert_eq!(bench.plan(vip(1), &[1, 2]).ops, vec![]);
+    }
+}
+
 #[test]
 fn a_mode_takes_the_backends_it_can_reach() {
     let v6: SocketAddr = "[2001:db8::1]:8080".parse().unwrap();
