@@ -71,6 +71,7 @@ pub mod metrics;
 mod otlp;
 mod outlier;
 mod pace;
+mod progress;
 mod proxy_protocol;
 mod rate;
 mod raw_heads;

@@ -15,12 +15,12 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::l7::client::Progress;
 use crate::l7::compress::Compressed;
 use crate::l7::headers;
 #[cfg(feature = "http3")]
 use crate::l7::http3;
 use crate::l7::lease::Lease;
+use crate::l7::progress::Progress;
 use crate::l7::record::RequestRecord;
 use crate::l7::replay::{Attempt, Replay};
 

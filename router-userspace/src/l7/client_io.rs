@@ -12,8 +12,9 @@ use bytes::Bytes;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::frames::Frames;
+use crate::l7::progress::Progress;
 use crate::l7::stream::Stream;
 
 /// Head and body of a response up to this size are copied together to be written.

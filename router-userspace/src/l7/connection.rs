@@ -15,9 +15,10 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
-use crate::l7::client::{Client, Expiry, Progress};
+use crate::l7::client::Client;
 use crate::l7::client_io::ClientIo;
 use crate::l7::handshake::Established;
+use crate::l7::progress::{Expiry, Progress};
 use crate::l7::tunnel;
 use crate::l7::worker::Worker;
 

@@ -21,11 +21,12 @@ use tokio::sync::oneshot;
 use crate::l7::backend::{Connection, Purpose, RawBackend};
 use crate::l7::balance::{Choice, PoolState, Wanted};
 use crate::l7::body::{KeptBody, RequestBody};
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::edits;
 use crate::l7::error::{BackendFailure, BackendTimeout, BadRequest, Failure};
 use crate::l7::headers;
 use crate::l7::lease::Lease;
+use crate::l7::progress::Progress;
 use crate::l7::validate::{self, Findings};
 use crate::l7::worker::Worker;
 

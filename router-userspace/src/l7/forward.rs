@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::l7::backend::RawBackend;
 use crate::l7::balance::{PoolState, Wanted, WantedInstance};
 use crate::l7::body::{Answer, ClientBody, RequestBody, ResponseBody};
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::client_cert;
 use crate::l7::compress::{self, Coding, Compressed};
 use crate::l7::edits::{self, RequestUrl};
@@ -26,6 +26,7 @@ use crate::l7::headers;
 #[cfg(feature = "http3")]
 use crate::l7::http3;
 use crate::l7::lease::Lease;
+use crate::l7::progress::Progress;
 use crate::l7::record::RequestRecord;
 use crate::l7::route_service::{self, Leg};
 use crate::l7::router::{self, Lookup, NoMatch};

@@ -17,8 +17,8 @@ use std::task::{Context, Poll, Waker, ready};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::l7::client::Progress;
 use crate::l7::headers;
+use crate::l7::progress::Progress;
 
 /// Interim responses to one request that are passed on.
 const MAX_RESPONSES: u8 = 16;

@@ -14,11 +14,12 @@ use tokio::time::Instant;
 use crate::l7::access_log::{Aborted, Ended, Entry};
 use crate::l7::backend::BackendState;
 use crate::l7::balance::PoolState;
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::error::{Failure, REASONS};
 use crate::l7::lease::Lease;
 use crate::l7::metrics::Outcome;
 use crate::l7::otlp::{self, RequestSpan};
+use crate::l7::progress::Progress;
 use crate::l7::trace::Traced;
 
 /// What is known of the request that is under way.

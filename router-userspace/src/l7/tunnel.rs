@@ -15,10 +15,10 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, copy_bidirectiona
 use tokio::sync::oneshot;
 
 use crate::l7::backend::RawBackend;
-use crate::l7::client::Progress;
 use crate::l7::client_io::ClientIo;
 use crate::l7::lease::Lease;
 use crate::l7::liveness;
+use crate::l7::progress::Progress;
 use crate::l7::record::RequestRecord;
 use crate::l7::worker::Worker;
 

@@ -8,21 +8,19 @@
 //! left at the deadline.
 
 use std::cell::{Cell, RefCell};
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use bytes::Bytes;
 use http::HeaderValue;
+use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -33,11 +31,9 @@ use crate::l7::access_log::{self, WorkerLog};
 use crate::l7::backend::Backends;
 use crate::l7::balance::{Choice, Circumstances, PoolState, Wanted};
 use crate::l7::clients::{ClientPlace, Cutoff};
-use crate::l7::connection;
 use crate::l7::handshake::{Handshakes, ListenerKind};
 #[cfg(feature = "http3")]
 use crate::l7::http3;
-use crate::l7::listen;
 use crate::l7::metrics::{RouteCounters, WorkerMetrics};
 use crate::l7::route_service::Services;
 use crate::l7::router::RouteMatch;
@@ -46,18 +42,17 @@ use crate::l7::tls::Tls;
 use crate::route::HttpMatch;
 use crate::snapshot::{Published, Snapshot};
 
+use self::stamps::{RequestStart, request_ids};
+
+mod accept;
+mod stamps;
+
 /// How many tasks run between two looks at the sockets. Beyond tokio's default of 61, more requests
 /// are answered for each system call; see docs/performance.md.
 const EVENT_INTERVAL: u32 = 256;
 
 /// How often idle connections and forgotten pools are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How long accepting pauses after the kernel refused a connection, for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Request ids made at once: 1152 bytes, freed when the last request that has one of them ends.
-const REQUEST_IDS_AT_ONCE: usize = 32;
 
 /// What a worker's thread is started with.
 pub(super) struct WorkerParts {
@@ -131,14 +126,6 @@ pub(super) struct Worker {
     connection_ended: Notify,
 }
 
-/// The value of `X-Request-Start`, made once a millisecond.
-struct RequestStart {
-    epoch: SystemTime,
-    at: Instant,
-    ms: u128,
-    value: HeaderValue,
-}
-
 /// Starts a worker's thread.
 ///
 /// # Errors
@@ -192,7 +179,7 @@ async fn run(parts: WorkerParts) {
                 let worker = Rc::clone(&worker);
                 acceptors.push(match listener {
                     Assignment::Tcp(listener) => {
-                        tokio::task::spawn_local(accept(worker, listener))
+                        tokio::task::spawn_local(accept::accept(worker, listener))
                     }
                     #[cfg(feature = "http3")]
                     Assignment::Http3(listener) => {
@@ -221,99 +208,6 @@ async fn run(parts: WorkerParts) {
     }
     sweeper.abort();
     drop(alive);
-}
-
-/// Accepts until the worker drains or the address is given up, and then what the kernel has accepted
-/// in its name: closing the listener before would reset those connections.
-async fn accept(worker: Rc<Worker>, listener: Listener) {
-    let Listener {
-        socket,
-        kind,
-        mut open,
-    } = listener;
-    let listener = match listen::begin(&socket).and_then(|()| TcpListener::from_std(socket)) {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%error, "l7 listener cannot be polled");
-            return;
-        }
-    };
-    while !worker.is_draining() {
-        tokio::select! {
-            // All may be dropped: a connection that was not handed over stays in the backlog.
-            () = worker.drain_notice() => {}
-            // Nothing is ever sent: the other end is gone.
-            _ = open.changed() => break,
-            accepted = next_connection(&worker, &listener) => match accepted {
-                Ok((stream, peer)) => serve(&worker, kind, stream, peer),
-                Err(error) => {
-                    refused(&worker, &error);
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    }
-    if let Err(error) = accept_backlog(&worker, listener, kind).await {
-        refused(&worker, &error);
-    }
-}
-
-async fn next_connection(
-    worker: &Worker,
-    listener: &TcpListener,
-) -> io::Result<(TcpStream, SocketAddr)> {
-    worker.wait_for_room().await;
-    listener.accept().await
-}
-
-async fn accept_backlog(
-    worker: &Rc<Worker>,
-    listener: TcpListener,
-    kind: ListenerKind,
-) -> io::Result<()> {
-    let listener = listener.into_std()?;
-    loop {
-        worker.wait_for_room().await;
-        match listener.accept() {
-            Ok((stream, peer)) => {
-                stream.set_nonblocking(true)?;
-                serve(worker, kind, TcpStream::from_std(stream)?, peer);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-fn serve(worker: &Rc<Worker>, kind: ListenerKind, stream: TcpStream, peer: SocketAddr) {
-    worker.metrics.connections_accepted.add(1);
-    let Ok(place) = worker.enter(peer.ip()) else {
-        return;
-    };
-    let open = OpenConnection::new(worker);
-    let worker = Rc::clone(worker);
-    tokio::task::spawn_local(async move {
-        let rules = worker.settings(|settings| settings.handshake_rules(peer));
-        let established = worker.handshakes.establish(kind, &rules, stream, peer);
-        if let Ok(established) = established.await {
-            // A PROXY header has told who the client is.
-            let behind_proxy = match established.peer.ip() == peer.ip() {
-                true => Ok(None),
-                false => worker.enter(established.peer.ip()),
-            };
-            if behind_proxy.is_ok() {
-                connection::serve(worker, established).await;
-            }
-            drop(behind_proxy);
-        }
-        drop(place);
-        drop(open);
-    });
-}
-
-fn refused(worker: &Worker, error: &io::Error) {
-    worker.metrics.accept_errors.add(1);
-    tracing::warn!(%error, "accept a client connection");
 }
 
 async fn sweep(worker: Rc<Worker>) {
@@ -607,42 +501,5 @@ impl Drop for OpenConnection {
             .set(self.0.open_connections.get() - 1);
         self.0.metrics.connections_open.subtract(1);
         self.0.connection_ended.notify_waiters();
-    }
-}
-
-/// UUIDs one behind the other. Cut from one buffer, they cost no allocation each, nor when cloned.
-fn request_ids(rng: &mut impl Rng) -> Bytes {
-    let mut text = Vec::with_capacity(REQUEST_IDS_AT_ONCE * uuid::fmt::Hyphenated::LENGTH);
-    for _ in 0..REQUEST_IDS_AT_ONCE {
-        let id = uuid::Builder::from_random_bytes(rng.random()).into_uuid();
-        let mut buffer = [0; uuid::fmt::Hyphenated::LENGTH];
-        text.extend_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes());
-    }
-    Bytes::from(text)
-}
-
-impl RequestStart {
-    fn new(at: Instant) -> RequestStart {
-        RequestStart {
-            epoch: SystemTime::now(),
-            at,
-            ms: 0,
-            value: HeaderValue::from_static("0"),
-        }
-    }
-
-    fn since_epoch(&self, at: Instant) -> Duration {
-        let epoch = self.epoch.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let before = self.at.saturating_duration_since(at);
-        (epoch + at.saturating_duration_since(self.at)).saturating_sub(before)
-    }
-
-    fn value(&mut self, now: Instant) -> HeaderValue {
-        let ms = self.since_epoch(now).as_millis();
-        if ms != self.ms {
-            self.ms = ms;
-            self.value = HeaderValue::from(u64::try_from(ms).unwrap_or(u64::MAX));
-        }
-        self.value.clone()
     }
 }

@@ -13,11 +13,12 @@ use hyper_util::rt::TokioIo;
 
 use crate::config::HttpLimits;
 use crate::l7::body::ClientBody;
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::client_io::ClientIo;
 use crate::l7::connection::{Ended, Left, Look, PARK_AFTER, drive, look_at};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
+use crate::l7::progress::Progress;
 use crate::l7::record;
 use crate::l7::validate::LengthAndCoding;
 

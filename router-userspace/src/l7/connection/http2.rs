@@ -15,11 +15,12 @@ use hyper_util::rt::TokioIo;
 
 use crate::config::HttpLimits;
 use crate::l7::body::ClientBody;
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::client_io::ClientIo;
 use crate::l7::connection::drive;
 use crate::l7::connection::streams::{StreamTask, look_at_streams};
 use crate::l7::forward;
+use crate::l7::progress::Progress;
 
 /// What a client may send on one stream, and on all of them, before a backend has taken it.
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;

@@ -21,13 +21,14 @@ use http_body::Body;
 use tokio::sync::Notify;
 
 use crate::l7::body::{ClientBody, ResponseBody};
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::connection::streams::{StreamTask, look_at_streams};
 use crate::l7::connection::{LINGER, drive};
 use crate::l7::error::UNPARSABLE;
 use crate::l7::forward;
 use crate::l7::handshake::TlsSession;
 use crate::l7::http3::{Accepted, Connection, RequestBody, SendStream};
+use crate::l7::progress::Progress;
 use crate::l7::record;
 use crate::l7::worker::Worker;
 

@@ -9,8 +9,9 @@ use std::task::{Context, Poll};
 
 use tokio::time::Instant;
 
-use crate::l7::client::{Client, Progress};
+use crate::l7::client::Client;
 use crate::l7::connection::{LINGER, Look, look_at};
+use crate::l7::progress::Progress;
 
 /// Ends streams whose time is up, and the connection when it has had none for too long: it says so
 /// first, in case the client is about to begin one (RFC 9113 §6.8, RFC 9114 §5.2).

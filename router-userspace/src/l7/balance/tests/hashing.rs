@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use http::HeaderValue;
+
 use super::*;
 use crate::route::policy::{HashKey, HashOf};
 
