@@ -17,7 +17,7 @@ use crate::snapshot::HostRoutes;
 const BITS: u32 = 3;
 const SLOTS: usize = 1 << BITS;
 /// Below the node that these bits lead to, buckets hold any number of hosts of one hash.
-const HASH_BITS: u32 = u64::BITS;
+const HASH_BITS: u32 = 63;
 /// Hosts of a bucket, beyond which it becomes a node.
 const MAX_BUCKET: usize = 12;
 /// Hosts of a node, at which it becomes a bucket again.
@@ -33,6 +33,8 @@ pub struct Hosts<S = DefaultHashBuilder> {
     hasher: S,
 }
 
+/// Nodes choose by the first bits of a hash first, and a bucket is sorted by hash and name, so that all
+/// hosts stand in that order.
 #[derive(Clone, Debug)]
 enum Slot {
     Node(Arc<[Slot; SLOTS]>),
@@ -80,34 +82,36 @@ impl<S: BuildHasher> Hosts<S> {
 
     /// The name as it is kept, and the routes.
     pub fn get(&self, name: &str) -> Option<(&str, &HostRoutes)> {
-        let mut hash = self.hash(name);
+        let hash = self.place_of(name);
         let mut slot = &self.root;
+        let mut shift = 0;
         loop {
             match slot {
-                Slot::Node(slots) => slot = &slots[place(hash, 0)],
+                Slot::Node(slots) => slot = &slots[place(hash, shift)],
                 Slot::Bucket(hosts) => {
                     let host = &hosts[position(hosts, name)?];
                     return Some((host.name(), &host.routes));
                 }
             }
-            hash >>= BITS;
+            shift += BITS;
         }
     }
 
     pub fn get_mut(&mut self, name: &str) -> Option<&mut HostRoutes> {
         // Before anything is copied.
         self.get(name)?;
-        let mut hash = self.hash(name);
+        let hash = self.place_of(name);
         let mut slot = &mut self.root;
+        let mut shift = 0;
         loop {
             match slot {
-                Slot::Node(slots) => slot = &mut Arc::make_mut(slots)[place(hash, 0)],
+                Slot::Node(slots) => slot = &mut Arc::make_mut(slots)[place(hash, shift)],
                 Slot::Bucket(hosts) => {
                     let at = position(hosts, name)?;
                     return Some(&mut Arc::make_mut(hosts)[at].routes);
                 }
             }
-            hash >>= BITS;
+            shift += BITS;
         }
     }
 
@@ -116,7 +120,7 @@ impl<S: BuildHasher> Hosts<S> {
         if self.contains(name) {
             return;
         }
-        let hash = self.hash(name);
+        let hash = self.place_of(name);
         let host = Host {
             name: Name::new(name),
             routes: HostRoutes::default(),
@@ -130,27 +134,48 @@ impl<S: BuildHasher> Hosts<S> {
         if !self.contains(name) {
             return false;
         }
-        let hash = self.hash(name);
-        remove(&mut self.root, hash, name);
+        let hash = self.place_of(name);
+        remove(&mut self.root, hash, 0, name);
         self.len -= 1;
         true
     }
 
-    /// All hosts, in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &HostRoutes)> {
-        let mut slots = vec![&self.root];
-        let mut bucket: std::slice::Iter<Host> = [].iter();
-        std::iter::from_fn(move || {
-            loop {
-                if let Some(host) = bucket.next() {
-                    return Some((host.name(), &host.routes));
+    /// All hosts, in an order that is the same for every version with these hosts in it, and that says
+    /// nothing to people.
+    pub fn iter(&self) -> Iter<'_> {
+        Iter {
+            rest: vec![std::slice::from_ref(&self.root).iter()],
+            bucket: [].iter(),
+        }
+    }
+
+    /// The same from a host on, or from where it would be. Looks at the nodes on the way to it only.
+    pub fn iter_from(&self, name: &str) -> Iter<'_> {
+        let hash = self.place_of(name);
+        let mut rest = Vec::new();
+        let mut slot = &self.root;
+        let mut shift = 0;
+        loop {
+            match slot {
+                Slot::Node(slots) => {
+                    let at = place(hash, shift);
+                    rest.push(slots[at + 1..].iter());
+                    slot = &slots[at];
                 }
-                match slots.pop()? {
-                    Slot::Node(below) => slots.extend(&**below),
-                    Slot::Bucket(hosts) => bucket = hosts.iter(),
+                Slot::Bucket(hosts) => {
+                    let at = rank(hosts, hash, name, &self.hasher);
+                    let bucket = hosts[at..].iter();
+                    return Iter { rest, bucket };
                 }
             }
-        })
+            shift += BITS;
+        }
+    }
+
+    /// Where a host stands in the order of [`Hosts::iter`]; two hosts of one place do by name. Another
+    /// process has another order.
+    pub fn place_of(&self, name: &str) -> u64 {
+        self.hasher.hash_one(name.as_bytes())
     }
 
     /// Tells of the hosts that `newer` does not share with this version: their routes here, and there.
@@ -162,9 +187,29 @@ impl<S: BuildHasher> Hosts<S> {
     ) {
         diff(&self.root, &newer.root, changed);
     }
+}
 
-    fn hash(&self, name: &str) -> u64 {
-        self.hasher.hash_one(name.as_bytes())
+/// Hosts with their routes.
+pub struct Iter<'a> {
+    /// What is left of the nodes on the way down.
+    rest: Vec<std::slice::Iter<'a, Slot>>,
+    bucket: std::slice::Iter<'a, Host>,
+}
+
+impl<'a> Iterator for Iter<'a> {
+    type Item = (&'a str, &'a HostRoutes);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(host) = self.bucket.next() {
+                return Some((host.name(), &host.routes));
+            }
+            match self.rest.last_mut()?.next() {
+                Some(Slot::Bucket(hosts)) => self.bucket = hosts.iter(),
+                Some(Slot::Node(slots)) => self.rest.push(slots.iter()),
+                None => drop(self.rest.pop()),
+            }
+        }
     }
 }
 
@@ -217,11 +262,17 @@ impl Slot {
 }
 
 fn place(hash: u64, shift: u32) -> usize {
-    (hash >> shift) as usize % SLOTS
+    ((hash << shift) >> (u64::BITS - BITS)) as usize
 }
 
 fn position(hosts: &[Host], name: &str) -> Option<usize> {
     hosts.iter().position(|host| host.is_named(name))
+}
+
+/// Where a host stands in its bucket, or belongs.
+fn rank(hosts: &[Host], hash: u64, name: &str, hasher: &impl BuildHasher) -> usize {
+    let key = |host: &Host| hasher.hash_one(host.name.bytes());
+    hosts.partition_point(|host| (key(host), host.name.bytes()) < (hash, name.as_bytes()))
 }
 
 fn insert(slot: &mut Slot, hash: u64, shift: u32, host: Host, hasher: &impl BuildHasher) {
@@ -231,9 +282,10 @@ fn insert(slot: &mut Slot, hash: u64, shift: u32, host: Host, hasher: &impl Buil
             insert(below, hash, shift + BITS, host, hasher);
         }
         Slot::Bucket(bucket) => {
+            let at = rank(bucket, hash, host.name(), hasher);
             let mut hosts = Vec::with_capacity(bucket.len() + 1);
             take_into(bucket, &mut hosts);
-            hosts.push(host);
+            hosts.insert(at, host);
             *slot = if hosts.len() <= MAX_BUCKET || shift >= HASH_BITS {
                 Slot::Bucket(hosts.into())
             } else {
@@ -254,11 +306,11 @@ fn split(hosts: Vec<Host>, shift: u32, hasher: &impl BuildHasher) -> Slot {
 }
 
 /// Removes a host that is there. A node that is left with few hosts becomes a bucket.
-fn remove(slot: &mut Slot, hash: u64, name: &str) {
+fn remove(slot: &mut Slot, hash: u64, shift: u32, name: &str) {
     match slot {
         Slot::Node(slots) => {
             let slots = Arc::make_mut(slots);
-            remove(&mut slots[place(hash, 0)], hash >> BITS, name);
+            remove(&mut slots[place(hash, shift)], hash, shift + BITS, name);
             if let Some(merged) = merge(slots) {
                 *slot = merged;
             }
@@ -405,6 +457,38 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_from_any_host_whether_there_or_not(
+            numbers in prop::collection::btree_set(0u8..48, 0..40),
+            from in 0u8..48,
+        ) {
+            let mut hosts: Hosts<Poor> = Hosts::default();
+            for number in numbers {
+                hosts.add(&format!("host-{number}"));
+            }
+            let place = |name: &str| (hosts.place_of(name), name.to_owned());
+            let all: Vec<_> = hosts.iter().map(|(name, _)| place(name)).collect();
+            prop_assert!(all.is_sorted());
+            let from = format!("host-{from}");
+            let rest: Vec<_> = hosts.iter_from(&from).map(|(name, _)| place(name)).collect();
+            let wanted = all.iter().filter(|host| **host >= place(&from));
+            prop_assert_eq!(rest, wanted.cloned().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_name_of_any_length_is_found() {
+        let mut hosts: Hosts = Hosts::default();
+        let names: Vec<String> = (1..=254).map(|length| "a".repeat(length)).collect();
+        names.iter().for_each(|name| hosts.add(name));
+        for name in &names {
+            assert_eq!(hosts.get(name).map(|(kept, _)| kept), Some(&**name));
+        }
+        assert!(names.iter().all(|name| hosts.remove(name)));
+        assert!(hosts.is_empty() && hosts.iter().next().is_none());
     }
 
     fn empty_pool() -> Arc<Pool> {
