@@ -10,6 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::config::{L4Config, PortRange};
 use crate::route::conditions::Conditions;
 use crate::route::policy::{HashKey, HttpPolicy};
@@ -89,8 +91,6 @@ pub struct Backend {
     /// Share of new flows and requests relative to the rest of the pool, 0..=1000; default 100. At 0 it
     /// drains: it gets nothing new, and its flows go on.
     pub weight: u16,
-    /// Whether the L7 proxy speaks TLS to it, and the name its certificate must carry.
-    pub tls: Option<BackendTls>,
     pub protocol: HttpProtocol,
     /// `None`: as [`Instance::default`]. By itself, for in a table of many routes most say nothing.
     pub instance: Option<Arc<Instance>>,
@@ -108,6 +108,8 @@ pub struct Instance {
     pub availability_zone: Option<Arc<str>>,
     pub isolation_segment: Option<Arc<str>>,
     pub tags: BTreeMap<Arc<str>, Arc<str>>,
+    /// Whether the L7 proxy speaks TLS to it, and the name its certificate must carry.
+    pub tls: Option<BackendTls>,
 }
 
 impl Backend {
@@ -116,7 +118,6 @@ impl Backend {
         Backend {
             address,
             weight: wire::DEFAULT_WEIGHT,
-            tls: None,
             protocol: HttpProtocol::Http1,
             instance: None,
             origin,
@@ -131,8 +132,13 @@ impl Backend {
             availability_zone: None,
             isolation_segment: None,
             tags: BTreeMap::new(),
+            tls: None,
         };
         self.instance.as_deref().unwrap_or(&UNNAMED)
+    }
+
+    pub fn tls(&self) -> Option<&BackendTls> {
+        self.instance().tls.as_ref()
     }
 }
 
@@ -180,13 +186,26 @@ pub enum Balance {
 /// without them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
-    pub backends: Vec<Arc<Backend>>,
-    /// As registrations have it; [`Pool::balance`] is what holds.
-    pub balance: Option<Balance>,
-    /// As registrations have it; [`Pool::route_service_url`] is what holds.
-    pub route_service_url: Option<Arc<str>>,
+    /// Most pools have one, and it stands in place.
+    pub backends: SmallVec<[Arc<Backend>; 1]>,
+    /// [`Pool::balance`] and [`Pool::route_service_url`] are what holds. `None`: nothing.
+    pub registered: Option<Arc<Registered>>,
     /// What is declared of the route. `None`: all as the gateway's defaults.
     pub policy: Option<Arc<HttpPolicy>>,
+}
+
+/// What registrations say of a whole pool; mostly nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registered {
+    pub balance: Option<Balance>,
+    pub route_service_url: Option<Arc<str>>,
+}
+
+impl Registered {
+    /// As a [`Pool`] has it.
+    pub fn shared(self) -> Option<Arc<Registered>> {
+        (self != Registered::default()).then(|| Arc::new(self))
+    }
 }
 
 impl Pool {
@@ -194,14 +213,14 @@ impl Pool {
     pub fn balance(&self) -> Option<&Balance> {
         let declared = self.policy.as_ref();
         let declared = declared.and_then(|policy| policy.balance.as_ref());
-        declared.or(self.balance.as_ref())
+        declared.or_else(|| self.registered.as_ref()?.balance.as_ref())
     }
 
     /// Where requests go first: as declared, or else as registered.
     pub fn route_service_url(&self) -> Option<&Arc<str>> {
         let declared = self.policy.as_ref();
         let declared = declared.and_then(|policy| policy.route_service_url.as_ref());
-        declared.or(self.route_service_url.as_ref())
+        declared.or_else(|| self.registered.as_ref()?.route_service_url.as_ref())
     }
 }
 

@@ -274,9 +274,7 @@ impl Gateway {
         }
         let pool = Pool {
             backends: backends.into_iter().map(Arc::new).collect(),
-            balance: None,
-            route_service_url: None,
-            policy: None,
+            ..Pool::default()
         };
         let world = World {
             now: self.now,

@@ -86,7 +86,7 @@ fn write(snapshot: &Snapshot, ttl: Duration, mut send: impl FnMut(Bytes) -> bool
     let mut piece = vec![b'{'];
     let mut first = true;
     for (host, routes) in snapshot.hosts.iter() {
-        for (path, pool) in &routes.paths {
+        for (path, pool) in routes.paths() {
             if !std::mem::take(&mut first) {
                 piece.push(b',');
             }
@@ -129,7 +129,7 @@ fn endpoint<'a>(pool: &'a Pool, backend: &'a Backend, ttl: Duration) -> Endpoint
             HttpProtocol::Http1 => "http1",
             HttpProtocol::Http2 => "http2",
         },
-        tls: backend.tls.is_some(),
+        tls: backend.tls().is_some(),
         ttl: match backend.origin.expires() {
             true => i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX),
             false => -1,
@@ -138,10 +138,7 @@ fn endpoint<'a>(pool: &'a Pool, backend: &'a Backend, ttl: Duration) -> Endpoint
         tags: &backend.instance().tags,
         isolation_segment: backend.instance().isolation_segment.as_deref(),
         private_instance_id: backend.instance().id.as_deref(),
-        server_cert_domain_san: backend
-            .tls
-            .as_ref()
-            .and_then(|tls| tls.server_name.as_deref()),
+        server_cert_domain_san: backend.tls().and_then(|tls| tls.server_name.as_deref()),
         load_balancing_algorithm: pool.balance().map(|balance| match balance {
             Balance::LeastConnections => "least-connection",
             Balance::RoundRobin | Balance::Hash(_) => balance.as_str(),

@@ -120,7 +120,7 @@ pub fn routes(
     for (host, routes) in snapshot.hosts.iter() {
         for route in routes.iter() {
             let conditions = route.conditions.map(ToString::to_string);
-            let key = (&**host, &**route.path, conditions.unwrap_or_default());
+            let key = (host, &**route.path, conditions.unwrap_or_default());
             page.offer(key, || (route.pool, route.conditions));
         }
     }
@@ -284,7 +284,7 @@ fn members(snapshot: &Snapshot, pool: &Pool) -> Vec<MemberRow> {
         weight: backend.weight,
         origin: backend.origin.as_str(),
         healthy: !snapshot.unhealthy.contains(&backend.address),
-        tls: backend.tls.is_some(),
+        tls: backend.tls().is_some(),
         protocol: match backend.protocol {
             HttpProtocol::Http1 => "http1",
             HttpProtocol::Http2 => "http2",

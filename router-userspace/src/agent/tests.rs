@@ -76,7 +76,7 @@ async fn a_batch_is_published_once() {
     let events = (1..=100).map(|port| register(&format!("10.0.0.1:{port}"), "a.x"));
     let snapshot = gateway.send(events).await;
     assert_eq!(
-        snapshot.hosts.get("a.x").unwrap().1.paths[0]
+        snapshot.hosts.get("a.x").unwrap().1.paths()[0]
             .1
             .backends
             .len(),

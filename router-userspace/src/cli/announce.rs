@@ -188,10 +188,7 @@ mod tests {
         assert_eq!(registration.routes.len(), 3);
         let backend = &registration.backend;
         assert_eq!(backend.address, "[2001:db8::1]:8443".parse().unwrap());
-        assert_eq!(
-            backend.tls.as_ref().unwrap().server_name.as_deref(),
-            Some("san")
-        );
+        assert_eq!(backend.tls().unwrap().server_name.as_deref(), Some("san"));
         assert_eq!(
             (backend.weight, backend.instance().app.as_deref()),
             (7, Some("a"))

@@ -152,7 +152,7 @@ fn has(pool: &[Arc<Backend>], backend: &Arc<Backend>) -> bool {
 
 /// What the route of a host says of its backend.
 fn of_route(backend: &Backend) -> Takes {
-    match (&backend.tls, backend.protocol) {
+    match (backend.tls(), backend.protocol) {
         (None, HttpProtocol::Http1) => Takes::Http,
         (Some(_), _) | (None, HttpProtocol::Http2) => Takes::Tcp,
     }

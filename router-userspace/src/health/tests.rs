@@ -228,9 +228,7 @@ fn loopback_pool(count: u32, port: u16) -> Arc<Snapshot> {
     });
     let pool = Pool {
         backends: backends.collect(),
-        balance: None,
-        route_service_url: None,
-        policy: None,
+        ..Pool::default()
     };
     let vip = Vip::new(Proto::Tcp, SocketAddr::from(([192, 0, 2, 1], 80)));
     Arc::new(Snapshot {

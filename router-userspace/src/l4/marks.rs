@@ -153,9 +153,7 @@ mod tests {
                     .iter()
                     .map(|b| Arc::new(Backend::new(*b, Origin::Nats)))
                     .collect(),
-                balance: None,
-                route_service_url: None,
-                policy: None,
+                ..Pool::default()
             };
             let pool = (!backends.is_empty()).then_some(&pool);
             self.planner.plan(vip, pool, &world);

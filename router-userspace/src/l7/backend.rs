@@ -79,7 +79,7 @@ impl Backends {
             return Rc::clone(state);
         }
         let state_of = |backend: &Backend| {
-            let key = (backend.address, backend.tls.clone(), backend.protocol);
+            let key = (backend.address, backend.tls().cloned(), backend.protocol);
             if let Some(known) = self.states.get(&key) {
                 return Rc::clone(known);
             }
@@ -169,7 +169,7 @@ impl BackendState {
     fn new(backend: &Backend, worker: usize, common: Arc<SharedBackend>) -> BackendState {
         BackendState {
             address: backend.address,
-            tls: backend.tls.clone(),
+            tls: backend.tls().cloned(),
             protocol: backend.protocol,
             idle: RefCell::default(),
             shared: RefCell::default(),

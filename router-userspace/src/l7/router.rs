@@ -126,7 +126,7 @@ fn find_in_host<'a>(
 }
 
 fn longest_path(routes: &HostRoutes) -> Option<usize> {
-    let plain = routes.paths.first().map(|(path, _)| path.len());
+    let plain = routes.paths().first().map(|(path, _)| path.len());
     let conditional = routes.conditional().first().map(|route| route.path.len());
     plain.max(conditional)
 }
@@ -153,8 +153,8 @@ fn of_path<'a>(
     if let Some(route) = beside.find(|route| holds(&route.conditions)) {
         return Some((&route.path, Some(&route.conditions), &route.pool));
     }
-    let plain = routes.paths.binary_search_by(|(known, _)| order(known));
-    let (path, pool) = &routes.paths[plain.ok()?];
+    let plain = routes.paths().binary_search_by(|(known, _)| order(known));
+    let (path, pool) = &routes.paths()[plain.ok()?];
     Some((path, None, pool))
 }
 

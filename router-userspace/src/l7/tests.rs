@@ -55,9 +55,7 @@ fn pool(backends: impl IntoIterator<Item = Backend>) -> Pool {
     let backends = backends.into_iter().map(Arc::new).collect();
     Pool {
         backends,
-        balance: None,
-        route_service_url: None,
-        policy: None,
+        ..Pool::default()
     }
 }
 
@@ -69,7 +67,7 @@ fn snapshot(routes: impl IntoIterator<Item = (&'static str, Pool)>) -> Snapshot 
     for (host, pool) in routes {
         snapshot.hosts.add(host.into());
         let routes = snapshot.hosts.get_mut(host).expect("just added");
-        routes.paths.push(("".into(), Arc::new(pool)));
+        routes.insert("".into(), None, Arc::new(pool));
     }
     snapshot
 }

@@ -133,8 +133,10 @@ struct Known {
 }
 
 fn put_pool<W: Write>(out: &mut Encoder<W>, pool: &Pool, known: &mut Known) -> io::Result<()> {
-    out.option(pool.balance.as_ref(), words::put_balance)?;
-    out.text_option(pool.route_service_url.as_ref())?;
+    let registered = pool.registered.as_deref();
+    let balance = registered.and_then(|said| said.balance.as_ref());
+    out.option(balance, words::put_balance)?;
+    out.text_option(registered.and_then(|said| said.route_service_url.as_ref()))?;
     out.list(&pool.backends, |out, backend| {
         known.adopted |= backend.origin == Origin::Adopted;
         let next = known.backends.len() as u64;

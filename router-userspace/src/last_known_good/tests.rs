@@ -90,10 +90,6 @@ fn kept(snapshot: &Snapshot) -> BTreeMap<String, String> {
 fn full_backend() -> Backend {
     Backend {
         weight: 7,
-        tls: Some(BackendTls {
-            server_name: Some("b.internal".into()),
-            roots: TlsRoots::RouteServices,
-        }),
         protocol: HttpProtocol::Http2,
         instance: Instance {
             app: Some("app".into()),
@@ -102,6 +98,10 @@ fn full_backend() -> Backend {
             availability_zone: Some("z1".into()),
             isolation_segment: Some("seg".into()),
             tags: BTreeMap::from([("a".into(), "b".into()), ("c".into(), "ä".into())]),
+            tls: Some(BackendTls {
+                server_name: Some("b.internal".into()),
+                roots: TlsRoots::RouteServices,
+            }),
         }
         .shared(),
         ..Backend::new("[2001:db8::7]:443".parse().unwrap(), Origin::Kv)

@@ -141,7 +141,6 @@ pub fn put_backend<W: Write>(out: &mut Encoder<W>, backend: &Backend) -> io::Res
     let Backend {
         address,
         weight,
-        tls,
         protocol,
         instance: _,
         origin: _,
@@ -153,6 +152,7 @@ pub fn put_backend<W: Write>(out: &mut Encoder<W>, backend: &Backend) -> io::Res
         availability_zone,
         isolation_segment,
         tags,
+        tls,
     } = backend.instance();
     put_address(out, address.ip())?;
     out.number(address.port().into())?;
@@ -173,18 +173,20 @@ pub fn put_backend<W: Write>(out: &mut Encoder<W>, backend: &Backend) -> io::Res
 }
 
 pub fn backend(input: &mut Decoder<'_>) -> Option<Backend> {
+    let address = SocketAddr::new(address(input)?, input.small()?);
+    let weight = input.small()?;
+    let tls = input.option(|input| {
+        Some(BackendTls {
+            server_name: input.text_option()?,
+            roots: match input.flag()? {
+                true => TlsRoots::RouteServices,
+                false => TlsRoots::Backends,
+            },
+        })
+    })?;
     let backend = Backend {
-        address: SocketAddr::new(address(input)?, input.small()?),
-        weight: input.small()?,
-        tls: input.option(|input| {
-            Some(BackendTls {
-                server_name: input.text_option()?,
-                roots: match input.flag()? {
-                    true => TlsRoots::RouteServices,
-                    false => TlsRoots::Backends,
-                },
-            })
-        })?,
+        address,
+        weight,
         protocol: match input.flag()? {
             true => HttpProtocol::Http2,
             false => HttpProtocol::Http1,
@@ -199,6 +201,7 @@ pub fn backend(input: &mut Decoder<'_>) -> Option<Backend> {
                 .list(|input| Some((input.text()?, input.text()?)))?
                 .into_iter()
                 .collect::<BTreeMap<_, _>>(),
+            tls,
         }
         .shared(),
         origin: Origin::Adopted,

@@ -335,14 +335,14 @@ impl BackendTable {
             id: self.instance_id,
             index: self.instance_index,
             availability_zone: self.zone,
-            ..Instance::default()
-        };
-        Ok(Backend {
-            weight: self.weight.0,
             tls: self.tls.map(|tls| BackendTls {
                 server_name: tls.server_name,
                 roots: TlsRoots::Backends,
             }),
+            ..Instance::default()
+        };
+        Ok(Backend {
+            weight: self.weight.0,
             protocol: match self.protocol {
                 Protocol::Http1 => HttpProtocol::Http1,
                 Protocol::Http2 => HttpProtocol::Http2,

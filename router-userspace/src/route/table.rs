@@ -25,7 +25,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use crate::config::PortRange;
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
-    Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
+    Backend, HttpMatch, Origin, Pool, Proto, Registered, Registration, RouteEvent, RouteKey,
     Unregistration, Vip,
 };
 use crate::snapshot::Snapshot;
@@ -102,18 +102,12 @@ pub struct RouteTable {
 struct Entry {
     route: RouteKey,
     backend: Arc<Backend>,
-    /// What the registration said of the whole pool; mostly nothing.
-    policy: Option<Box<Policy>>,
+    /// What the registration said of the whole pool.
+    registered: Option<Arc<Registered>>,
     renewed: Tick,
     lifetime: Tick,
     /// When [`Expiry`] holds a visit of this entry; [`Tick::MAX`]: it holds none.
     scheduled: Tick,
-}
-
-#[derive(PartialEq, Eq)]
-struct Policy {
-    balance: Option<Balance>,
-    route_service_url: Option<Arc<str>>,
 }
 
 /// Whether a source can repeat what it announced.
@@ -311,10 +305,11 @@ impl RouteTable {
             .unwrap_or(self.stale_threshold)
             .min(self.stale_threshold);
         let lifetime = expiry::ticks(lifetime);
-        let policy = Policy {
+        let registered = Registered {
             balance,
             route_service_url,
         };
+        let registered = registered.shared();
         let mut found = std::mem::take(&mut self.found);
         found.clear();
         let find = |route| self.find(route, backend.address, backend.origin);
@@ -330,7 +325,7 @@ impl RouteTable {
             let known = known.or_else(|| self.find(&route, backend.address, backend.origin));
             let id = match known {
                 Some(id) => {
-                    self.update(id, &backend, &policy, change);
+                    self.update(id, &backend, &registered, change);
                     id
                 }
                 None if backend.origin == Origin::Adopted
@@ -339,7 +334,7 @@ impl RouteTable {
                     change.shadowed += 1;
                     continue;
                 }
-                None => self.insert(route, &backend, &policy, change),
+                None => self.insert(route, &backend, &registered, change),
             };
             let entry = entry_mut(&mut self.entries, id);
             entry.renewed = now;
@@ -369,13 +364,19 @@ impl RouteTable {
 
     /// Brings an entry in line with a registration of its source, or of the first that speaks of an
     /// adopted one.
-    fn update(&mut self, id: u32, backend: &Arc<Backend>, policy: &Policy, change: &mut Change) {
+    fn update(
+        &mut self,
+        id: u32,
+        backend: &Arc<Backend>,
+        registered: &Option<Arc<Registered>>,
+        change: &mut Change,
+    ) {
         let entry = entry_mut(&mut self.entries, id);
-        if entry.backend == *backend && same_policy(entry.policy.as_deref(), policy) {
+        if entry.backend == *backend && entry.registered == *registered {
             change.refreshed += 1;
             return;
         }
-        entry.policy = boxed(policy);
+        entry.registered.clone_from(registered);
         let known = std::mem::replace(&mut entry.backend, Arc::clone(backend));
         self.by_origin[known.origin as usize] -= 1;
         self.by_origin[backend.origin as usize] += 1;
@@ -392,7 +393,7 @@ impl RouteTable {
         &mut self,
         route: RouteKey,
         backend: &Arc<Backend>,
-        policy: &Policy,
+        registered: &Option<Arc<Registered>>,
         change: &mut Change,
     ) -> u32 {
         let route = self.make_pool(route);
@@ -400,7 +401,7 @@ impl RouteTable {
         let entry = Entry {
             route,
             backend: Arc::clone(backend),
-            policy: boxed(policy),
+            registered: registered.clone(),
             renewed: 0,
             lifetime: 0,
             scheduled: Tick::MAX,
@@ -432,17 +433,17 @@ impl RouteTable {
     fn serve(&mut self, id: u32, change: &mut Change) {
         let entry = entry(&self.entries, id);
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
-        put(pool, &entry.backend, entry.policy.as_deref());
+        put(pool, &entry.backend, &entry.registered);
         if let RouteKey::Vip(vip) = &entry.route {
             self.vips_of.insert((entry.backend.address, *vip));
         }
         change.touch(&entry.route);
     }
 
-    /// Makes sure of a pool for `route`, and returns the route in the strings that the snapshot holds
-    /// already.
+    /// Makes sure of a pool for `route`, and returns the route in the strings of the entries that it
+    /// has already.
     fn make_pool(&mut self, route: RouteKey) -> RouteKey {
-        let http = match route {
+        let mut http = match route {
             RouteKey::Http(http) => http,
             RouteKey::Vip(vip) => {
                 let pool = self.next.vips.entry(vip);
@@ -450,31 +451,26 @@ impl RouteTable {
                 return route;
             }
         };
-        self.next.hosts.add(Arc::clone(&http.host));
-        let (host, routes) = self.next.hosts.get(&http.host).expect("just added");
-        let host = Arc::clone(host);
-        if let Some(known) = routes.get(&http.path, http.conditions.as_deref()) {
-            return RouteKey::Http(HttpMatch {
-                host,
-                path: Arc::clone(known.path),
-                conditions: known.conditions.cloned(),
-            });
+        if let Some(pool) = find_pool(&self.next, &http) {
+            let other = pool.backends.first().map(|backend| backend.address);
+            let route = RouteKey::Http(http);
+            let other = other.and_then(|address| self.serving(&route, address));
+            return other.map_or(route, |id| entry(&self.entries, id).route.clone());
+        }
+        if http.path.is_empty() {
+            // All of them are one in memory.
+            http.path = Arc::default();
         }
         let pool = Pool {
             policy: self.declared(&http).cloned(),
             ..Pool::default()
         };
-        let HttpMatch {
-            path, conditions, ..
-        } = http;
-        let routes = self.next.hosts.get_mut(&host).expect("just added");
-        routes.insert(Arc::clone(&path), conditions.clone(), Arc::new(pool));
+        self.next.hosts.add(&http.host);
+        let routes = self.next.hosts.get_mut(&http.host).expect("just added");
+        let (path, conditions) = (Arc::clone(&http.path), http.conditions.clone());
+        routes.insert(path, conditions, Arc::new(pool));
         self.http_routes += 1;
-        RouteKey::Http(HttpMatch {
-            host,
-            path,
-            conditions,
-        })
+        RouteKey::Http(http)
     }
 
     fn remove(&mut self, id: u32, change: &mut Change) {
@@ -625,13 +621,6 @@ impl Change {
     }
 }
 
-fn same_policy(known: Option<&Policy>, new: &Policy) -> bool {
-    match known {
-        Some(known) => known == new,
-        None => new.balance.is_none() && new.route_service_url.is_none(),
-    }
-}
-
 /// Whether the instance that leaves is the one that has the address, as far as both say who they are.
 fn is_of(gone: &Unregistration, backend: &Backend) -> bool {
     match (&gone.instance_id, &backend.instance().id) {
@@ -640,23 +629,9 @@ fn is_of(gone: &Unregistration, backend: &Backend) -> bool {
     }
 }
 
-fn boxed(policy: &Policy) -> Option<Box<Policy>> {
-    let Policy {
-        balance,
-        route_service_url,
-    } = policy;
-    let says_something = balance.is_some() || route_service_url.is_some();
-    says_something.then(|| {
-        Box::new(Policy {
-            balance: balance.clone(),
-            route_service_url: route_service_url.clone(),
-        })
-    })
-}
-
 /// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
 /// that names no algorithm keeps the pool's, as in gorouter.
-fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: Option<&Policy>) {
+fn put(pool: &mut Pool, backend: &Arc<Backend>, registered: &Option<Arc<Registered>>) {
     match pool
         .backends
         .binary_search_by_key(&backend.address, |backend| backend.address)
@@ -668,10 +643,17 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: Option<&Policy>) {
             pool.backends.insert(at, Arc::clone(backend));
         }
     }
-    if let Some(balance) = policy.and_then(|policy| policy.balance.as_ref()) {
-        pool.balance = Some(balance.clone());
-    }
-    pool.route_service_url = policy.and_then(|policy| policy.route_service_url.clone());
+    let known = pool.registered.as_ref();
+    let known = known.and_then(|known| known.balance.clone());
+    let new = registered.as_ref();
+    pool.registered = match new.and_then(|new| new.balance.as_ref()).or(known.as_ref()) {
+        None => registered.clone(),
+        Some(balance) => Registered {
+            balance: Some(balance.clone()),
+            route_service_url: new.and_then(|new| new.route_service_url.clone()),
+        }
+        .shared(),
+    };
 }
 
 fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {

@@ -116,11 +116,11 @@ pub fn register(payload: &[u8], vip_ranges: &[IpNet]) -> Result<Registration, Re
         availability_zone: message.text("availability_zone", &message.availability_zone)?,
         isolation_segment: message.text("isolation_segment", &message.isolation_segment)?,
         tags: message.tags()?,
+        tls,
     };
     let backend = Backend {
         address,
         weight,
-        tls,
         protocol: match message.protocol.as_deref() {
             Some("http2") => HttpProtocol::Http2,
             Some(_) | None => HttpProtocol::Http1,

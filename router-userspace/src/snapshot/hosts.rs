@@ -1,8 +1,10 @@
 //! A map from host names to their routes that shares all but what changed with its earlier versions.
 //!
-//! A hash array mapped trie (Bagwell, "Ideal Hash Trees", 2001) whose nodes hold just what they have:
-//! a change copies a handful of small nodes, and those only once between two snapshots. Layer 7 looks
-//! every request up here, the route table changes it, clones of it are published.
+//! A trie of hashes whose leaves are buckets of a few hosts, each with its name and its only route in
+//! place: what lies above the buckets is small enough to stay in a core's cache, so that a look-up
+//! among very many hosts waits for memory once, at its bucket. A change copies one bucket and the way
+//! to it, and those only once between two snapshots. Layer 7 looks every request up here, the route
+//! table changes it, clones of it are published.
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -12,41 +14,53 @@ use hashbrown::DefaultHashBuilder;
 use crate::snapshot::HostRoutes;
 
 /// Hash bits that choose among the slots of one node.
-const BITS: u32 = 5;
-/// Below the node that these bits lead to, hosts of one hash stand in a list.
-const HASH_BITS: u32 = 60;
+const BITS: u32 = 3;
+const SLOTS: usize = 1 << BITS;
+/// Below the node that these bits lead to, buckets hold any number of hosts of one hash.
+const HASH_BITS: u32 = 63;
+/// Hosts of a bucket, beyond which it becomes a node.
+const MAX_BUCKET: usize = 12;
+/// Hosts of a node, at which it becomes a bucket again.
+const MERGED_BUCKET: usize = MAX_BUCKET / 2;
+/// Bytes of a name that stand in the bucket.
+const NAME_IN_PLACE: usize = 46;
 
 /// Host to routes. Names are as in [`crate::route::HttpMatch`].
 #[derive(Clone, Debug)]
 pub struct Hosts<S = DefaultHashBuilder> {
-    root: Arc<Node>,
+    root: Slot,
     len: usize,
     hasher: S,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Node {
-    /// Which of the 32 places are taken; their slots stand in that order.
-    taken: u32,
-    slots: Vec<Slot>,
-}
-
+/// Nodes choose by the first bits of a hash first, and a bucket is sorted by hash and name, so that all
+/// hosts stand in that order.
 #[derive(Clone, Debug)]
 enum Slot {
-    Host(Arc<Host>),
-    Node(Arc<Node>),
+    Node(Arc<[Slot; SLOTS]>),
+    Bucket(Arc<[Host]>),
+}
+
+#[derive(Clone, Debug, Default)]
+struct Host {
+    name: Name,
+    routes: HostRoutes,
 }
 
 #[derive(Clone, Debug)]
-struct Host {
-    name: Arc<str>,
-    routes: HostRoutes,
+enum Name {
+    InPlace {
+        len: u8,
+        /// From a `str`, filled up with zeros.
+        bytes: [u8; NAME_IN_PLACE],
+    },
+    Elsewhere(Box<str>),
 }
 
 impl<S: Default> Default for Hosts<S> {
     fn default() -> Hosts<S> {
         Hosts {
-            root: Arc::default(),
+            root: Slot::Bucket(Arc::default()),
             len: 0,
             hasher: S::default(),
         }
@@ -67,15 +81,17 @@ impl<S: BuildHasher> Hosts<S> {
     }
 
     /// The name as it is kept, and the routes.
-    pub fn get(&self, name: &str) -> Option<(&Arc<str>, &HostRoutes)> {
-        let hash = self.hasher.hash_one(name);
-        let mut node = &*self.root;
+    pub fn get(&self, name: &str) -> Option<(&str, &HostRoutes)> {
+        let hash = self.place_of(name);
+        let mut slot = &self.root;
         let mut shift = 0;
         loop {
-            match node.slots.get(node.find(hash, shift, name)?)? {
-                Slot::Node(next) => node = next,
-                Slot::Host(host) if *host.name == *name => return Some((&host.name, &host.routes)),
-                Slot::Host(_) => return None,
+            match slot {
+                Slot::Node(slots) => slot = &slots[place(hash, shift)],
+                Slot::Bucket(hosts) => {
+                    let host = &hosts[position(hosts, name)?];
+                    return Some((host.name(), &host.routes));
+                }
             }
             shift += BITS;
         }
@@ -84,30 +100,32 @@ impl<S: BuildHasher> Hosts<S> {
     pub fn get_mut(&mut self, name: &str) -> Option<&mut HostRoutes> {
         // Before anything is copied.
         self.get(name)?;
-        let hash = self.hasher.hash_one(name);
-        let mut node = Arc::make_mut(&mut self.root);
+        let hash = self.place_of(name);
+        let mut slot = &mut self.root;
         let mut shift = 0;
         loop {
-            let at = node.find(hash, shift, name)?;
-            match &mut node.slots[at] {
-                Slot::Node(next) => node = Arc::make_mut(next),
-                Slot::Host(host) => return Some(&mut Arc::make_mut(host).routes),
+            match slot {
+                Slot::Node(slots) => slot = &mut Arc::make_mut(slots)[place(hash, shift)],
+                Slot::Bucket(hosts) => {
+                    let at = position(hosts, name)?;
+                    return Some(&mut Arc::make_mut(hosts)[at].routes);
+                }
             }
             shift += BITS;
         }
     }
 
     /// Adds a host without routes; one that is there stays as it is.
-    pub fn add(&mut self, name: Arc<str>) {
-        if self.contains(&name) {
+    pub fn add(&mut self, name: &str) {
+        if self.contains(name) {
             return;
         }
-        let hash = self.hasher.hash_one(&*name);
-        let host = Arc::new(Host {
-            name,
+        let hash = self.place_of(name);
+        let host = Host {
+            name: Name::new(name),
             routes: HostRoutes::default(),
-        });
-        insert(Arc::make_mut(&mut self.root), hash, 0, host, &self.hasher);
+        };
+        insert(&mut self.root, hash, 0, host, &self.hasher);
         self.len += 1;
     }
 
@@ -116,162 +134,267 @@ impl<S: BuildHasher> Hosts<S> {
         if !self.contains(name) {
             return false;
         }
-        let hash = self.hasher.hash_one(name);
-        remove(Arc::make_mut(&mut self.root), hash, 0, name);
+        let hash = self.place_of(name);
+        remove(&mut self.root, hash, 0, name);
         self.len -= 1;
         true
     }
 
-    /// All hosts, in no particular order, which is the same for the same content.
-    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &HostRoutes)> {
-        let mut path = vec![self.root.slots.iter()];
-        std::iter::from_fn(move || {
-            loop {
-                match path.last_mut()?.next() {
-                    Some(Slot::Host(host)) => return Some((&host.name, &host.routes)),
-                    Some(Slot::Node(node)) => path.push(node.slots.iter()),
-                    None => {
-                        path.pop();
-                    }
+    /// All hosts, in an order that is the same for every version with these hosts in it, and that says
+    /// nothing to people.
+    pub fn iter(&self) -> Iter<'_> {
+        Iter {
+            rest: vec![std::slice::from_ref(&self.root).iter()],
+            bucket: [].iter(),
+        }
+    }
+
+    /// The same from a host on, or from where it would be. Looks at the nodes on the way to it only.
+    pub fn iter_from(&self, name: &str) -> Iter<'_> {
+        let hash = self.place_of(name);
+        let mut rest = Vec::new();
+        let mut slot = &self.root;
+        let mut shift = 0;
+        loop {
+            match slot {
+                Slot::Node(slots) => {
+                    let at = place(hash, shift);
+                    rest.push(slots[at + 1..].iter());
+                    slot = &slots[at];
+                }
+                Slot::Bucket(hosts) => {
+                    let at = rank(hosts, hash, name, &self.hasher);
+                    let bucket = hosts[at..].iter();
+                    return Iter { rest, bucket };
                 }
             }
-        })
+            shift += BITS;
+        }
+    }
+
+    /// Where a host stands in the order of [`Hosts::iter`]; two hosts of one place do by name. Another
+    /// process has another order.
+    pub fn place_of(&self, name: &str) -> u64 {
+        self.hasher.hash_one(name.as_bytes())
     }
 
     /// Tells of the hosts that `newer` does not share with this version: their routes here, and there.
-    ///
-    /// Costs what is not shared. A host whose place in the tree is another may be told in two calls,
-    /// as gone and as new.
+    /// Costs what is not shared.
     pub fn diff(
         &self,
         newer: &Hosts<S>,
         changed: &mut impl FnMut(Option<&HostRoutes>, Option<&HostRoutes>),
     ) {
-        if !Arc::ptr_eq(&self.root, &newer.root) {
-            diff(&self.root, &newer.root, 0, changed);
+        diff(&self.root, &newer.root, changed);
+    }
+}
+
+/// Hosts with their routes.
+pub struct Iter<'a> {
+    /// What is left of the nodes on the way down.
+    rest: Vec<std::slice::Iter<'a, Slot>>,
+    bucket: std::slice::Iter<'a, Host>,
+}
+
+impl<'a> Iterator for Iter<'a> {
+    type Item = (&'a str, &'a HostRoutes);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(host) = self.bucket.next() {
+                return Some((host.name(), &host.routes));
+            }
+            match self.rest.last_mut()?.next() {
+                Some(Slot::Bucket(hosts)) => self.bucket = hosts.iter(),
+                Some(Slot::Node(slots)) => self.rest.push(slots.iter()),
+                None => drop(self.rest.pop()),
+            }
         }
     }
 }
 
-impl Node {
-    /// Where the slot for a hash stands, if it is taken; in a list, where the host of that name does.
-    fn find(&self, hash: u64, shift: u32, name: &str) -> Option<usize> {
-        if shift >= HASH_BITS {
-            let named = |slot: &Slot| matches!(slot, Slot::Host(host) if *host.name == *name);
-            return self.slots.iter().position(named);
+impl Host {
+    fn is_named(&self, name: &str) -> bool {
+        self.name.bytes() == name.as_bytes()
+    }
+
+    fn name(&self) -> &str {
+        std::str::from_utf8(self.name.bytes()).expect("names are made of str")
+    }
+}
+
+impl Name {
+    fn new(name: &str) -> Name {
+        let mut bytes = [0; NAME_IN_PLACE];
+        match bytes.get_mut(..name.len()) {
+            Some(start) => {
+                start.copy_from_slice(name.as_bytes());
+                let len = name.len() as u8;
+                Name::InPlace { len, bytes }
+            }
+            None => Name::Elsewhere(name.into()),
         }
-        let bit = place(hash, shift);
-        (self.taken & bit != 0).then(|| self.before(bit))
     }
 
-    /// Slots in front of a place.
-    fn before(&self, bit: u32) -> usize {
-        (self.taken & (bit - 1)).count_ones() as usize
-    }
-}
-
-fn place(hash: u64, shift: u32) -> u32 {
-    1 << ((hash >> shift) & ((1 << BITS) - 1))
-}
-
-fn insert(node: &mut Node, hash: u64, shift: u32, host: Arc<Host>, hasher: &impl BuildHasher) {
-    let bit = place(hash, shift);
-    if shift >= HASH_BITS || node.taken & bit == 0 {
-        let at = if shift >= HASH_BITS {
-            node.slots.len()
-        } else {
-            node.before(bit)
-        };
-        node.slots.reserve_exact(1);
-        node.slots.insert(at, Slot::Host(host));
-        node.taken |= bit;
-        return;
-    }
-    let at = node.before(bit);
-    if let Slot::Host(other) = &node.slots[at] {
-        let other = Arc::clone(other);
-        let mut below = Node::default();
-        let other_hash = hasher.hash_one(&*other.name);
-        insert(&mut below, other_hash, shift + BITS, other, hasher);
-        node.slots[at] = Slot::Node(Arc::new(below));
-    }
-    if let Slot::Node(below) = &mut node.slots[at] {
-        insert(Arc::make_mut(below), hash, shift + BITS, host, hasher);
-    }
-}
-
-/// Removes a host that is there. A node that is left with one host gives it to its parent.
-fn remove(node: &mut Node, hash: u64, shift: u32, name: &str) {
-    let Some(at) = node.find(hash, shift, name) else {
-        return;
-    };
-    if let Slot::Node(below) = &mut node.slots[at] {
-        let below = Arc::make_mut(below);
-        remove(below, hash, shift + BITS, name);
-        let last = match &below.slots[..] {
-            [Slot::Host(last)] => Some(Arc::clone(last)),
-            _ => None,
-        };
-        if let Some(last) = last {
-            node.slots[at] = Slot::Host(last);
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Name::InPlace { len, bytes } => &bytes[..usize::from(*len)],
+            Name::Elsewhere(name) => name.as_bytes(),
         }
-        return;
     }
-    node.slots.remove(at);
-    if shift < HASH_BITS {
-        node.taken &= !place(hash, shift);
+}
+
+impl Default for Name {
+    fn default() -> Name {
+        Name::new("")
+    }
+}
+
+impl Slot {
+    /// Whether both are one place in memory.
+    fn is(&self, other: &Slot) -> bool {
+        match (self, other) {
+            (Slot::Node(one), Slot::Node(other)) => Arc::ptr_eq(one, other),
+            (Slot::Bucket(one), Slot::Bucket(other)) => Arc::ptr_eq(one, other),
+            (Slot::Node(_), Slot::Bucket(_)) | (Slot::Bucket(_), Slot::Node(_)) => false,
+        }
+    }
+}
+
+fn place(hash: u64, shift: u32) -> usize {
+    ((hash << shift) >> (u64::BITS - BITS)) as usize
+}
+
+fn position(hosts: &[Host], name: &str) -> Option<usize> {
+    hosts.iter().position(|host| host.is_named(name))
+}
+
+/// Where a host stands in its bucket, or belongs.
+fn rank(hosts: &[Host], hash: u64, name: &str, hasher: &impl BuildHasher) -> usize {
+    let key = |host: &Host| hasher.hash_one(host.name.bytes());
+    hosts.partition_point(|host| (key(host), host.name.bytes()) < (hash, name.as_bytes()))
+}
+
+fn insert(slot: &mut Slot, hash: u64, shift: u32, host: Host, hasher: &impl BuildHasher) {
+    match slot {
+        Slot::Node(slots) => {
+            let below = &mut Arc::make_mut(slots)[place(hash, shift)];
+            insert(below, hash, shift + BITS, host, hasher);
+        }
+        Slot::Bucket(bucket) => {
+            let at = rank(bucket, hash, host.name(), hasher);
+            let mut hosts = Vec::with_capacity(bucket.len() + 1);
+            take_into(bucket, &mut hosts);
+            hosts.insert(at, host);
+            *slot = if hosts.len() <= MAX_BUCKET || shift >= HASH_BITS {
+                Slot::Bucket(hosts.into())
+            } else {
+                split(hosts, shift, hasher)
+            };
+        }
+    }
+}
+
+/// A node of buckets; one that got nearly all of them is split when the next comes.
+fn split(hosts: Vec<Host>, shift: u32, hasher: &impl BuildHasher) -> Slot {
+    let mut buckets: [Vec<Host>; SLOTS] = Default::default();
+    for host in hosts {
+        let hash = hasher.hash_one(host.name.bytes());
+        buckets[place(hash, shift)].push(host);
+    }
+    Slot::Node(Arc::new(buckets.map(|hosts| Slot::Bucket(hosts.into()))))
+}
+
+/// Removes a host that is there. A node that is left with few hosts becomes a bucket.
+fn remove(slot: &mut Slot, hash: u64, shift: u32, name: &str) {
+    match slot {
+        Slot::Node(slots) => {
+            let slots = Arc::make_mut(slots);
+            remove(&mut slots[place(hash, shift)], hash, shift + BITS, name);
+            if let Some(merged) = merge(slots) {
+                *slot = merged;
+            }
+        }
+        Slot::Bucket(bucket) => {
+            let mut hosts = Vec::with_capacity(bucket.len());
+            take_into(bucket, &mut hosts);
+            hosts.retain(|host| !host.is_named(name));
+            *bucket = hosts.into();
+        }
+    }
+}
+
+/// The bucket in place of a node, if that has few hosts.
+fn merge(slots: &mut [Slot; SLOTS]) -> Option<Slot> {
+    let mut count = 0;
+    for slot in &*slots {
+        match slot {
+            Slot::Bucket(hosts) => count += hosts.len(),
+            Slot::Node(_) => return None,
+        }
+    }
+    if count > MERGED_BUCKET {
+        return None;
+    }
+    let mut merged = Vec::with_capacity(count);
+    for slot in slots {
+        if let Slot::Bucket(hosts) = slot {
+            take_into(hosts, &mut merged);
+        }
+    }
+    Some(Slot::Bucket(merged.into()))
+}
+
+/// Moves the hosts of a bucket, or copies them if another version has them too.
+fn take_into(bucket: &mut Arc<[Host]>, hosts: &mut Vec<Host>) {
+    match Arc::get_mut(bucket) {
+        Some(own) => hosts.extend(own.iter_mut().map(std::mem::take)),
+        None => hosts.extend_from_slice(bucket),
     }
 }
 
 fn diff(
-    before: &Node,
-    after: &Node,
-    shift: u32,
+    before: &Slot,
+    after: &Slot,
     changed: &mut impl FnMut(Option<&HostRoutes>, Option<&HostRoutes>),
 ) {
-    if shift >= HASH_BITS {
-        each_host(&before.slots, &mut |routes| changed(Some(routes), None));
-        each_host(&after.slots, &mut |routes| changed(None, Some(routes)));
+    if before.is(after) {
         return;
     }
-    let slots_at = |node: &Node, bit: u32| match node.taken & bit {
-        0 => 0..0,
-        _ => node.before(bit)..node.before(bit) + 1,
-    };
-    for bit in (0..1 << BITS).map(|place: u32| 1 << place) {
-        let before = &before.slots[slots_at(before, bit)];
-        let after = &after.slots[slots_at(after, bit)];
-        match (before, after) {
-            ([Slot::Node(before)], [Slot::Node(after)]) => {
-                if !Arc::ptr_eq(before, after) {
-                    diff(before, after, shift + BITS, changed);
-                }
-            }
-            ([Slot::Host(before)], [Slot::Host(after)]) if before.name == after.name => {
-                if !Arc::ptr_eq(before, after) {
-                    changed(Some(&before.routes), Some(&after.routes));
-                }
-            }
-            (before, after) => {
-                each_host(before, &mut |routes| changed(Some(routes), None));
-                each_host(after, &mut |routes| changed(None, Some(routes)));
-            }
+    if let (Slot::Node(before), Slot::Node(after)) = (before, after) {
+        for (before, after) in before.iter().zip(&**after) {
+            diff(before, after, changed);
         }
+        return;
+    }
+    // One of them is a bucket, and so short.
+    let mut gone = Vec::new();
+    each_host(before, &mut |host| gone.push(host));
+    each_host(after, &mut |host| {
+        let was = gone
+            .iter()
+            .position(|known| known.name.bytes() == host.name.bytes());
+        let was = was.map(|at| &gone.swap_remove(at).routes);
+        if !was.is_some_and(|was| was.is(&host.routes)) {
+            changed(was, Some(&host.routes));
+        }
+    });
+    for host in gone {
+        changed(Some(&host.routes), None);
     }
 }
 
-fn each_host(slots: &[Slot], told: &mut impl FnMut(&HostRoutes)) {
-    for slot in slots {
-        match slot {
-            Slot::Host(host) => told(&host.routes),
-            Slot::Node(node) => each_host(&node.slots, told),
-        }
+fn each_host<'h>(slot: &'h Slot, told: &mut impl FnMut(&'h Host)) {
+    match slot {
+        Slot::Bucket(hosts) => hosts.iter().for_each(told),
+        Slot::Node(slots) => slots.iter().for_each(|slot| each_host(slot, told)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::route::Pool;
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
     use std::hash::Hasher;
@@ -318,7 +441,7 @@ mod tests {
             for (number, add) in steps {
                 let name = format!("host-{number}");
                 if add {
-                    hosts.add(name.as_str().into());
+                    hosts.add(&name);
                     model.insert(name);
                 } else {
                     prop_assert_eq!(hosts.remove(&name), model.remove(&name));
@@ -336,19 +459,46 @@ mod tests {
         }
     }
 
-    fn empty_pool() -> Arc<crate::route::Pool> {
-        Arc::new(crate::route::Pool {
-            backends: Vec::new(),
-            balance: None,
-            route_service_url: None,
-            policy: None,
-        })
+    proptest! {
+        #[test]
+        fn it_goes_on_from_any_host_whether_there_or_not(
+            numbers in prop::collection::btree_set(0u8..48, 0..40),
+            from in 0u8..48,
+        ) {
+            let mut hosts: Hosts<Poor> = Hosts::default();
+            for number in numbers {
+                hosts.add(&format!("host-{number}"));
+            }
+            let place = |name: &str| (hosts.place_of(name), name.to_owned());
+            let all: Vec<_> = hosts.iter().map(|(name, _)| place(name)).collect();
+            prop_assert!(all.is_sorted());
+            let from = format!("host-{from}");
+            let rest: Vec<_> = hosts.iter_from(&from).map(|(name, _)| place(name)).collect();
+            let wanted = all.iter().filter(|host| **host >= place(&from));
+            prop_assert_eq!(rest, wanted.cloned().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_name_of_any_length_is_found() {
+        let mut hosts: Hosts = Hosts::default();
+        let names: Vec<String> = (1..=254).map(|length| "a".repeat(length)).collect();
+        names.iter().for_each(|name| hosts.add(name));
+        for name in &names {
+            assert_eq!(hosts.get(name).map(|(kept, _)| kept), Some(&**name));
+        }
+        assert!(names.iter().all(|name| hosts.remove(name)));
+        assert!(hosts.is_empty() && hosts.iter().next().is_none());
+    }
+
+    fn empty_pool() -> Arc<Pool> {
+        Arc::default()
     }
 
     /// Paths over all hosts, each as often as it stands there.
     fn paths<S: BuildHasher>(hosts: &Hosts<S>) -> BTreeMap<String, i32> {
         let mut paths = BTreeMap::new();
-        for (path, _) in hosts.iter().flat_map(|(_, routes)| &routes.paths) {
+        for (path, _) in hosts.iter().flat_map(|(_, routes)| routes.paths()) {
             *paths.entry(path.to_string()).or_default() += 1;
         }
         paths
@@ -368,9 +518,10 @@ mod tests {
                 if step == 0 {
                     hosts.remove(&name);
                 } else {
-                    hosts.add(name.as_str().into());
+                    hosts.add(&name);
                     let routes = hosts.get_mut(&name).unwrap();
-                    routes.paths = [(format!("/{number}/{step}").into(), empty_pool())].into();
+                    *routes = HostRoutes::default();
+                    routes.insert(format!("/{number}/{step}").into(), None, empty_pool());
                 }
                 versions.push(hosts.clone());
             }
@@ -378,7 +529,7 @@ mod tests {
             let mut walked = paths(from);
             from.diff(to, &mut |before, after| {
                 for (routes, sign) in [(before, -1), (after, 1)] {
-                    for (path, _) in routes.into_iter().flat_map(|routes| &routes.paths) {
+                    for (path, _) in routes.into_iter().flat_map(HostRoutes::paths) {
                         *walked.entry(path.to_string()).or_default() += sign;
                     }
                 }
@@ -392,17 +543,16 @@ mod tests {
     fn a_diff_tells_of_nothing_but_what_changed() {
         let mut hosts: Hosts = Hosts::default();
         for number in 0..10_000 {
-            hosts.add(format!("host-{number}").into());
+            hosts.add(&format!("host-{number}"));
         }
         let before = hosts.clone();
         hosts
             .get_mut("host-7")
             .unwrap()
-            .paths
-            .push(("/a".into(), empty_pool()));
+            .insert("/a".into(), None, empty_pool());
         let mut told = Vec::new();
         before.diff(&hosts, &mut |before, after| {
-            told.push((before.map(|r| r.paths.len()), after.map(|r| r.paths.len())));
+            told.push((before.map(HostRoutes::count), after.map(HostRoutes::count)));
         });
         assert_eq!(told, [(Some(0), Some(1))]);
     }
@@ -411,13 +561,13 @@ mod tests {
     fn a_change_of_routes_is_not_seen_by_earlier_versions() {
         let mut hosts: Hosts = Hosts::default();
         for number in 0..1000 {
-            hosts.add(format!("host-{number}").into());
+            hosts.add(&format!("host-{number}"));
         }
         let before = hosts.clone();
-        let path: (Arc<str>, _) = ("/a".into(), empty_pool());
-        hosts.get_mut("host-7").unwrap().paths.push(path);
-        assert!(before.get("host-7").unwrap().1.paths.is_empty());
-        assert_eq!(hosts.get("host-7").unwrap().1.paths.len(), 1);
+        let routes = hosts.get_mut("host-7").unwrap();
+        routes.insert("/a".into(), None, empty_pool());
+        assert_eq!(before.get("host-7").unwrap().1.count(), 0);
+        assert_eq!(hosts.get("host-7").unwrap().1.count(), 1);
         assert!(hosts.get_mut("host-1000").is_none());
     }
 }

@@ -253,9 +253,7 @@ fn backend(host: u8) -> Backend {
 fn pool_of(backends: impl IntoIterator<Item = Backend>) -> Pool {
     Pool {
         backends: backends.into_iter().map(Arc::new).collect(),
-        balance: None,
-        route_service_url: None,
-        policy: None,
+        ..Pool::default()
     }
 }
 

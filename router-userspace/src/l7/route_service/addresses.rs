@@ -22,7 +22,7 @@ use crate::l7::error::{Failure, RouteServiceFailure};
 use crate::l7::router::RouteMatch;
 use crate::l7::worker::Worker;
 use crate::route::policy::HttpPolicy;
-use crate::route::{Backend, BackendTls, Origin, Pool, TlsRoots};
+use crate::route::{Backend, BackendTls, Instance, Origin, Pool, TlsRoots};
 
 const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -168,13 +168,17 @@ async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 }
 
 fn pool_of(host: &str, addresses: &[SocketAddr], attempts: usize) -> Pool {
-    let tls = BackendTls {
-        server_name: Some(without_brackets(host).into()),
-        roots: TlsRoots::RouteServices,
+    let instance = Instance {
+        tls: Some(BackendTls {
+            server_name: Some(without_brackets(host).into()),
+            roots: TlsRoots::RouteServices,
+        }),
+        ..Instance::default()
     };
+    let instance = instance.shared();
     let backend = |&address: &SocketAddr| {
         Arc::new(Backend {
-            tls: Some(tls.clone()),
+            instance: instance.clone(),
             ..Backend::new(address, Origin::File)
         })
     };
@@ -184,9 +188,8 @@ fn pool_of(host: &str, addresses: &[SocketAddr], attempts: usize) -> Pool {
     policy.limits.requests_per_backend = Some(0);
     Pool {
         backends: addresses.iter().map(backend).collect(),
-        balance: None,
-        route_service_url: None,
         policy: Some(Arc::new(policy)),
+        ..Pool::default()
     }
 }
 

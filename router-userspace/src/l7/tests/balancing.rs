@@ -1,8 +1,8 @@
 //! Hashing, limits and ejection between real sockets.
 
 use super::*;
-use crate::route::Balance;
 use crate::route::policy::{HashKey, HashOf, HttpPolicy, RouteLimits};
+use crate::route::{Balance, Registered};
 
 const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n";
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
@@ -25,10 +25,15 @@ async fn a_header_leads_to_the_same_backend_each_time() {
         TestBackend::named("two").await,
     ];
     let mut pool = pool(backends.iter().map(|it| backend(it.address)));
-    pool.balance = Some(Balance::Hash(Arc::new(HashKey {
+    let balance = Balance::Hash(Arc::new(HashKey {
         of: HashOf::Header("x-user".into()),
         balance_percent: Some(125),
-    })));
+    }));
+    pool.registered = Registered {
+        balance: Some(balance),
+        ..Registered::default()
+    }
+    .shared();
     let gateway = Gateway::start(snapshot([("a.com", pool)]));
     let get = async |user: usize| {
         let request =

@@ -10,7 +10,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 use crate::config::{HttpAccessLog, HttpRouteServices, Secret};
-use crate::route::Instance;
+use crate::route::{Instance, Registered};
 
 const PROXY_HEADERS: [&str; 3] = [
     "x-cf-forwarded-url",
@@ -153,9 +153,17 @@ fn with_services(ca_file: &tempfile::NamedTempFile) -> HttpConfig {
     }
 }
 
+fn bound_to(url: &str) -> Option<Arc<Registered>> {
+    Registered {
+        route_service_url: Some(url.into()),
+        ..Registered::default()
+    }
+    .shared()
+}
+
 fn bound(app: &TestBackend, url: &str) -> Pool {
     Pool {
-        route_service_url: Some(url.into()),
+        registered: bound_to(url),
         ..pool([backend(app.address)])
     }
 }
@@ -275,7 +283,7 @@ async fn a_body_and_an_instance_wish_make_the_round() {
         ..instance.clone()
     };
     let route = Pool {
-        route_service_url: Some(service.url.as_str().into()),
+        registered: bound_to(&service.url),
         ..pool([refusing, instance])
     };
     let gateway = Gateway::with_config(

@@ -1,7 +1,7 @@
 //! Requests reach the backend their host names, with the headers it expects.
 
 use super::*;
-use crate::route::Instance;
+use crate::route::{Instance, Registered};
 
 #[tokio::test]
 async fn the_host_chooses_the_backend() {
@@ -183,7 +183,11 @@ async fn pipelined_requests_are_answered_in_order() {
 async fn a_route_with_a_route_service_is_not_served_past_it() {
     let a = TestBackend::named("a").await;
     let mut bound = pool([backend(a.address)]);
-    bound.route_service_url = Some("https://waf.example.com".into());
+    bound.registered = Registered {
+        route_service_url: Some("https://waf.example.com".into()),
+        ..Registered::default()
+    }
+    .shared();
     let gateway = Gateway::start(snapshot([("a.com", bound)]));
     let response = gateway.get("a.com").await;
     assert_status(&response, 502);

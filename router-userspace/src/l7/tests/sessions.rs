@@ -75,7 +75,7 @@ async fn the_cookie_is_for_the_path_of_the_route() {
     let mut snapshot = snapshot([("a.com", pool([]))]);
     let routes = snapshot.hosts.get_mut("a.com").unwrap();
     let pool = Arc::new(pool([instance("one").await]));
-    routes.paths.insert(0, ("/login".into(), pool));
+    routes.insert("/login".into(), None, pool);
     let gateway = Gateway::start(snapshot);
     let response = get(&gateway, "/Login", "").await;
     assert!(

@@ -9,7 +9,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
 use crate::config::{BackendTlsConfig, CertificateFiles, HttpTlsConfig};
-use crate::route::{BackendTls, TlsRoots};
+use crate::route::{BackendTls, Instance, TlsRoots};
 
 /// A TLS backend for `app.internal` that answers 200, and a file with its certificate.
 async fn tls_backend() -> (SocketAddr, tempfile::NamedTempFile) {
@@ -52,7 +52,11 @@ fn gateway(address: SocketAddr, name: Option<&str>, ca_file: Option<PathBuf>) ->
     let route = (
         "a.com",
         pool([Backend {
-            tls,
+            instance: Instance {
+                tls,
+                ..Instance::default()
+            }
+            .shared(),
             ..backend(address)
         }]),
     );

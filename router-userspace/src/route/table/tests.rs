@@ -6,7 +6,7 @@ use super::*;
 use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
 use crate::route::policy::{HttpPolicy, Redirect};
-use crate::route::{Declaration, Instance, Withdrawal};
+use crate::route::{Balance, Declaration, Instance, Withdrawal};
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 
@@ -64,7 +64,7 @@ fn served(table: &RouteTable) -> Vec<String> {
     for (host, routes) in table.next.hosts.iter() {
         for known in routes.iter() {
             let route = HttpMatch {
-                host: Arc::clone(host),
+                host: host.into(),
                 path: Arc::clone(known.path),
                 conditions: known.conditions.cloned(),
             };
@@ -149,7 +149,7 @@ fn one_registration_serves_hosts_and_vips() {
     ];
     assert_eq!(served(&table), wanted);
     let snapshot = table.snapshot();
-    let paths = &snapshot.hosts.get("a.x").unwrap().1.paths;
+    let paths = &snapshot.hosts.get("a.x").unwrap().1.paths();
     assert_eq!(
         paths.iter().map(|(path, _)| &**path).collect::<Vec<_>>(),
         ["/p", ""]
@@ -226,10 +226,10 @@ fn the_policy_of_a_pool_is_that_of_the_latest_registration() {
     let mut table = RouteTable::new(THRESHOLD, now);
     let route = [http("a.x", "")];
     let policy = |table: &RouteTable| {
-        let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().1.paths[0].1);
+        let pool = Arc::clone(&table.next.hosts.get("a.x").unwrap().1.paths()[0].1);
         (
-            pool.balance.clone(),
-            pool.route_service_url.as_deref().map(str::to_owned),
+            pool.balance().cloned(),
+            pool.route_service_url().map(ToString::to_string),
         )
     };
     let mut first = registration(&route, &backend("10.0.0.1:80", 100, Origin::Nats));
@@ -753,7 +753,7 @@ fn check_invariants(table: &RouteTable) {
         assert!(routes.count() > 0);
         assert!(
             routes
-                .paths
+                .paths()
                 .is_sorted_by(|(a, _), (b, _)| (b.len(), a) < (a.len(), b))
         );
         assert!(routes.conditional().is_sorted_by(|a, b| {

@@ -54,10 +54,7 @@ fn every_field_is_read() {
     let backend = &registration.backend;
     assert_eq!(backend.address, "10.0.0.1:8443".parse().unwrap());
     assert_eq!(backend.weight, 7);
-    assert_eq!(
-        backend.tls.as_ref().unwrap().server_name.as_deref(),
-        Some("san")
-    );
+    assert_eq!(backend.tls().unwrap().server_name.as_deref(), Some("san"));
     assert_eq!(backend.protocol, HttpProtocol::Http2);
     assert_eq!(backend.instance().app.as_deref(), Some("a"));
     assert_eq!(backend.instance().id.as_deref(), Some("i"));
@@ -112,7 +109,7 @@ fn hashing_is_by_a_header_and_bounded_by_a_number_or_a_string_of_one() {
 fn the_shortest_message_gets_the_defaults() {
     let registration = accepted(r#"{"host":"10.0.0.1","port":80,"uris":["a"]}"#);
     assert_eq!(registration.backend.weight, DEFAULT_WEIGHT);
-    assert_eq!(registration.backend.tls, None);
+    assert_eq!(registration.backend.tls(), None);
     assert_eq!(registration.backend.protocol, HttpProtocol::Http1);
     assert_eq!(
         (registration.stale_after, registration.balance),

@@ -42,10 +42,7 @@ fn a_route_has_every_property_of_a_registration() {
     assert_eq!(routes, ["a.x/p", "*.x", "tcp/192.0.2.1:80"]);
     let backend = &registrations[0].backend;
     assert_eq!((backend.weight, backend.protocol), (7, HttpProtocol::Http2));
-    assert_eq!(
-        backend.tls.as_ref().unwrap().server_name.as_deref(),
-        Some("san")
-    );
+    assert_eq!(backend.tls().unwrap().server_name.as_deref(), Some("san"));
     let declared: Vec<String> = declarations.iter().map(|d| d.route.to_string()).collect();
     assert_eq!(declared, ["a.x/p", "*.x"]);
     let policy = &declarations[0].policy;
@@ -54,9 +51,9 @@ fn a_route_has_every_property_of_a_registration() {
     assert_eq!(
         (
             registrations[1].backend.weight,
-            &registrations[1].backend.tls
+            registrations[1].backend.tls()
         ),
-        (100, &None)
+        (100, None)
     );
 }
 

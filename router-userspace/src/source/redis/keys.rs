@@ -41,13 +41,13 @@ pub(super) fn frontend(
     if any_alive {
         backends.retain(|_, backend| backend.weight > 0);
     }
-    let instance = Instance {
-        app: (!name.is_empty() && name.len() <= wire::MAX_TEXT_BYTES).then(|| name.into()),
-        ..Instance::default()
-    };
-    let instance = instance.shared();
+    let app = (!name.is_empty() && name.len() <= wire::MAX_TEXT_BYTES).then(|| name.into());
     let backends = backends.into_values().map(|backend| Backend {
-        instance: instance.clone(),
+        instance: Instance {
+            app: app.clone(),
+            ..backend.instance().clone()
+        }
+        .shared(),
         ..backend
     });
     announcement(host, backends.collect())
@@ -96,11 +96,16 @@ fn backend(url: &str) -> anyhow::Result<Backend> {
     };
     let address = SocketAddr::new(ip, port);
     check(address)?;
+    let tls = server.tls.then_some(BackendTls {
+        server_name: None,
+        roots: TlsRoots::Backends,
+    });
     Ok(Backend {
-        tls: server.tls.then_some(BackendTls {
-            server_name: None,
-            roots: TlsRoots::Backends,
-        }),
+        instance: Instance {
+            tls,
+            ..Instance::default()
+        }
+        .shared(),
         ..Backend::new(address, Origin::Redis)
     })
 }

@@ -132,9 +132,7 @@ pub(super) fn pool(hosts: &[IpAddr]) -> Pool {
     let backend = |host: &IpAddr| Arc::new(Backend::new((*host, PORT).into(), Origin::Nats));
     Pool {
         backends: hosts.iter().map(backend).collect(),
-        balance: None,
-        route_service_url: None,
-        policy: None,
+        ..Pool::default()
     }
 }
 
