@@ -122,20 +122,41 @@ impl<S: BuildHasher> Hosts<S> {
         true
     }
 
-    /// All hosts, in no particular order, which is the same for the same content.
-    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &HostRoutes)> {
-        let mut path = vec![self.root.slots.iter()];
-        std::iter::from_fn(move || {
-            loop {
-                match path.last_mut()?.next() {
-                    Some(Slot::Host(host)) => return Some((&host.name, &host.routes)),
-                    Some(Slot::Node(node)) => path.push(node.slots.iter()),
-                    None => {
-                        path.pop();
-                    }
+    /// All hosts, in an order that is the same for every version with these hosts in it, and that says
+    /// nothing to people.
+    pub fn iter(&self) -> Iter<'_> {
+        Iter {
+            rest: vec![self.root.slots.iter()],
+        }
+    }
+
+    /// The same from a host on, or from where it would be. Looks at the nodes on the way to it only.
+    pub fn iter_from(&self, name: &str) -> Iter<'_> {
+        let hash = self.hasher.hash_one(name);
+        let mut rest = Vec::new();
+        let mut node = &*self.root;
+        let mut shift = 0;
+        loop {
+            let at = node.seek(hash, shift, name, &self.hasher);
+            let (_, from) = node.slots.split_at(at);
+            match from.split_first() {
+                Some((Slot::Node(next), behind)) if node.find(hash, shift, name) == Some(at) => {
+                    rest.push(behind.iter());
+                    node = next;
+                }
+                _ => {
+                    rest.push(from.iter());
+                    return Iter { rest };
                 }
             }
-        })
+            shift += BITS;
+        }
+    }
+
+    /// Where a host stands in the order of [`Hosts::iter`]; two hosts of one place do by name. Another
+    /// process has another order.
+    pub fn place_of(&self, name: &str) -> u64 {
+        order(self.hasher.hash_one(name))
     }
 
     /// Tells of the hosts that `newer` does not share with this version: their routes here, and there.
@@ -153,7 +174,44 @@ impl<S: BuildHasher> Hosts<S> {
     }
 }
 
+/// Hosts with their routes.
+pub struct Iter<'a> {
+    /// What is left of the nodes on the way down.
+    rest: Vec<std::slice::Iter<'a, Slot>>,
+}
+
+impl<'a> Iterator for Iter<'a> {
+    type Item = (&'a Arc<str>, &'a HostRoutes);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.rest.last_mut()?.next() {
+                Some(Slot::Host(host)) => return Some((&host.name, &host.routes)),
+                Some(Slot::Node(node)) => self.rest.push(node.slots.iter()),
+                None => {
+                    self.rest.pop();
+                }
+            }
+        }
+    }
+}
+
 impl Node {
+    /// The first slot that holds nothing of what stands before a host.
+    fn seek(&self, hash: u64, shift: u32, name: &str, hasher: &impl BuildHasher) -> usize {
+        let before =
+            |host: &Host| (order(hasher.hash_one(&*host.name)), &*host.name) < (order(hash), name);
+        if shift >= HASH_BITS {
+            let before = |slot: &Slot| matches!(slot, Slot::Host(host) if before(host));
+            return self.slots.partition_point(before);
+        }
+        let at = self.before(place(hash, shift));
+        match self.find(hash, shift, name).map(|at| &self.slots[at]) {
+            Some(Slot::Host(host)) if before(host) => at + 1,
+            Some(Slot::Host(_) | Slot::Node(_)) | None => at,
+        }
+    }
+
     /// Where the slot for a hash stands, if it is taken; in a list, where the host of that name does.
     fn find(&self, hash: u64, shift: u32, name: &str) -> Option<usize> {
         if shift >= HASH_BITS {
@@ -170,6 +228,12 @@ impl Node {
     }
 }
 
+/// A hash as a number that sorts as the trie does: the bits that choose first count most.
+fn order(hash: u64) -> u64 {
+    let places = (0..HASH_BITS / BITS).map(|level| hash >> (level * BITS) & ((1 << BITS) - 1));
+    places.fold(0, |order, place| order << BITS | place)
+}
+
 fn place(hash: u64, shift: u32) -> u32 {
     1 << ((hash >> shift) & ((1 << BITS) - 1))
 }
@@ -178,7 +242,8 @@ fn insert(node: &mut Node, hash: u64, shift: u32, host: Arc<Host>, hasher: &impl
     let bit = place(hash, shift);
     if shift >= HASH_BITS || node.taken & bit == 0 {
         let at = if shift >= HASH_BITS {
-            node.slots.len()
+            node.slots
+                .partition_point(|slot| matches!(slot, Slot::Host(other) if other.name < host.name))
         } else {
             node.before(bit)
         };
@@ -333,6 +398,26 @@ mod tests {
                     prop_assert_eq!(hosts.contains(&name), model.contains(&name));
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_from_any_host_whether_there_or_not(
+            numbers in prop::collection::btree_set(0u8..48, 0..40),
+            from in 0u8..48,
+        ) {
+            let mut hosts: Hosts<Poor> = Hosts::default();
+            for number in numbers {
+                hosts.add(format!("host-{number}").into());
+            }
+            let place = |name: &str| (hosts.place_of(name), name.to_owned());
+            let all: Vec<_> = hosts.iter().map(|(name, _)| place(name)).collect();
+            prop_assert!(all.is_sorted());
+            let from = format!("host-{from}");
+            let rest: Vec<_> = hosts.iter_from(&from).map(|(name, _)| place(name)).collect();
+            let wanted = all.iter().filter(|host| **host >= place(&from));
+            prop_assert_eq!(rest, wanted.cloned().collect::<Vec<_>>());
         }
     }
 
