@@ -42,6 +42,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::admin::listing::PageRequest;
+use crate::admin::listing::backends::SharedIndex;
 use crate::admin::ready::{Readiness, Sources};
 use crate::config::{AdminListen, Config};
 use crate::event::Event;
@@ -64,8 +65,11 @@ pub mod traffic;
 /// Connections at once. Scrapers and operators are few.
 const MAX_CONNECTIONS: usize = 64;
 
-/// Answers in the making at once of those that walk over all routes or read the kernel's counters.
+/// Answers in the making at once of those that walk over routes or read the kernel's counters.
 static WALKS: Semaphore = Semaphore::const_new(2);
+
+/// How long the index of backends is kept that nobody asks, and up to twice that.
+const INDEX_IDLE: Duration = Duration::from_secs(60);
 
 /// From a connection, or the answer before, to the end of a request's head.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -80,6 +84,7 @@ pub struct Admin {
     /// True from the moment the gateway is told to stop.
     pub draining: watch::Receiver<bool>,
     pub started: Instant,
+    pub backends: SharedIndex,
 }
 
 /// An address that is taken, not yet answered on.
@@ -144,16 +149,28 @@ fn is_left_over(path: &Path) -> bool {
 
 /// Answers until dropped. Must be called inside a tokio runtime.
 pub async fn serve(listener: Listener, admin: Arc<Admin>) -> anyhow::Result<()> {
-    let router = router(admin);
-    match listener {
-        Listener::Tcp(listener) => {
-            accept(tokio::net::TcpListener::from_std(listener)?, router).await;
+    let router = router(Arc::clone(&admin));
+    let accept = async {
+        match listener {
+            Listener::Tcp(listener) => {
+                accept(tokio::net::TcpListener::from_std(listener)?, router).await;
+            }
+            Listener::Unix(listener) => {
+                accept(tokio::net::UnixListener::from_std(listener)?, router).await;
+            }
         }
-        Listener::Unix(listener) => {
-            accept(tokio::net::UnixListener::from_std(listener)?, router).await;
+        anyhow::Ok(())
+    };
+    let forget = async {
+        loop {
+            tokio::time::sleep(INDEX_IDLE).await;
+            admin.backends.forget_unasked();
         }
+    };
+    tokio::select! {
+        ended = accept => ended,
+        () = forget => Ok(()),
     }
-    Ok(())
 }
 
 /// Serves at most [`MAX_CONNECTIONS`]; further ones wait in the listen queue.
@@ -270,10 +287,11 @@ async fn vips(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest
 }
 
 async fn backends(State(admin): State<Arc<Admin>>, Query(request): Query<PageRequest>) -> Response {
-    list(&admin, move |scrape| {
-        listing::backends(&scrape.published.load(), &request)
-    })
-    .await
+    let answer = off_runtime(&admin, move |admin| {
+        let snapshot = admin.scrape.published.load();
+        admin.backends.page(&snapshot, &request)
+    });
+    respond(answer.await)
 }
 
 async fn route_stats(
@@ -296,12 +314,15 @@ async fn backend_stats(
     .await
 }
 
-/// Makes a page, which is a walk over all routes.
 async fn list<P: Serialize + Send + 'static>(
     admin: &Arc<Admin>,
     page: impl FnOnce(&Scrape) -> Result<P, String> + Send + 'static,
 ) -> Response {
-    match off_runtime(admin, |admin| page(&admin.scrape)).await {
+    respond(off_runtime(admin, |admin| page(&admin.scrape)).await)
+}
+
+fn respond<P: Serialize>(page: Option<Result<P, String>>) -> Response {
+    match page {
         Some(Ok(page)) => Json(page).into_response(),
         Some(Err(error)) => refuse(StatusCode::BAD_REQUEST, error),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),

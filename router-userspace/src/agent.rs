@@ -3,7 +3,8 @@
 //! [`Agent::run`] is the single task that owns the table and layer 4. It drains its inbox in batches,
 //! publishes one snapshot for each batch that changed something, and then brings layer 4 in line for
 //! the VIPs that changed; layer 7 and every reader follow the published pointer. A tick ends leases
-//! and drains. Nothing here waits but for the inbox and the tick, and both are cancel safe.
+//! and drains; of leases as many as there are in a batch, and the rest in turns with the inbox. Nothing
+//! here waits but for the inbox and the tick, and both are cancel safe.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -45,6 +46,10 @@ pub struct Agent {
     in_panic: BTreeSet<Vip>,
     metrics: Arc<Metrics>,
     tick: Duration,
+    /// More leases are due than were looked at.
+    is_behind: bool,
+    /// Since it was told last.
+    pruned: u64,
     full: WarningLimit,
 }
 
@@ -80,6 +85,8 @@ impl Agent {
             in_panic: BTreeSet::new(),
             metrics,
             tick,
+            is_behind: false,
+            pruned: 0,
             full: WarningLimit::default(),
         };
         let adopted = agent.l4.as_ref().map(L4::adopted).unwrap_or_default();
@@ -145,6 +152,8 @@ impl Agent {
                     }
                 }
                 _ = interval.tick() => self.tick(),
+                // Registrations and sources have their turn in between.
+                () = tokio::task::yield_now(), if self.is_behind => self.expire(now()),
             }
         }
     }
@@ -244,14 +253,7 @@ impl Agent {
 
     fn tick(&mut self) {
         let now = now();
-        let change = self.table.expire(now);
-        if change.expired > 0 {
-            tracing::info!(
-                backends = change.expired,
-                "pruned what was not repeated in time"
-            );
-        }
-        self.publish(change, now);
+        self.expire(now);
         self.resume(now);
         let mut reports = Vec::new();
         if let Some(l4) = &mut self.l4 {
@@ -261,6 +263,18 @@ impl Agent {
         for report in reports {
             self.report(report);
         }
+    }
+
+    /// Ends leases, as many as do not delay registrations.
+    fn expire(&mut self, now: Instant) {
+        let change = self.table.expire(now);
+        self.is_behind = self.table.has_due(now);
+        self.pruned += change.expired;
+        if self.pruned > 0 && !self.is_behind {
+            let backends = std::mem::take(&mut self.pruned);
+            tracing::info!(backends, "pruned what was not repeated in time");
+        }
+        self.publish(change, now);
     }
 
     fn hand_up_to(&mut self, listeners: &[TcpListener]) {

@@ -74,13 +74,13 @@ enum Command {
     Dist,
 }
 
-/// Passed on to the benchmark of layer 7.
+/// Passed on to the benchmarks of layer 7 and of routes.
 #[derive(clap::Args)]
 struct L7Options {
-    /// Of l7: rounds of each row
+    /// Of l7 and routes: rounds of each row
     #[arg(long, value_name = "N")]
     rounds: Option<String>,
-    /// Of l7: only these rows
+    /// Of l7 and routes: only these rows
     #[arg(long, value_name = "A,B")]
     rows: Option<String>,
     /// Of l7: only these contenders

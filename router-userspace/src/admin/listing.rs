@@ -1,11 +1,13 @@
-//! Pages of what the snapshot holds, in the order of their keys.
+//! Pages of what the snapshot holds.
 //!
-//! `?limit=` bounds a page, `?after=` is the `next` of the page before. A page is made by one walk
-//! over the snapshot that keeps the `limit` smallest keys after the cursor, so it needs no index and
-//! no memory beyond the page, and a listing stays meaningful while routes come and go between pages.
+//! `?limit=` bounds a page, `?after=` is the `next` of the page before. A page is found by a seek in the
+//! snapshot's own structures, so it costs what it shows and no index is kept for it; a listing stays
+//! meaningful while routes come and go between pages. Backends over all routes are the exception: see
+//! [`backends`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use router_common::Mode;
@@ -13,12 +15,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::policy::{PolicyRow, policy};
 use crate::l4::{MemberState, Views, mode_name, scheduler_name};
+use crate::route::conditions::Conditions;
 use crate::route::{Backend, Balance, HttpMatch, HttpProtocol, Pool, RouteKey, Vip};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{HostRoute, HostRoutes, Hosts, Snapshot};
 use crate::source::kv::status::{Declarer, Revisions};
+
+pub mod backends;
+
+#[cfg(test)]
+mod tests;
 
 pub const DEFAULT_LIMIT: usize = 1000;
 pub const MAX_LIMIT: usize = 10_000;
+/// A page ends behind the route or VIP whose pool brings it to this many backends.
+const MAX_BACKENDS: usize = 65_536;
 
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct PageRequest {
@@ -91,60 +101,121 @@ pub struct MemberRow {
     pub tags: BTreeMap<String, String>,
 }
 
-/// A backend over all its routes.
-#[derive(Debug, Serialize)]
-pub struct BackendRow {
-    pub address: SocketAddr,
-    pub healthy: bool,
-    /// By an operator.
-    pub draining: bool,
-    pub origin: &'static str,
-    pub app: Option<String>,
-    pub instance_index: Option<String>,
-    pub http_routes: u64,
-    pub vips: u64,
-}
-
-/// The cursor is that of a route as it is [shown](crate::route::HttpMatch).
+/// In the order of [`Hosts::iter`](crate::snapshot::Hosts::iter), and by path within a host. The cursor
+/// is the place of a host and the route as it is [shown](crate::route::HttpMatch).
 pub fn routes(
     snapshot: &Snapshot,
     revisions: &Revisions,
     request: &PageRequest,
 ) -> Result<Page<RouteRow>, String> {
-    let after = request.after.as_deref().map(|after| {
-        let (route, conditions) = after.split_once(' ').unwrap_or((after, ""));
-        let (host, path) = route.split_at(route.find('/').unwrap_or(route.len()));
-        (host, path, conditions.to_owned())
-    });
-    let mut page = Smallest::new(request, after)?;
-    for (host, routes) in snapshot.hosts.iter() {
-        for route in routes.iter() {
-            let conditions = route.conditions.map(ToString::to_string);
-            let key = (host, &**route.path, conditions.unwrap_or_default());
-            page.offer(key, || (route.pool, route.conditions));
-        }
+    let cursor = match &request.after {
+        None => None,
+        Some(after) => Some(RouteCursor::read(after, &snapshot.hosts)?),
+    };
+    let hosts = match &cursor {
+        None => snapshot.hosts.iter(),
+        Some(cursor) => snapshot.hosts.iter_from(cursor.host),
+    };
+    routes_of(hosts, cursor.as_ref(), snapshot, revisions, request)
+}
+
+fn routes_of<'s>(
+    hosts: impl Iterator<Item = (&'s str, &'s HostRoutes)>,
+    cursor: Option<&RouteCursor<'_>>,
+    snapshot: &'s Snapshot,
+    revisions: &Revisions,
+    request: &PageRequest,
+) -> Result<Page<RouteRow>, String> {
+    let routes = hosts.flat_map(|(host, routes)| in_order(host, routes));
+    let routes = routes.skip_while(|route| cursor.is_some_and(|cursor| cursor.is_behind(route)));
+    let (mut routes, more) = fill(request, routes, |route| route.pool.backends.len())?;
+    let last = routes.last().filter(|_| more);
+    let next = last.map(|last| last.cursor(&snapshot.hosts));
+    routes.sort_by(|a, b| (a.host, a.path, &a.conditions).cmp(&(b.host, b.path, &b.conditions)));
+    let row = |route: ListedRoute<'_>| RouteRow {
+        route: format!("{}{}", route.host, route.path),
+        declared_by: revisions.of(&RouteKey::Http(HttpMatch {
+            host: route.host.into(),
+            path: Arc::clone(route.path),
+            conditions: route.matched.cloned(),
+        })),
+        conditions: (!route.conditions.is_empty()).then_some(route.conditions),
+        policy: policy(route.pool),
+        balance: route.pool.balance().map(Balance::as_str),
+        route_service_url: route.pool.route_service_url().map(ToString::to_string),
+        panic: snapshot.in_panic(route.pool),
+        backends: members(snapshot, route.pool),
+    };
+    Ok(Page {
+        revision: snapshot.revision,
+        rows: routes.into_iter().map(row).collect(),
+        next,
+    })
+}
+
+struct ListedRoute<'s> {
+    host: &'s str,
+    path: &'s Arc<str>,
+    matched: Option<&'s Arc<Conditions>>,
+    /// As text; empty without any.
+    conditions: String,
+    pool: &'s Pool,
+}
+
+impl ListedRoute<'_> {
+    fn cursor(&self, hosts: &Hosts) -> String {
+        let place = hosts.place_of(self.host);
+        let route = format!("{}{} {}", self.host, self.path, self.conditions);
+        format!("{place:x}.{}", route.trim_end())
     }
-    Ok(page.finish(
-        snapshot,
-        |(host, path, conditions)| match &**conditions {
-            "" => format!("{host}{path}"),
-            conditions => format!("{host}{path} {conditions}"),
-        },
-        |(host, path, conditions), (pool, matched)| RouteRow {
-            route: format!("{host}{path}"),
-            declared_by: revisions.of(&RouteKey::Http(HttpMatch {
-                host: host.into(),
-                path: path.into(),
-                conditions: matched.cloned(),
-            })),
-            conditions: (!conditions.is_empty()).then_some(conditions),
-            policy: policy(pool),
-            balance: pool.balance().map(Balance::as_str),
-            route_service_url: pool.route_service_url().map(ToString::to_string),
-            panic: snapshot.in_panic(pool),
-            backends: members(snapshot, pool),
-        },
-    ))
+}
+
+/// The last route of a page.
+struct RouteCursor<'a> {
+    host: &'a str,
+    path: &'a str,
+    conditions: &'a str,
+}
+
+impl<'a> RouteCursor<'a> {
+    /// # Errors
+    /// It is no cursor of this process.
+    fn read(after: &'a str, hosts: &Hosts) -> Result<RouteCursor<'a>, String> {
+        let (place, shown) = after.split_once('.').unwrap_or_default();
+        let (route, conditions) = shown.split_once(' ').unwrap_or((shown, ""));
+        let (host, path) = route.split_at(route.find('/').unwrap_or(route.len()));
+        if u64::from_str_radix(place, 16) != Ok(hosts.place_of(host)) {
+            return Err("after: not the next of a page of this gateway since its start".to_owned());
+        }
+        Ok(RouteCursor {
+            host,
+            path,
+            conditions,
+        })
+    }
+
+    /// Whether a route of the cursor's host or behind was on the page before.
+    fn is_behind(&self, route: &ListedRoute<'_>) -> bool {
+        route.host == self.host
+            && (&**route.path, &*route.conditions) <= (self.path, self.conditions)
+    }
+}
+
+/// The routes of a host by path and conditions.
+fn in_order<'s>(host: &'s str, routes: &'s HostRoutes) -> Vec<ListedRoute<'s>> {
+    let listed = |route: HostRoute<'s>| ListedRoute {
+        host,
+        path: route.path,
+        matched: route.conditions,
+        conditions: route
+            .conditions
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        pool: route.pool,
+    };
+    let mut routes: Vec<ListedRoute<'s>> = routes.iter().map(listed).collect();
+    routes.sort_by(|a, b| (a.path, &a.conditions).cmp(&(b.path, &b.conditions)));
+    routes
 }
 
 /// The VIPs that are registered, and those that the proxy on this host serves without.
@@ -155,127 +226,93 @@ pub fn vips(
     request: &PageRequest,
 ) -> Result<Page<VipRow>, String> {
     let after = request.after.as_deref().map(str::parse::<Vip>).transpose();
-    let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
-    let l7 = served.iter().filter(|(_, view)| view.mode == Mode::L7);
-    for vip in snapshot.vips.keys().chain(l7.map(|(vip, _)| vip)) {
-        page.offer(*vip, || ());
-    }
-    Ok(page.finish(snapshot, Vip::to_string, |vip, ()| {
-        let view = served.get(&vip);
-        let known = view.into_iter().flat_map(|view| &view.members);
-        let states: HashMap<SocketAddr, MemberState> =
-            known.map(|member| (member.address, member.state)).collect();
-        let pool = snapshot.vips.get(&vip);
-        let members = pool.map(|pool| members(snapshot, pool)).unwrap_or_default();
-        let with_state = |member: MemberRow| {
-            let state = states.get(&member.address).copied();
-            VipMemberRow {
-                state: state.map(MemberState::as_str),
-                refused: state.and_then(MemberState::refusal),
-                member,
-            }
-        };
-        VipRow {
-            vip: vip.to_string(),
-            declared_by: revisions.of(&RouteKey::Vip(vip)),
-            panic: pool.is_some_and(|pool| snapshot.in_panic(pool)),
-            forwarding: view.map(|view| mode_name(view.mode)),
-            scheduler: view.map(|view| scheduler_name(view.scheduler)),
-            backends: members.into_iter().map(with_state).collect(),
-        }
-    }))
+    let after = after.map_err(|error| format!("after: {error}"))?;
+    let behind = (
+        after.map_or(Bound::Unbounded, Bound::Excluded),
+        Bound::Unbounded,
+    );
+    let registered = snapshot.vips.range(behind).map(|(vip, _)| *vip);
+    let l7 = served.range(behind);
+    let l7 = l7.filter_map(|(vip, view)| (view.mode == Mode::L7).then_some(*vip));
+    let size = |vip: &Vip| snapshot.vips.get(vip).map_or(0, |pool| pool.backends.len());
+    let (vips, more) = fill(request, merge(registered, l7), size)?;
+    let next = vips.last().filter(|_| more).map(Vip::to_string);
+    let row = |vip| vip_row(vip, snapshot, revisions, served);
+    Ok(Page {
+        revision: snapshot.revision,
+        rows: vips.into_iter().map(row).collect(),
+        next,
+    })
 }
 
-pub fn backends(snapshot: &Snapshot, request: &PageRequest) -> Result<Page<BackendRow>, String> {
-    let after = request
-        .after
-        .as_deref()
-        .map(str::parse::<SocketAddr>)
-        .transpose();
-    let mut page = Smallest::new(request, after.map_err(|error| format!("after: {error}"))?)?;
-    let mut count = |pool: &Pool, http_routes: u64, vips: u64| {
-        for backend in &pool.backends {
-            let row = page.offer(backend.address, || BackendRow {
-                address: backend.address,
-                healthy: !snapshot.unhealthy.contains(&backend.address),
-                draining: snapshot.draining.contains(&backend.address),
-                origin: backend.origin.as_str(),
-                app: text(&backend.instance().app),
-                instance_index: text(&backend.instance().index),
-                http_routes: 0,
-                vips: 0,
-            });
-            if let Some(row) = row {
-                row.http_routes += http_routes;
-                row.vips += vips;
-            }
+fn vip_row(vip: Vip, snapshot: &Snapshot, revisions: &Revisions, served: &Views) -> VipRow {
+    let view = served.get(&vip);
+    let known = view.into_iter().flat_map(|view| &view.members);
+    let states: HashMap<SocketAddr, MemberState> =
+        known.map(|member| (member.address, member.state)).collect();
+    let pool = snapshot.vips.get(&vip);
+    let members = pool.map(|pool| members(snapshot, pool)).unwrap_or_default();
+    let with_state = |member: MemberRow| {
+        let state = states.get(&member.address).copied();
+        VipMemberRow {
+            state: state.map(MemberState::as_str),
+            refused: state.and_then(MemberState::refusal),
+            member,
         }
     };
-    for (_, routes) in snapshot.hosts.iter() {
-        routes.pools().for_each(|pool| count(pool, 1, 0));
+    VipRow {
+        vip: vip.to_string(),
+        declared_by: revisions.of(&RouteKey::Vip(vip)),
+        panic: pool.is_some_and(|pool| snapshot.in_panic(pool)),
+        forwarding: view.map(|view| mode_name(view.mode)),
+        scheduler: view.map(|view| scheduler_name(view.scheduler)),
+        backends: members.into_iter().map(with_state).collect(),
     }
-    snapshot.vips.values().for_each(|pool| count(pool, 0, 1));
-    Ok(page.finish(snapshot, SocketAddr::to_string, |_, row| row))
 }
 
-/// The smallest keys after a cursor, with their values.
-pub(super) struct Smallest<K, V> {
-    after: Option<K>,
-    limit: usize,
-    rows: BTreeMap<K, V>,
-    more: bool,
-}
-
-impl<K: Ord, V> Smallest<K, V> {
-    pub(super) fn new(request: &PageRequest, after: Option<K>) -> Result<Smallest<K, V>, String> {
-        let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
-        if !(1..=MAX_LIMIT).contains(&limit) {
-            return Err(format!("limit: {limit} is not in 1..={MAX_LIMIT}"));
-        }
-        Ok(Smallest {
-            after,
-            limit,
-            rows: BTreeMap::new(),
-            more: false,
-        })
-    }
-
-    /// Keeps the key if it belongs to the page. What does not belong now never will.
-    pub(super) fn offer(&mut self, key: K, value: impl FnOnce() -> V) -> Option<&mut V> {
-        if self.after.as_ref().is_some_and(|after| key <= *after) {
-            return None;
-        }
-        if self.rows.len() == self.limit && !self.rows.contains_key(&key) {
-            self.more = true;
-            if self
-                .rows
-                .last_key_value()
-                .is_some_and(|(last, _)| key > *last)
-            {
-                return None;
+/// Two ascending iterators as one; what both have comes once.
+fn merge<T: Ord>(
+    one: impl Iterator<Item = T>,
+    other: impl Iterator<Item = T>,
+) -> impl Iterator<Item = T> {
+    let (mut one, mut other) = (one.peekable(), other.peekable());
+    std::iter::from_fn(move || match (one.peek(), other.peek()) {
+        (Some(a), Some(b)) if a > b => other.next(),
+        (Some(a), Some(b)) => {
+            if a == b {
+                other.next();
             }
-            self.rows.pop_last();
+            one.next()
         }
-        Some(self.rows.entry(key).or_insert_with(value))
-    }
+        (Some(_), None) => one.next(),
+        (None, _) => other.next(),
+    })
+}
 
-    pub(super) fn finish<R>(
-        self,
-        snapshot: &Snapshot,
-        cursor: impl Fn(&K) -> String,
-        row: impl Fn(K, V) -> R,
-    ) -> Page<R> {
-        let last = self.rows.last_key_value().map(|(key, _)| cursor(key));
-        Page {
-            revision: snapshot.revision,
-            next: last.filter(|_| self.more),
-            rows: self
-                .rows
-                .into_iter()
-                .map(|(key, value)| row(key, value))
-                .collect(),
-        }
+/// As many of what follows a cursor as belong to a page, and whether there are more. `backends` says
+/// how many an item is shown with.
+///
+/// # Errors
+/// Names `limit`.
+pub(super) fn fill<T>(
+    request: &PageRequest,
+    items: impl Iterator<Item = T>,
+    backends: impl Fn(&T) -> usize,
+) -> Result<(Vec<T>, bool), String> {
+    let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(format!("limit: {limit} is not in 1..={MAX_LIMIT}"));
     }
+    let mut page = Vec::new();
+    let mut shown = 0;
+    for item in items {
+        if page.len() == limit || shown >= MAX_BACKENDS {
+            return Ok((page, true));
+        }
+        shown += backends(&item);
+        page.push(item);
+    }
+    Ok((page, false))
 }
 
 fn members(snapshot: &Snapshot, pool: &Pool) -> Vec<MemberRow> {
@@ -303,6 +340,6 @@ fn members(snapshot: &Snapshot, pool: &Pool) -> Vec<MemberRow> {
     pool.backends.iter().map(row).collect()
 }
 
-fn text(text: &Option<Arc<str>>) -> Option<String> {
+pub(super) fn text(text: &Option<Arc<str>>) -> Option<String> {
     text.as_deref().map(str::to_owned)
 }

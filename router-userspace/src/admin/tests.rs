@@ -1,7 +1,9 @@
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::*;
-use crate::admin::listing::{BackendRow, Page};
+use crate::admin::listing::Page;
+use crate::admin::listing::backends::{BackendIndex, BackendRow};
 use crate::l4::{Views, VipView};
 use crate::l7::metrics::L7Metrics;
 use crate::metrics::Metrics;
@@ -44,21 +46,22 @@ fn walk<R>(list: impl Fn(&PageRequest) -> Result<Page<R>, String>) -> Vec<R> {
 }
 
 #[test]
-fn pages_together_hold_every_row_once_and_in_order() {
+fn pages_together_hold_every_row_once() {
     let snapshot = snapshot();
-    let routes: Vec<String> =
+    let routes: BTreeSet<String> =
         walk(|request| listing::routes(&snapshot, &Revisions::default(), request))
             .into_iter()
             .map(|r| r.route)
             .collect();
     assert_eq!(routes.len(), 51);
-    assert!(routes.is_sorted() && routes.contains(&"all.x/p25".to_owned()));
+    assert!(routes.contains("all.x/p25"));
     assert_eq!(
         walk(|request| listing::vips(&snapshot, &Revisions::default(), &Views::default(), request))
             .len(),
         25
     );
-    let backends: Vec<BackendRow> = walk(|request| listing::backends(&snapshot, request));
+    let index = SharedIndex::default();
+    let backends: Vec<BackendRow> = walk(|request| index.page(&snapshot, request));
     assert_eq!(backends.len(), 25);
     assert!(
         backends
@@ -113,7 +116,8 @@ fn routes_of_one_path_are_listed_each_with_its_conditions_and_policy() {
             (policy.origin, &*policy.asks),
             ("file", &[asks.to_owned()][..])
         );
-        assert_eq!((row.backends.len(), page.next.as_deref()), (1, next));
+        let shown = page.next.as_deref().and_then(|next| next.split_once('.'));
+        assert_eq!((row.backends.len(), shown.map(|it| it.1)), (1, next));
         request.after = page.next;
     }
 }
@@ -147,7 +151,8 @@ fn a_bad_page_request_is_refused_by_its_parameter() {
         .starts_with("after")
     );
     assert!(
-        listing::backends(&snapshot, &request)
+        BackendIndex::default()
+            .page(&snapshot, &request)
             .unwrap_err()
             .starts_with("after")
     );
@@ -208,6 +213,7 @@ async fn the_api_answers_on_a_unix_socket() {
         inbox,
         draining,
         started: Instant::now(),
+        backends: SharedIndex::default(),
     };
     tokio::spawn(serve(listener, Arc::new(admin)));
     let get = async |path: &str| {

@@ -1,11 +1,12 @@
 //! What layer 7 has counted of each route and of each backend, in pages in the order of their names.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::SocketAddr;
 
 use serde::Serialize;
 
-use crate::admin::listing::{Page, PageRequest, Smallest};
+use crate::admin::listing::{Page, PageRequest, fill};
 use crate::l7::metrics::{L7Metrics, LatencyTotals, TrafficTotals};
 use crate::snapshot::Snapshot;
 
@@ -58,12 +59,12 @@ pub fn routes(
     metrics: &L7Metrics,
     request: &PageRequest,
 ) -> Result<Page<RouteTrafficRow>, String> {
-    let rows = metrics.routes();
+    let after = request.after.clone();
     page(
         snapshot,
         request,
-        request.after.clone(),
-        rows,
+        after,
+        metrics.routes(),
         |route, totals| {
             let mut traffic = TrafficRow::new(totals.in_flight(), &totals);
             traffic.retries = Some(totals.retries);
@@ -97,14 +98,20 @@ fn page<K: Ord + Display, V, R>(
     snapshot: &Snapshot,
     request: &PageRequest,
     after: Option<K>,
-    rows: impl IntoIterator<Item = (K, V)>,
+    rows: BTreeMap<K, V>,
     row: impl Fn(K, V) -> R,
 ) -> Result<Page<R>, String> {
-    let mut page = Smallest::new(request, after)?;
-    for (key, value) in rows {
-        page.offer(key, || value);
-    }
-    Ok(page.finish(snapshot, K::to_string, row))
+    let rows = rows.into_iter();
+    let rows = rows.skip_while(|(key, _)| after.as_ref().is_some_and(|after| key <= after));
+    let (rows, more) = fill(request, rows, |_| 1)?;
+    Ok(Page {
+        revision: snapshot.revision,
+        next: rows.last().filter(|_| more).map(|(key, _)| key.to_string()),
+        rows: rows
+            .into_iter()
+            .map(|(key, value)| row(key, value))
+            .collect(),
+    })
 }
 
 impl TrafficRow {

@@ -71,6 +71,19 @@ fn connected(connected: bool) -> Event {
 }
 
 #[tokio::test(start_paused = true)]
+async fn leases_of_any_number_end_without_waiting_for_further_ticks() {
+    let gateway = Gateway::start();
+    let uri = |number: usize| register("10.0.0.1:80", &format!("h{number}.x"));
+    gateway.send([connected(true)]).await;
+    let snapshot = gateway.send((0..5000).map(uri)).await;
+    assert_eq!(snapshot.hosts.len(), 5000);
+    let threshold = Config::default().nats.stale_threshold;
+    let before = gateway.after(threshold - MAX_TICK).await;
+    assert_eq!(before.hosts.len(), 5000);
+    assert_eq!(gateway.after(3 * MAX_TICK).await.hosts.len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_batch_is_published_once() {
     let gateway = Gateway::start();
     let events = (1..=100).map(|port| register(&format!("10.0.0.1:{port}"), "a.x"));

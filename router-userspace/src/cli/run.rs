@@ -21,6 +21,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::admin::listing::backends::SharedIndex;
 use crate::admin::{self, Admin};
 use crate::cli::run::handover::Predecessor;
 use crate::cli::run::inherited::Inherited;
@@ -193,6 +194,7 @@ impl Gateway {
             inbox: inbox.clone(),
             draining: drained,
             started,
+            backends: SharedIndex::default(),
         });
         spawn_checks(checks)?;
         if let Some(predecessor) = &mut predecessor {

@@ -39,6 +39,10 @@ impl Expiry {
         self.visits.pop_first().map(|(_, id)| id)
     }
 
+    pub fn has_due(&self, now: Tick) -> bool {
+        self.visits.first().is_some_and(|(at, _)| *at <= now)
+    }
+
     #[cfg(test)]
     pub fn scheduled(&self, id: u32, at: Tick) -> bool {
         self.visits.contains(&(at, id))

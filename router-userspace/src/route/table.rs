@@ -40,6 +40,10 @@ pub use room::{
 /// Backends that operators have drained, at all or for a VIP.
 pub const MAX_DRAINING: usize = 4096;
 
+/// Leases that [`RouteTable::expire`] looks at in one call: less than a millisecond of work, since many
+/// that began together are due together.
+pub const MAX_VISITS: usize = 1024;
+
 /// What a call did to the table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
@@ -176,15 +180,24 @@ impl RouteTable {
         change
     }
 
-    /// Removes every entry whose lease is over. Those of a source that is away stay.
+    /// Removes entries whose lease is over, after a look at no more than [`MAX_VISITS`]. Those of a
+    /// source that is away stay.
     pub fn expire(&mut self, now: Instant) -> Change {
         let mut change = Change::default();
         let now = expiry::tick_before(self.epoch, now);
-        while let Some(id) = self.expiry.due(now) {
+        for _ in 0..MAX_VISITS {
+            let Some(id) = self.expiry.due(now) else {
+                break;
+            };
             self.visit(id, now, &mut change);
         }
         self.expire_declared(now, &mut change);
         change
+    }
+
+    /// Whether [`Self::expire`] left something for its next call.
+    pub fn has_due(&self, now: Instant) -> bool {
+        self.expiry.has_due(expiry::tick_before(self.epoch, now))
     }
 
     /// Notes that a source is away, or that what it says is whole. Leases do not end while it is away,

@@ -8,10 +8,12 @@
 //! Whether there is a connection is asked of the client, never taken from its events: those may be
 //! lost, and only wake the task.
 //!
-//! Nothing here waits for the agent with messages unread. The task empties the subscription whenever
-//! it runs and holds what the agent's inbox has no room for, [`BUDGET_BYTES`] with the inbox's part.
-//! What exceeds that is dropped, counted and logged, and repaired by the next heartbeats; so is what
-//! the client drops when more than [`SUBSCRIPTION_CAPACITY`] messages arrive before the task runs.
+//! The client reads no more at a time than the agent takes in before its next turn ([`READ_BYTES`]), so a
+//! burst of any length waits at the server. Beyond that nothing here waits for the agent with messages
+//! unread: the task empties the subscription whenever it runs and holds what the agent's inbox has no
+//! room for, [`BUDGET_BYTES`] with the inbox's part. What exceeds that is dropped, counted and logged, and
+//! repaired by the next heartbeats; so is what the client drops when more than [`SUBSCRIPTION_CAPACITY`]
+//! messages arrive before the task runs.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,8 +35,12 @@ use crate::route::{Origin, RouteEvent, wire};
 use crate::source::Context;
 use crate::warning::WarningLimit;
 
-/// Messages the client holds until this task runs. Both run on one thread, and the client reads at
-/// most a few MiB before it is this task's turn.
+/// Bytes the client reads at a time. It does so 128 times at most before others of its thread have
+/// their turn (tokio's budget of a task), so this says how much comes between two turns of the agent:
+/// about as many messages as its inbox holds. Of a server that is faster, the rest waits in the socket.
+const READ_BYTES: u16 = 4096;
+
+/// Messages the client holds until this task runs: those that it reads in one turn.
 const SUBSCRIPTION_CAPACITY: usize = 1 << 16;
 
 /// Bytes of messages that are read and not taken in by the agent yet, each counted with
@@ -201,6 +207,7 @@ pub async fn options(
 ) -> anyhow::Result<ConnectOptions> {
     let mut options = ConnectOptions::new()
         .name("viaduct")
+        .read_buffer_capacity(READ_BYTES)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .connection_timeout(CONNECT_TIMEOUT)
         .ping_interval(PING_INTERVAL)

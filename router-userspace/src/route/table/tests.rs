@@ -132,6 +132,23 @@ fn only(method: &str, route: &RouteKey) -> RouteKey {
 }
 
 #[test]
+fn leases_that_are_due_together_end_a_bounded_number_at_a_time() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    for number in 0..2 * MAX_VISITS + 10 {
+        let json = format!(r#"{{"host":"10.0.0.1","port":80,"uris":["h{number}.x"]}}"#);
+        let registration = crate::route::wire::register(json.as_bytes(), &[]).unwrap();
+        table.apply(RouteEvent::Register(registration), now);
+    }
+    let later = now + THRESHOLD * 2;
+    for (expired, more) in [(MAX_VISITS, true), (MAX_VISITS, true), (10, false)] {
+        assert_eq!(table.expire(later).expired, expired as u64);
+        assert_eq!(table.has_due(later), more);
+    }
+    assert_eq!(table.size(), Size::default());
+}
+
+#[test]
 fn one_registration_serves_hosts_and_vips() {
     let now = Instant::now();
     let mut table = RouteTable::new(THRESHOLD, now);

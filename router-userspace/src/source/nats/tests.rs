@@ -173,6 +173,29 @@ async fn a_burst_is_taken_in_whole() {
     assert_eq!(gateway.metrics.nats_slow_consumer.get(), 0);
 }
 
+#[tokio::test]
+async fn a_burst_beyond_the_budget_waits_at_the_server() {
+    const MESSAGES: usize = 250_000;
+    let server = Server::start(None).await;
+    let gateway = Gateway::start_with(server.address, Duration::from_secs(3600)).await;
+    let client = client(server.address).await;
+    let payload = r#"{"host":"10.0.0.1","port":80,"uris":["a.x"]}"#;
+    assert!(MESSAGES * (payload.len() + MESSAGE_OVERHEAD) > BUDGET_BYTES);
+    for _ in 0..MESSAGES {
+        client
+            .publish("router.register", payload.into())
+            .await
+            .unwrap();
+    }
+    client.flush().await.unwrap();
+    gateway
+        .until("all are taken in", |_, metrics| {
+            metrics.registers.get() + metrics.nats_slow_consumer.get() == MESSAGES as u64
+        })
+        .await;
+    assert_eq!(gateway.metrics.nats_slow_consumer.get(), 0);
+}
+
 /// A source whose agent is the test, and does not read yet.
 async fn stalled(server: SocketAddr) -> (mpsc::Receiver<Event>, Arc<Metrics>) {
     let mut config = Config::default();

@@ -9,7 +9,7 @@
 //! it, is left out of the row with a line that says why.
 
 mod backend;
-mod client;
+pub(crate) mod client;
 mod h2load;
 mod idle;
 mod load;
@@ -39,12 +39,12 @@ const ROUNDS: usize = 7;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Of l7: rounds of each row
-    #[arg(long, default_value_t = ROUNDS)]
-    rounds: usize,
-    /// Of l7: only these rows
+    /// Of l7 and routes: rounds of each row
+    #[arg(long)]
+    pub(crate) rounds: Option<usize>,
+    /// Of l7 and routes: only these rows
     #[arg(long = "rows", value_delimiter = ',')]
-    names: Vec<String>,
+    pub(crate) names: Vec<String>,
     /// Of l7: only these contenders
     #[arg(long, value_delimiter = ',')]
     peers: Vec<Peer>,
@@ -54,7 +54,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn measure(options: &Options) -> anyhow::Result<Report> {
-    ensure!(options.rounds > 0, "--rounds is at least 1");
+    let rounds = options.rounds.unwrap_or(ROUNDS);
+    ensure!(rounds > 0, "--rounds is at least 1");
     let rows = chosen_rows(&options.names)?;
     let peers = chosen_peers(&options.peers);
     let site = Site::new()?;
@@ -68,7 +69,13 @@ pub(crate) fn measure(options: &Options) -> anyhow::Result<Report> {
                 Err(error) => leave_out(*peer, &row, &error),
             }
         }
-        run(&site, &row, contenders, options, &mut report);
+        run(
+            &site,
+            &row,
+            contenders,
+            (rounds, options.syscalls),
+            &mut report,
+        );
     }
     Ok(report)
 }
@@ -78,21 +85,21 @@ fn run(
     site: &Site,
     row: &Row,
     mut contenders: Vec<Contender>,
-    options: &Options,
+    (rounds, syscalls): (usize, bool),
     report: &mut Report,
 ) {
-    for round in 0..options.rounds {
+    for round in 0..rounds {
         let mut next = Vec::with_capacity(contenders.len());
         for contender in contenders {
             let peer = contender.peer;
             eprintln!(
                 "l7: round {} of {}, {}, {}",
                 round + 1,
-                options.rounds,
+                rounds,
                 row.name,
                 peer.name()
             );
-            match one_round(site, row, contender, options.syscalls) {
+            match one_round(site, row, contender, syscalls) {
                 Ok((contender, figures)) => {
                     for (metric, sample) in figures {
                         report.add(row.name, peer.name(), metric, sample);

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
             Bench::Path => path::measure(),
             Bench::L7 => l7::measure(&cli.l7),
             Bench::Local => local::measure(),
-            Bench::Routes => routes::measure(),
+            Bench::Routes => routes::measure(&cli.l7.names, cli.l7.rounds),
             Bench::Ipvs => ipvs::measure(),
         };
         match measured {

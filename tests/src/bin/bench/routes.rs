@@ -1,13 +1,20 @@
-//! Registrations over NATS: how many a second the gateway takes in, what one costs, and how long
-//! after its publication the first request and the first packet are served; each in tables of
-//! different sizes, because the cost of a registration ought not to depend on that.
+//! Registrations over NATS: how many a second the gateway takes in, what one costs, how long after its
+//! publication the first request and the first packet are served, and what requests notice; each in
+//! tables of different sizes, because the cost of a registration ought not to depend on that.
+//!
+//! Each table has a site of its own, which is filled once; the rows of a table are measured in it one
+//! after another. A row is chosen by its name, or by its kind, which is the name without the table.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+mod churn;
+mod cold_start;
+mod first;
+mod intake;
+mod storm;
+mod stream;
+
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use nix::poll::{PollFd, PollFlags, ppoll};
+use anyhow::{Context, bail, ensure};
 use router_tests::app::{ECHO_PORT, HTTP_PORT};
 use router_tests::client::HttpClient;
 use router_tests::nats::{Publisher, encode};
@@ -15,41 +22,104 @@ use router_tests::process::DEADLINE;
 use router_tests::site::{PROXY, Site};
 use serde_json::{Value, json};
 
-use crate::report::{Report, percentile};
+use crate::report::Report;
 
 /// HTTP routes in the table beside those measured.
-const TABLES: [usize; 3] = [10, 10_000, 100_000];
+const TABLES: [usize; 4] = [10, 10_000, 100_000, 1_000_000];
+/// The table of the rows that are of one size only.
+const LARGEST: usize = 1_000_000;
 const ROUNDS: usize = 5;
-/// Messages of one round of the throughput figures.
-const MESSAGES: usize = 200_000;
-/// Messages written at once, and first services measured in a round.
+/// Messages written at once.
 const BATCH: usize = 1000;
-const SAMPLES: usize = 100;
+/// Steps between two routes that are spoken of one after another, so that they are not neighbours in
+/// memory. Prime, and of no table a divisor.
+const STRIDE: usize = 7919;
 
-/// Between two probes for a VIP that may not be there yet.
-const PROBE_EVERY: Duration = Duration::from_micros(100);
+/// Kinds of rows of every table.
+const KINDS: [&str; 7] = [
+    "fill",
+    "rss",
+    "heartbeat",
+    "change",
+    "intake",
+    "first-request",
+    "first-packet",
+];
+/// Kinds of rows of the largest table.
+const KINDS_OF_LARGEST: [&str; 5] = [
+    "storm",
+    "storm-first-request",
+    "storm-first-packet",
+    "churn",
+    "cold-start",
+];
 
-const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 20);
-const FIRST_VIP_PORT: u16 = 10_000;
-
-pub(crate) fn measure() -> anyhow::Result<Report> {
+pub(crate) fn measure(names: &[String], rounds: Option<usize>) -> anyhow::Result<Report> {
+    let rounds = rounds.unwrap_or(ROUNDS);
+    ensure!(rounds > 0, "--rounds is at least 1");
+    let all = || TABLES.into_iter().flat_map(rows_of);
+    let is_known = |name: &&String| all().any(|(kind, row)| **name == kind || **name == row);
+    if let Some(name) = names.iter().find(|name| !is_known(name)) {
+        let rows: Vec<String> = all().map(|(_, row)| row).collect();
+        bail!("no row {name}; there are {}", rows.join(", "));
+    }
+    let is_chosen = |kind: &str, row: &str| {
+        names.is_empty() || names.iter().any(|name| name == kind || name == row)
+    };
     let mut report = Report::new("routes");
     for table in TABLES {
-        let mut bench = Bench::start(table)?;
-        eprintln!("routes: filling a table of {table}");
-        bench.take_in((0..table).map(|n| register(&host(n), HTTP_PORT)))?;
-        for round in 0..ROUNDS {
-            eprintln!("routes: table of {table}, round {} of {ROUNDS}", round + 1);
-            bench.throughput(&mut report)?;
-            bench.first_service(&mut report, round)?;
+        let chosen: Vec<&str> = rows_of(table)
+            .filter(|(kind, row)| is_chosen(kind, row))
+            .map(|(kind, _)| kind)
+            .collect();
+        if !chosen.is_empty() {
+            of_table(table, &chosen, rounds, &mut report)?;
         }
     }
     Ok(report)
 }
 
+/// Kinds and names of a table's rows.
+fn rows_of(table: usize) -> impl Iterator<Item = (&'static str, String)> {
+    let largest = KINDS_OF_LARGEST.iter().filter(move |_| table == LARGEST);
+    let kinds = KINDS.iter().chain(largest);
+    kinds.map(move |kind| (*kind, format!("{kind}-{table}")))
+}
+
+fn of_table(
+    table: usize,
+    chosen: &[&str],
+    rounds: usize,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let has = |kind: &str| chosen.contains(&kind);
+    let mut bench = Bench::start(table)?;
+    eprintln!("routes: filling a table of {table}");
+    bench.fill(chosen, report)?;
+    for round in 0..rounds {
+        eprintln!("routes: table of {table}, round {} of {rounds}", round + 1);
+        bench.throughput(chosen, report)?;
+        if has("first-request") || has("first-packet") {
+            bench.first_service("first", report)?;
+        }
+        if chosen.iter().any(|kind| kind.starts_with("storm")) {
+            bench.storm(chosen, report)?;
+        }
+        if has("churn") {
+            bench.churn(round, report)?;
+        }
+    }
+    if has("cold-start") {
+        bench.cold_start(rounds, report)?;
+    }
+    Ok(())
+}
+
 struct Bench {
     table: usize,
     markers: usize,
+    /// Hosts and ports that were used for a first service.
+    firsts: usize,
     publisher: Publisher,
     site: Site,
 }
@@ -69,39 +139,20 @@ impl Bench {
         Ok(Bench {
             table,
             markers: 0,
+            firsts: 0,
             publisher,
             site,
         })
     }
 
-    /// Repeats of what is known, and changes: an instance that joins a route and leaves it.
-    fn throughput(&mut self, report: &mut Report) -> anyhow::Result<()> {
-        let table = self.table;
-        let repeats = (0..MESSAGES).map(|n| register(&host(n % table), HTTP_PORT));
-        let changes = (0..MESSAGES / 2).flat_map(|n| {
-            let (subject, message) = register(&host(n % table), ECHO_PORT);
-            [(subject, message.clone()), ("router.unregister", message)]
-        });
-        for (kind, cost) in [
-            ("heartbeat", self.take_in(repeats)?),
-            ("change", self.take_in(changes)?),
-        ] {
-            let row = format!("{kind}-{table}");
-            let count = MESSAGES as f64;
-            report.add(
-                &row,
-                "viaduct",
-                "messages_per_s",
-                count / cost.elapsed.as_secs_f64(),
-            );
-            report.add(
-                &row,
-                "viaduct",
-                "cpu_us_per_message",
-                cost.cpu.as_secs_f64() * 1e6 / count,
-            );
-        }
-        Ok(())
+    /// The name of a row.
+    fn row(&self, kind: &str) -> String {
+        format!("{kind}-{}", self.table)
+    }
+
+    /// The `n`th host of the table to be spoken of.
+    fn known(&self, n: usize) -> String {
+        host(n * STRIDE % self.table)
     }
 
     /// Publishes all of it, then a marker, and waits until the marker is served: NATS keeps the
@@ -109,18 +160,11 @@ impl Bench {
     fn take_in(&mut self, messages: impl Iterator<Item = Message>) -> anyhow::Result<Cost> {
         self.markers += 1;
         let marker = format!("marker-{}.example.com", self.markers);
-        let mut batches = vec![Vec::new()];
-        for (n, (subject, message)) in messages.enumerate() {
-            if n > 0 && n % BATCH == 0 {
-                batches.push(Vec::new());
-            }
-            let batch = batches.last_mut().expect("there is a first batch");
-            encode(batch, subject, message.to_string().as_bytes());
-        }
+        let batches = encoded(messages, BATCH);
         let (subject, message) = register(&marker, HTTP_PORT);
         let mut connection = self.site.lab.client.run(|| HttpClient::connect(PROXY))?;
 
-        let cpu = self.site.gateway().cpu_time()?;
+        let before = self.cpu_time()?;
         let start = Instant::now();
         for batch in &batches {
             self.publisher.publish_encoded(batch)?;
@@ -135,68 +179,23 @@ impl Bench {
         let elapsed = start.elapsed();
         Ok(Cost {
             elapsed,
-            cpu: self.site.gateway().cpu_time()? - cpu,
+            cpu: self.cpu_time()? - before,
         })
     }
 
-    fn first_service(&mut self, report: &mut Report, round: usize) -> anyhow::Result<()> {
-        let mut connection = self.site.lab.client.run(|| HttpClient::connect(PROXY))?;
-        let socket = self.site.lab.client.run(|| UdpSocket::bind("0.0.0.0:0"))?;
-        socket.set_nonblocking(true)?;
-        let mut requests = Vec::with_capacity(SAMPLES);
-        let mut packets = Vec::with_capacity(SAMPLES);
-        for n in 0..SAMPLES {
-            let unique = round * SAMPLES + n;
-            requests
-                .push(self.first_request(&mut connection, &format!("new-{unique}.example.com"))?);
-            let port = FIRST_VIP_PORT + u16::try_from(unique).context("ports are enough")?;
-            packets.push(self.first_packet(&socket, SocketAddr::from((VIP, port)))?);
+    /// CPU time of the gateway's threads so far: the first field of `/proc/PID/task/TID/schedstat`
+    /// (Documentation/scheduler/sched-stats.rst).
+    fn cpu_time(&mut self) -> anyhow::Result<Duration> {
+        let tasks = format!("/proc/{}/task", self.site.gateway().id());
+        let mut nanos = 0;
+        for task in std::fs::read_dir(&tasks).with_context(|| format!("read {tasks}"))? {
+            let stat = std::fs::read_to_string(task?.path().join("schedstat"));
+            // A thread may have ended meanwhile.
+            let first = stat.unwrap_or_default();
+            let first = first.split(' ').next().and_then(|field| field.parse().ok());
+            nanos += first.unwrap_or(0_u64);
         }
-        for (kind, mut samples) in [("request", requests), ("packet", packets)] {
-            let row = format!("first-{kind}-{}", self.table);
-            report.add(&row, "viaduct", "p50_ms", percentile(&mut samples, 0.50));
-            report.add(&row, "viaduct", "p99_ms", percentile(&mut samples, 0.99));
-        }
-        Ok(())
-    }
-
-    /// Milliseconds from publishing a new host to the end of its first request that was served.
-    fn first_request(&mut self, connection: &mut HttpClient, host: &str) -> anyhow::Result<f64> {
-        let message = register(host, HTTP_PORT);
-        let start = self.send(&message)?;
-        while connection.get(host, "/")?.status != 200 {
-            if start.elapsed() > DEADLINE {
-                bail!("{host} was never served");
-            }
-        }
-        let elapsed = start.elapsed();
-        self.send(&("router.unregister", message.1))?;
-        Ok(elapsed.as_secs_f64() * 1e3)
-    }
-
-    /// Milliseconds from publishing a new VIP to the first answer to a datagram.
-    fn first_packet(&mut self, socket: &UdpSocket, vip: SocketAddr) -> anyhow::Result<f64> {
-        let backend = self.site.lab.backend_address(0).to_string();
-        let message = json!({"host": backend, "port": ECHO_PORT, "vips": [format!("udp/{vip}")]});
-        let start = self.send(&("router.register", message.clone()))?;
-        let mut answer = [0; 64];
-        let elapsed = 'answered: loop {
-            // Until the VIP is there the kernel says that nobody can be reached; that is no answer.
-            let _ = socket.send_to(b"first", vip);
-            // Asleep until an answer comes: a prober that spins would keep the gateway from its core.
-            let mut sockets = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-            ppoll(&mut sockets, Some(PROBE_EVERY.into()), None)?;
-            while let Ok((_, from)) = socket.recv_from(&mut answer) {
-                if from == vip {
-                    break 'answered start.elapsed();
-                }
-            }
-            if start.elapsed() > DEADLINE {
-                bail!("udp/{vip} was never served");
-            }
-        };
-        self.send(&("router.unregister", message))?;
-        Ok(elapsed.as_secs_f64() * 1e3)
+        Ok(Duration::from_nanos(nanos))
     }
 
     /// Publishes without waiting, and returns the time right before.
@@ -214,6 +213,34 @@ struct Cost {
     elapsed: Duration,
     /// Of the agent, all threads.
     cpu: Duration,
+}
+
+impl Cost {
+    fn report(&self, report: &mut Report, row: &str, messages: usize) {
+        let messages = messages as f64;
+        let per_s = messages / self.elapsed.as_secs_f64();
+        let cpu_us = self.cpu.as_secs_f64() * 1e6 / messages;
+        report.add(row, "viaduct", "messages_per_s", per_s);
+        report.add(row, "viaduct", "cpu_us_per_message", cpu_us);
+    }
+}
+
+fn encoded(messages: impl Iterator<Item = Message>, batch_size: usize) -> Vec<Vec<u8>> {
+    let mut batches = vec![Vec::new()];
+    for (n, (subject, message)) in messages.enumerate() {
+        if n > 0 && n % batch_size == 0 {
+            batches.push(Vec::new());
+        }
+        let batch = batches.last_mut().expect("there is a first batch");
+        encode(batch, subject, message.to_string().as_bytes());
+    }
+    batches
+}
+
+/// An instance that comes to a route, and leaves it.
+fn change(host: &str) -> [Message; 2] {
+    let (subject, message) = register(host, ECHO_PORT);
+    [(subject, message.clone()), ("router.unregister", message)]
 }
 
 fn register(host: &str, port: u16) -> Message {
