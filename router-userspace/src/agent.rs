@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
+use ipnet::IpNet;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -21,6 +22,7 @@ use crate::l4::L4;
 use crate::l4::explain::Question;
 use crate::last_known_good::Kept;
 use crate::metrics::Metrics;
+use crate::route::ownership::Ownership;
 use crate::route::table::{Change, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
 use crate::snapshot::{Published, Snapshot};
@@ -44,8 +46,26 @@ pub struct Agent {
     /// VIPs with so few healthy backends that all are used.
     in_panic: BTreeSet<Vip>,
     metrics: Arc<Metrics>,
+    /// That what is in the table was held against.
+    rules: Rules,
     tick: Duration,
     full: WarningLimit,
+}
+
+/// What decides whether a route may be registered.
+#[derive(PartialEq)]
+struct Rules {
+    vip_ranges: Vec<IpNet>,
+    ownership: Arc<Ownership>,
+}
+
+impl Rules {
+    fn of(config: &Config) -> Rules {
+        Rules {
+            vip_ranges: config.l4.vip_ranges.clone(),
+            ownership: Arc::clone(&config.guard.ownership),
+        }
+    }
 }
 
 /// Layer 4 while another agent writes to it.
@@ -79,6 +99,7 @@ impl Agent {
             reports,
             in_panic: BTreeSet::new(),
             metrics,
+            rules: Rules::of(config),
             tick,
             full: WarningLimit::default(),
         };
@@ -87,7 +108,7 @@ impl Agent {
         // The ranges may be others than those of the agent that left the VIPs.
         let (allowed, foreign): (Vec<_>, Vec<_>) = adopted.into_iter().partition(|adopted| {
             let mut routes = adopted.routes.iter();
-            routes.all(|route| route.is_allowed(&config.l4))
+            routes.all(|route| route.is_allowed(Origin::Adopted, config))
         });
         change.vips.extend(foreign.iter().flat_map(vips));
         change.changed = !foreign.is_empty();
@@ -110,8 +131,13 @@ impl Agent {
                 registration.routes.retain(|route| {
                     let known =
                         matches!(route, RouteKey::Vip(vip) if before.vips.contains_key(vip));
-                    route.is_allowed(&config.l4) && !known
+                    route.is_allowed(Origin::Adopted, config) && !known
                 });
+            }
+            if let RouteEvent::Declare(declaration) = &event
+                && !RouteKey::Http(declaration.route.clone()).is_allowed(Origin::Adopted, config)
+            {
+                continue;
             }
             change.merge(self.table.apply(event, now));
         }
@@ -351,12 +377,21 @@ impl Agent {
                 self.table.set_connected(origin, true, now());
             }
         }
-        let mut change = self
-            .table
-            .retain_vips(|vip| config.l4.allows_vip(vip.address));
+        let rules = Rules::of(config);
+        let mut change = Change::default();
+        if rules != self.rules {
+            change = self
+                .table
+                .retain(|origin, route| route.is_allowed(origin, config));
+            self.rules = rules;
+        }
         if change.removed > 0 {
-            let vips = change.vips.len();
-            tracing::warn!(vips, "dropped VIPs outside l4.vip_ranges");
+            let (backends, vips) = (change.removed, change.vips.len());
+            tracing::warn!(
+                backends,
+                vips,
+                "dropped what l4.vip_ranges and guard do not allow"
+            );
         }
         let threshold = config.health.panic_threshold;
         change.merge(self.table.set_panic_threshold(threshold));

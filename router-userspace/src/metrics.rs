@@ -23,6 +23,7 @@ use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
 use crate::l7::metrics::L7Metrics;
 use crate::last_known_good::State;
 use crate::route::Origin;
+use crate::route::ownership::{Ground, Refusal};
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
@@ -46,6 +47,8 @@ pub struct Metrics {
     pub greets: Counter,
     /// In the order of [`Reason::ALL`].
     rejects: [Counter; Reason::ALL.len()],
+    /// In the order of [`Ground::ALL`].
+    guard_refusals: [Counter; Ground::ALL.len()],
     pub nats_connected: Gauge,
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
@@ -164,6 +167,7 @@ impl Default for Metrics {
             unregisters: Counter::default(),
             greets: Counter::default(),
             rejects: Default::default(),
+            guard_refusals: Default::default(),
             nats_connected: Gauge::default(),
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
@@ -218,6 +222,19 @@ impl Metrics {
         Reason::ALL
             .iter()
             .map(|reason| (reason.as_str(), self.rejects[*reason as usize].get()))
+    }
+
+    /// Counts what the rules of `[guard]` refuse, if that is why something was refused.
+    pub fn guard_refused(&self, error: &anyhow::Error) {
+        let mut causes = error.chain();
+        if let Some(refusal) = causes.find_map(|cause| cause.downcast_ref::<Refusal>()) {
+            self.guard_refusals[refusal.ground as usize].inc();
+        }
+    }
+
+    /// What the rules of `[guard]` refused, of all sources.
+    pub fn guard_refusals(&self, ground: Ground) -> &Counter {
+        &self.guard_refusals[ground as usize]
     }
 
     /// Counts what a batch did to the table, which is `size` big after it.
@@ -341,6 +358,14 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         metrics
             .rejects()
             .map(|(reason, count)| ([("reason", reason)], count)),
+    )?;
+    page.counters(
+        "viaduct_guard_refusals",
+        "Messages, keys and files refused by the rules of guard, by the kind of rule",
+        Ground::ALL.map(|ground| {
+            let count = metrics.guard_refusals(ground).get();
+            ([("reason", ground.as_str())], count)
+        }),
     )?;
     page.gauge(
         "viaduct_nats_connected",

@@ -10,13 +10,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{L4Config, PortRange};
+use crate::config::{Config, PortRange};
 use crate::route::conditions::Conditions;
 use crate::route::policy::{HashKey, HttpPolicy};
 
 pub mod conditions;
 pub mod declared;
 pub mod expiry;
+pub mod ownership;
 pub mod policy;
 pub mod table;
 pub mod wire;
@@ -252,12 +253,13 @@ pub enum RouteEvent {
 }
 
 impl RouteKey {
-    /// Whether applications may claim it.
-    pub fn is_allowed(&self, config: &L4Config) -> bool {
-        match self {
+    /// Whether what a source said of it before may stay under a configuration.
+    pub fn is_allowed(&self, origin: Origin, config: &Config) -> bool {
+        let in_range = match self {
             RouteKey::Http(_) => true,
-            RouteKey::Vip(vip) => config.allows_vip(vip.address),
-        }
+            RouteKey::Vip(vip) => config.l4.allows_vip(vip.address),
+        };
+        in_range && config.guard.ownership.keeps(origin, self)
     }
 }
 

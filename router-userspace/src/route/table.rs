@@ -160,25 +160,17 @@ impl RouteTable {
         change
     }
 
-    /// Removes the routes of VIPs that are not `allowed`.
-    pub fn retain_vips(&mut self, allowed: impl Fn(&Vip) -> bool) -> Change {
+    /// Removes what is not `allowed` of what sources announced and declared. Looks at all of the table.
+    pub fn retain(&mut self, allowed: impl Fn(Origin, &RouteKey) -> bool) -> Change {
         let mut change = Change::default();
-        let gone: Vec<(Vip, Arc<Pool>)> = self
-            .next
-            .vips
-            .iter()
-            .filter(|(vip, _)| !allowed(vip))
-            .map(|(vip, pool)| (*vip, Arc::clone(pool)))
-            .collect();
-        for (vip, pool) in gone {
-            for backend in &pool.backends {
-                let route = RouteKey::Vip(vip);
-                while let Some(id) = self.serving(&route, backend.address) {
-                    self.remove(id, &mut change);
-                    change.removed += 1;
-                }
+        for id in 0..u32::try_from(self.entries.len()).expect("MAX_ENTRIES fits u32") {
+            let entry = self.entries[id as usize].as_ref();
+            if entry.is_some_and(|entry| !allowed(entry.backend.origin, &entry.route)) {
+                self.remove(id, &mut change);
+                change.removed += 1;
             }
         }
+        self.retain_declared(&allowed, &mut change);
         change
     }
 

@@ -486,7 +486,8 @@ fn vips_that_are_not_allowed_any_more_go_and_the_rest_stays() {
         let one = backend(&format!("10.0.0.1:{port}"), 1, Origin::Nats);
         table.apply(register(&routes, &one), now);
     }
-    let change = table.retain_vips(|vip| vip.proto == Proto::Tcp);
+    let change =
+        table.retain(|_, route| !matches!(route, RouteKey::Vip(vip) if vip.proto != Proto::Tcp));
     assert_eq!((change.removed, change.vips.len()), (3, 1));
     assert_eq!((table.size().http_routes, table.size().vips), (1, 1));
     check_invariants(&table);
