@@ -22,8 +22,9 @@ use crate::l4::L4;
 use crate::l4::explain::Question;
 use crate::last_known_good::Kept;
 use crate::metrics::Metrics;
+use crate::rejects::Rejects;
 use crate::route::ownership::Ownership;
-use crate::route::table::{Change, RouteTable};
+use crate::route::table::{Change, KeptOut, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
 use crate::snapshot::{Published, Snapshot};
 use crate::source;
@@ -46,6 +47,7 @@ pub struct Agent {
     /// VIPs with so few healthy backends that all are used.
     in_panic: BTreeSet<Vip>,
     metrics: Arc<Metrics>,
+    rejects: Arc<Rejects>,
     /// That what is in the table was held against.
     rules: Rules,
     tick: Duration,
@@ -86,6 +88,7 @@ impl Agent {
     ) -> Agent {
         let now = now();
         let mut table = RouteTable::new(config.nats.stale_threshold, now);
+        table.set_limits(config.guard.limits);
         table.set_panic_threshold(config.health.panic_threshold);
         for origin in source::configured(config) {
             table.set_connected(origin, false, now);
@@ -99,6 +102,7 @@ impl Agent {
             reports,
             in_panic: BTreeSet::new(),
             metrics,
+            rejects: Arc::default(),
             rules: Rules::of(config),
             tick,
             full: WarningLimit::default(),
@@ -117,6 +121,11 @@ impl Agent {
         }
         agent.publish(change, now);
         agent
+    }
+
+    /// Where what limits keep out is listed.
+    pub fn list_rejects(&mut self, rejects: Arc<Rejects>) {
+        self.rejects = rejects;
     }
 
     /// Takes in what was on disk, before any source speaks. Of a VIP that layer 4 adopted, the maps
@@ -337,6 +346,19 @@ impl Agent {
         {
             tracing::warn!(%bound, suppressed, "no room for a registration: refused whole");
         }
+        for KeptOut {
+            origin,
+            address,
+            route,
+            bound,
+        } in &change.told
+        {
+            let (what, why) = (
+                format!("{address} {route}"),
+                format!("no more than {bound}"),
+            );
+            self.rejects.note(*origin, &what, &why);
+        }
         if !change.changed {
             return false;
         }
@@ -366,6 +388,7 @@ impl Agent {
 
     fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
+        self.table.set_limits(config.guard.limits);
         self.tick = tick(&config.nats);
         match (&mut self.l4, &mut self.held) {
             (Some(l4), _) => l4.reload(&config.l4, now()),

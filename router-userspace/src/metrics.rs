@@ -49,6 +49,8 @@ pub struct Metrics {
     rejects: [Counter; Reason::ALL.len()],
     /// In the order of [`Ground::ALL`].
     guard_refusals: [Counter; Ground::ALL.len()],
+    /// Registrations kept out by `guard.limits`.
+    pub over_limit: Counter,
     pub nats_connected: Gauge,
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
@@ -168,6 +170,7 @@ impl Default for Metrics {
             greets: Counter::default(),
             rejects: Default::default(),
             guard_refusals: Default::default(),
+            over_limit: Counter::default(),
             nats_connected: Gauge::default(),
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
@@ -247,6 +250,7 @@ impl Metrics {
             (&self.expired, change.expired),
             (&self.shadowed, change.shadowed),
             (&self.full, change.full),
+            (&self.over_limit, change.over_limit),
         ] {
             if count > 0 {
                 counter.add(count);
@@ -361,11 +365,12 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
     )?;
     page.counters(
         "viaduct_guard_refusals",
-        "Messages, keys and files refused by the rules of guard, by the kind of rule",
-        Ground::ALL.map(|ground| {
-            let count = metrics.guard_refusals(ground).get();
-            ([("reason", ground.as_str())], count)
-        }),
+        "Messages, keys, files and registrations refused by guard, by the kind of rule",
+        Ground::ALL
+            .map(|ground| (ground.as_str(), metrics.guard_refusals(ground).get()))
+            .into_iter()
+            .chain([("limit", metrics.over_limit.get())])
+            .map(|(reason, count)| ([("reason", reason)], count)),
     )?;
     page.gauge(
         "viaduct_nats_connected",

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use crate::config::PortRange;
+use crate::config::{PortRange, SourceLimits};
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
     Backend, Balance, HttpMatch, Origin, Pool, Proto, Registration, RouteEvent, RouteKey,
@@ -33,6 +33,7 @@ use crate::snapshot::Snapshot;
 mod declared;
 mod room;
 
+use room::has_backend_of;
 pub use room::{
     Bound, MAX_DECLARED, MAX_ENTRIES, MAX_HOST_PATHS, MAX_PATH_CONDITIONS, MAX_POOL_BACKENDS,
 };
@@ -61,6 +62,23 @@ pub struct Change {
     pub full: u64,
     /// The bound that refused a registration last.
     pub bound: Option<Bound>,
+    /// Registrations refused for `guard.limits`.
+    pub over_limit: u64,
+    /// Some of those, up to [`MAX_TOLD`].
+    pub told: Vec<KeptOut>,
+}
+
+/// Registrations over a limit that are told one by one, of a batch.
+pub const MAX_TOLD: usize = 16;
+
+/// A registration that a bound kept out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptOut {
+    pub origin: Origin,
+    pub address: SocketAddr,
+    /// The first of its routes.
+    pub route: RouteKey,
+    pub bound: Bound,
 }
 
 /// How much the table holds.
@@ -83,6 +101,9 @@ pub struct RouteTable {
     hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
     by_origin: [usize; Origin::ALL.len()],
+    /// Routes with a backend of each, in the same order.
+    routes_of: [usize; Origin::ALL.len()],
+    limits: [SourceLimits; Origin::ALL.len()],
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
@@ -132,6 +153,8 @@ impl RouteTable {
             index: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             by_origin: [0; Origin::ALL.len()],
+            routes_of: [0; Origin::ALL.len()],
+            limits: [SourceLimits::default(); Origin::ALL.len()],
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             adopted_declarations: Vec::new(),
@@ -275,6 +298,12 @@ impl RouteTable {
         self.stale_threshold = stale_threshold;
     }
 
+    /// Sets what each source may take from here on, in the order of [`Origin`]'s variants; what is there
+    /// stays.
+    pub fn set_limits(&mut self, limits: [SourceLimits; Origin::ALL.len()]) {
+        self.limits = limits;
+    }
+
     /// The table as it is, under a new revision.
     pub fn snapshot(&mut self) -> Snapshot {
         self.next.revision += 1;
@@ -311,9 +340,10 @@ impl RouteTable {
         found.clear();
         let find = |route| self.find(route, backend.address, backend.origin);
         found.extend(routes.iter().map(find));
-        if let Err(bound) = self.check_room(&routes, &found) {
+        if let Err(bound) = self.check_room(&routes, &found, backend.origin) {
             change.full += routes.len() as u64;
             change.bound = Some(bound);
+            change.tell(bound, &backend, &routes);
             self.found = found;
             return;
         }
@@ -424,7 +454,14 @@ impl RouteTable {
     fn serve(&mut self, id: u32, change: &mut Change) {
         let entry = entry(&self.entries, id);
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
-        put(pool, &entry.backend, entry.policy.as_deref());
+        let origin = entry.backend.origin;
+        self.routes_of[origin as usize] += usize::from(!has_backend_of(pool, origin));
+        let replaced = put(pool, &entry.backend, entry.policy.as_deref());
+        if let Some(replaced) = replaced
+            && !has_backend_of(pool, replaced)
+        {
+            self.routes_of[replaced as usize] -= 1;
+        }
         if let RouteKey::Vip(vip) = &entry.route {
             self.vips_of.insert((entry.backend.address, *vip));
         }
@@ -496,8 +533,12 @@ impl RouteTable {
         let at = pool
             .backends
             .binary_search_by_key(&address, |backend| backend.address);
-        pool.backends
+        let gone = pool
+            .backends
             .remove(at.expect("an entry's backend is in its pool"));
+        if !has_backend_of(pool, gone.origin) {
+            self.routes_of[gone.origin as usize] -= 1;
+        }
         let alone = pool
             .policy
             .as_ref()
@@ -607,6 +648,25 @@ impl Change {
         self.shadowed += later.shadowed;
         self.full += later.full;
         self.bound = later.bound.or(self.bound);
+        self.over_limit += later.over_limit;
+        let room = MAX_TOLD.saturating_sub(self.told.len());
+        self.told.extend(later.told.into_iter().take(room));
+    }
+
+    /// Notes a registration that a limit of its source kept out.
+    fn tell(&mut self, bound: Bound, backend: &Backend, routes: &[RouteKey]) {
+        if !bound.is_of_source() {
+            return;
+        }
+        self.over_limit += 1;
+        if let (Some(route), true) = (routes.first(), self.told.len() < MAX_TOLD) {
+            self.told.push(KeptOut {
+                origin: backend.origin,
+                address: backend.address,
+                route: route.clone(),
+                bound,
+            });
+        }
     }
 
     fn touch(&mut self, route: &RouteKey) {
@@ -647,23 +707,28 @@ fn boxed(policy: &Policy) -> Option<Box<Policy>> {
 }
 
 /// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
-/// that names no algorithm keeps the pool's, as in gorouter.
-fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: Option<&Policy>) {
-    match pool
+/// that names no algorithm keeps the pool's, as in gorouter. Returns whose backend it takes the place of.
+fn put(pool: &mut Pool, backend: &Arc<Backend>, policy: Option<&Policy>) -> Option<Origin> {
+    let replaced = match pool
         .backends
         .binary_search_by_key(&backend.address, |backend| backend.address)
     {
-        Ok(at) => pool.backends[at] = Arc::clone(backend),
+        Ok(at) => {
+            let before = std::mem::replace(&mut pool.backends[at], Arc::clone(backend));
+            Some(before.origin)
+        }
         // Most pools are small: grow by what is needed, not by doubling.
         Err(at) => {
             pool.backends.reserve_exact(1 + pool.backends.len() / 4);
             pool.backends.insert(at, Arc::clone(backend));
+            None
         }
-    }
+    };
     if let Some(balance) = policy.and_then(|policy| policy.balance.as_ref()) {
         pool.balance = Some(balance.clone());
     }
     pool.route_service_url = policy.and_then(|policy| policy.route_service_url.clone());
+    replaced
 }
 
 fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {

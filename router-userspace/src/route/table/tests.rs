@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::SourceLimits;
 use crate::route::conditions::Conditions;
 use crate::route::expiry::TICK;
 use crate::route::policy::{HttpPolicy, Redirect};
@@ -698,6 +699,7 @@ fn check_invariants(table: &RouteTable) {
     assert_eq!(table.index.len(), live);
     assert_eq!(table.free.len() + live, table.entries.len());
     let mut by_origin = [0; Origin::ALL.len()];
+    let mut routes_of = BTreeSet::new();
     let mut served = 0;
     let mut vips_of = BTreeSet::new();
     for (id, entry) in table.entries.iter().enumerate() {
@@ -720,6 +722,9 @@ fn check_invariants(table: &RouteTable) {
         served += usize::from(serves);
         // Sources may announce an equal backend, and even the same one.
         assert!(is_member || !serves);
+        if serves {
+            routes_of.insert((origin, entry.route.clone()));
+        }
         if origin.expires() {
             assert!(
                 table.expiry.scheduled(id, entry.scheduled),
@@ -1103,4 +1108,39 @@ fn an_adopted_policy_is_that_of_whoever_declares_the_route_first() {
     assert_eq!(said(&table), [Origin::Kv]);
     table.apply(withdraw(&route, Origin::Kv), now);
     assert!(said(&table).is_empty());
+}
+
+#[test]
+fn a_source_at_its_limit_renews_what_it_has_and_gets_nothing_new() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let mut limits = [SourceLimits::default(); Origin::ALL.len()];
+    limits[Origin::Nats as usize] = SourceLimits {
+        routes: Some(2),
+        backends: Some(3),
+    };
+    table.set_limits(limits);
+    let mut apply = |hosts: &[&str], address: &str, origin| {
+        let routes: Vec<RouteKey> = hosts.iter().map(|host| http(host, "")).collect();
+        let change = table.apply(register(&routes, &backend(address, 1, origin)), now);
+        check_invariants(&table);
+        change
+    };
+    let first = apply(&["a.x", "b.x"], "10.0.0.1:80", Origin::Nats);
+    assert_eq!((first.added, first.over_limit), (2, 0));
+    let third = apply(&["a.x", "c.x"], "10.0.0.1:80", Origin::Nats);
+    let bound = Bound::SourceRoutes(Origin::Nats, 2);
+    assert_eq!((third.bound, third.over_limit), (Some(bound), 1));
+    assert_eq!(
+        third.told[0].bound.to_string(),
+        "guard.limits.nats.routes, 2"
+    );
+    assert_eq!(apply(&["b.x"], "10.0.0.2:80", Origin::Nats).added, 1);
+    let fourth = apply(&["b.x"], "10.0.0.3:80", Origin::Nats);
+    assert_eq!(fourth.bound, Some(Bound::SourceBackends(Origin::Nats, 3)));
+    assert_eq!(
+        apply(&["a.x", "b.x"], "10.0.0.1:80", Origin::Nats).refreshed,
+        2
+    );
+    assert_eq!(apply(&["c.x"], "10.0.0.3:80", Origin::File).added, 1);
 }

@@ -302,3 +302,15 @@ async fn next_route(events: &mut tokio::sync::mpsc::Receiver<Event>) -> Event {
         }
     }
 }
+
+#[test]
+fn a_route_that_rules_give_to_others_refuses_the_file_by_its_place() {
+    let rules = "[[guard.owner]]\nhosts = [\"b.x\"]\nsources = [\"kv\"]";
+    let config = crate::config::parse(rules).unwrap();
+    assert!(parse(&text(&["a.x"]), &config).is_ok());
+    let error = format!("{:#}", parse(&text(&["a.x", "b.x"]), &config).unwrap_err());
+    assert_eq!(
+        error,
+        "line 5: route[1]: uris: b.x is not to be registered here: guard.owner[0] gives it to kv"
+    );
+}
