@@ -742,6 +742,8 @@ fn check_invariants(table: &RouteTable) {
         }
     }
     assert_eq!(table.size().entries, by_origin);
+    let of = |origin| routes_of.iter().filter(|(by, _)| *by == origin).count();
+    assert_eq!(table.routes_of, Origin::ALL.map(of));
     assert!(table.expiry.count() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
     let hosts = table.next.hosts.iter();
