@@ -89,6 +89,7 @@ impl Agent {
         let now = now();
         let mut table = RouteTable::new(config.nats.stale_threshold, now);
         table.set_limits(config.guard.limits);
+        table.set_damping(config.guard.damping());
         table.set_panic_threshold(config.health.panic_threshold);
         for origin in source::configured(config) {
             table.set_connected(origin, false, now);
@@ -341,6 +342,7 @@ impl Agent {
     /// Publishes the table if `change` says that it is another, then tells layer 4.
     fn publish(&mut self, change: Change, now: Instant) -> bool {
         self.metrics.table(&change, self.table.size());
+        self.metrics.held_backends.set(self.table.held());
         if let Some(bound) = change.bound
             && let Some(suppressed) = self.full.allow(now)
         {
@@ -353,10 +355,7 @@ impl Agent {
             bound,
         } in &change.told
         {
-            let (what, why) = (
-                format!("{address} {route}"),
-                format!("no more than {bound}"),
-            );
+            let (what, why) = (format!("{address} {route}"), bound.to_string());
             self.rejects.note(*origin, &what, &why);
         }
         if !change.changed {
@@ -408,6 +407,7 @@ impl Agent {
                 .retain(|origin, route| route.is_allowed(origin, config));
             self.rules = rules;
         }
+        change.merge(self.table.set_damping(config.guard.damping()));
         if change.removed > 0 {
             let (backends, vips) = (change.removed, change.vips.len());
             tracing::warn!(

@@ -51,6 +51,9 @@ pub struct Metrics {
     guard_refusals: [Counter; Ground::ALL.len()],
     /// Registrations kept out by `guard.limits`.
     pub over_limit: Counter,
+    /// Backends held back by `guard.damping`, each time.
+    pub held: Counter,
+    pub held_backends: Gauge,
     pub nats_connected: Gauge,
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
@@ -171,6 +174,8 @@ impl Default for Metrics {
             rejects: Default::default(),
             guard_refusals: Default::default(),
             over_limit: Counter::default(),
+            held: Counter::default(),
+            held_backends: Gauge::default(),
             nats_connected: Gauge::default(),
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
@@ -251,6 +256,7 @@ impl Metrics {
             (&self.shadowed, change.shadowed),
             (&self.full, change.full),
             (&self.over_limit, change.over_limit),
+            (&self.held, change.held),
         ] {
             if count > 0 {
                 counter.add(count);
@@ -369,8 +375,16 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         Ground::ALL
             .map(|ground| (ground.as_str(), metrics.guard_refusals(ground).get()))
             .into_iter()
-            .chain([("limit", metrics.over_limit.get())])
+            .chain([
+                ("limit", metrics.over_limit.get()),
+                ("flapping", metrics.held.get()),
+            ])
             .map(|(reason, count)| ([("reason", reason)], count)),
+    )?;
+    page.gauge(
+        "viaduct_guard_held_backends",
+        "Backends of routes held back because they came and went too often",
+        metrics.held_backends.get(),
     )?;
     page.gauge(
         "viaduct_nats_connected",

@@ -15,6 +15,7 @@ use crate::route::conditions::Conditions;
 use crate::route::policy::{HashKey, HttpPolicy};
 
 pub mod conditions;
+pub mod damping;
 pub mod declared;
 pub mod expiry;
 pub mod ownership;

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::route::Origin;
+use crate::route::damping::Settings;
 use crate::route::ownership::{HostPattern, Owner, Ownership, Rule, VipPattern};
 
 /// `[guard]` with its rules in the form in which they are asked.
@@ -27,6 +29,33 @@ struct GuardTable {
     reserved_hosts: Vec<String>,
     owner: Vec<OwnerTable>,
     limits: BTreeMap<String, SourceLimits>,
+    damping: DampingTable,
+}
+
+/// How backends that come and go are held back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct DampingTable {
+    /// Leaves, each halved with every `half_life`, above which a backend is held back; 0: never.
+    suppress: u32,
+    /// To how many they fall before it is used again.
+    reuse: u32,
+    #[serde(with = "humantime_serde")]
+    half_life: Duration,
+    /// The longest it is held back after it left.
+    #[serde(with = "humantime_serde")]
+    max_suppress: Duration,
+}
+
+impl Default for DampingTable {
+    fn default() -> DampingTable {
+        DampingTable {
+            suppress: 0,
+            reuse: 2,
+            half_life: Duration::from_secs(60),
+            max_suppress: Duration::from_secs(600),
+        }
+    }
 }
 
 /// What becomes of hosts and VIPs that no rule covers.
@@ -58,8 +87,30 @@ pub struct SourceLimits {
 }
 
 impl GuardConfig {
+    /// `None`: nobody is held back.
+    pub fn damping(&self) -> Option<Settings> {
+        let table = &self.table.damping;
+        (table.suppress > 0).then(|| Settings {
+            suppress: f64::from(table.suppress),
+            reuse: f64::from(table.reuse),
+            half_life: table.half_life,
+            longest: table.max_suppress,
+        })
+    }
+
     /// `prefix` is `nats.subject_prefix`.
     pub(super) fn validate(&self, prefix: &str) -> anyhow::Result<()> {
+        let damping = &self.table.damping;
+        ensure!(
+            damping.suppress == 0 || (1..damping.suppress).contains(&damping.reuse),
+            "guard.damping.reuse must be at least 1 and below guard.damping.suppress"
+        );
+        let lives = damping.max_suppress.as_secs_f64() / damping.half_life.as_secs_f64();
+        let ceiling = f64::from(damping.reuse) * lives.exp2();
+        ensure!(
+            damping.suppress == 0 || (lives < 64.0 && ceiling > f64::from(damping.suppress)),
+            "guard.damping.max_suppress: not enough half-lives to get above suppress, or 64 and more"
+        );
         for (at, owner) in self.table.owner.iter().enumerate() {
             for subject in &owner.subjects {
                 let after = subject.strip_prefix(prefix);

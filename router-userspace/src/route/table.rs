@@ -31,8 +31,10 @@ use crate::route::{
 use crate::snapshot::Snapshot;
 
 mod declared;
+mod held;
 mod room;
 
+use held::Held;
 use room::has_backend_of;
 pub use room::{
     Bound, MAX_DECLARED, MAX_ENTRIES, MAX_HOST_PATHS, MAX_PATH_CONDITIONS, MAX_POOL_BACKENDS,
@@ -64,11 +66,13 @@ pub struct Change {
     pub bound: Option<Bound>,
     /// Registrations refused for `guard.limits`.
     pub over_limit: u64,
+    /// Backends that were held out of a pool they would have joined.
+    pub held: u64,
     /// Some of those, up to [`MAX_TOLD`].
     pub told: Vec<KeptOut>,
 }
 
-/// Registrations over a limit that are told one by one, of a batch.
+/// Registrations that `[guard]` keeps out that are told one by one, of a batch.
 pub const MAX_TOLD: usize = 16;
 
 /// A registration that a bound kept out.
@@ -104,6 +108,10 @@ pub struct RouteTable {
     /// Routes with a backend of each, in the same order.
     routes_of: [usize; Origin::ALL.len()],
     limits: [SourceLimits; Origin::ALL.len()],
+    /// Backends that come and go too often.
+    held: Held,
+    /// Of the call that is under way.
+    now: Instant,
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
@@ -155,6 +163,8 @@ impl RouteTable {
             by_origin: [0; Origin::ALL.len()],
             routes_of: [0; Origin::ALL.len()],
             limits: [SourceLimits::default(); Origin::ALL.len()],
+            held: Held::default(),
+            now,
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             adopted_declarations: Vec::new(),
@@ -172,6 +182,7 @@ impl RouteTable {
 
     pub fn apply(&mut self, event: RouteEvent, now: Instant) -> Change {
         let mut change = Change::default();
+        self.now = now;
         match event {
             RouteEvent::Register(registration) => {
                 self.register(registration, now, &mut change);
@@ -200,6 +211,8 @@ impl RouteTable {
     /// Removes every entry whose lease is over. Those of a source that is away stay.
     pub fn expire(&mut self, now: Instant) -> Change {
         let mut change = Change::default();
+        self.now = now;
+        self.release_due(now, &mut change);
         let now = expiry::tick_before(self.epoch, now);
         while let Some(id) = self.expiry.due(now) {
             self.visit(id, now, &mut change);
@@ -450,8 +463,22 @@ impl RouteTable {
         id
     }
 
-    /// Puts an entry's backend into its pool, in place of what another source says of the address.
+    /// Has an entry's backend join its pool, unless it is held out of it.
     fn serve(&mut self, id: u32, change: &mut Change) {
+        if self.held.damping.suppressed() == 0 {
+            return self.join(id, change);
+        }
+        let Entry { route, backend, .. } = entry(&self.entries, id);
+        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
+        if !self.held.hold(pool, route, backend.address) {
+            self.join(id, change);
+        } else {
+            change.tell(Bound::Flapping, backend, std::slice::from_ref(route));
+        }
+    }
+
+    /// Puts an entry's backend into its pool, in place of what another source says of the address.
+    fn join(&mut self, id: u32, change: &mut Change) {
         let entry = entry(&self.entries, id);
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
         let origin = entry.backend.origin;
@@ -529,6 +556,9 @@ impl RouteTable {
 
     /// Takes an address out of its pool, which goes with its last.
     fn take_out(&mut self, route: &RouteKey, address: SocketAddr, change: &mut Change) {
+        if self.held.leave(route, address, self.now) {
+            return;
+        }
         let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
         let at = pool
             .backends
@@ -539,6 +569,9 @@ impl RouteTable {
         if !has_backend_of(pool, gone.origin) {
             self.routes_of[gone.origin as usize] -= 1;
         }
+        let serving = pool.backends.len();
+        self.release_for(route, serving, change);
+        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
         let alone = pool
             .policy
             .as_ref()
@@ -649,16 +682,22 @@ impl Change {
         self.full += later.full;
         self.bound = later.bound.or(self.bound);
         self.over_limit += later.over_limit;
+        self.held += later.held;
         let room = MAX_TOLD.saturating_sub(self.told.len());
         self.told.extend(later.told.into_iter().take(room));
     }
 
-    /// Notes a registration that a limit of its source kept out.
+    /// Notes a registration that `[guard]` kept out.
     fn tell(&mut self, bound: Bound, backend: &Backend, routes: &[RouteKey]) {
-        if !bound.is_of_source() {
-            return;
+        match bound {
+            Bound::SourceRoutes(..) | Bound::SourceBackends(..) => self.over_limit += 1,
+            Bound::Flapping => self.held += 1,
+            Bound::Entries
+            | Bound::PoolBackends
+            | Bound::HostPaths
+            | Bound::PathConditions
+            | Bound::Declared => return,
         }
-        self.over_limit += 1;
         if let (Some(route), true) = (routes.first(), self.told.len() < MAX_TOLD) {
             self.told.push(KeptOut {
                 origin: backend.origin,

@@ -36,6 +36,8 @@ pub enum Bound {
     SourceRoutes(Origin, usize),
     /// `guard.limits` of the source: so many backends.
     SourceBackends(Origin, usize),
+    /// `guard.damping`: it came and went too often. The backend is registered, and held out of its pool.
+    Flapping,
 }
 
 impl RouteTable {
@@ -106,13 +108,6 @@ impl RouteTable {
     }
 }
 
-impl Bound {
-    /// Whether it is of `guard.limits`.
-    pub fn is_of_source(self) -> bool {
-        matches!(self, Bound::SourceRoutes(..) | Bound::SourceBackends(..))
-    }
-}
-
 impl fmt::Display for Bound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -126,11 +121,20 @@ impl fmt::Display for Bound {
                 )
             }
             Bound::SourceRoutes(origin, most) => {
-                write!(f, "guard.limits.{}.routes, {most}", origin.as_str())
+                write!(
+                    f,
+                    "no more than guard.limits.{}.routes, {most}",
+                    origin.as_str()
+                )
             }
             Bound::SourceBackends(origin, most) => {
-                write!(f, "guard.limits.{}.backends, {most}", origin.as_str())
+                write!(
+                    f,
+                    "no more than guard.limits.{}.backends, {most}",
+                    origin.as_str()
+                )
             }
+            Bound::Flapping => write!(f, "guard.damping: it came and went too often"),
             Bound::Declared => write!(f, "{MAX_DECLARED} declared routes"),
         }
     }

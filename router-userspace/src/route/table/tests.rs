@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::SourceLimits;
 use crate::route::conditions::Conditions;
+use crate::route::damping::Settings;
 use crate::route::expiry::TICK;
 use crate::route::policy::{HttpPolicy, Redirect};
 use crate::route::{Declaration, Instance, Withdrawal};
@@ -700,6 +701,7 @@ fn check_invariants(table: &RouteTable) {
     assert_eq!(table.free.len() + live, table.entries.len());
     let mut by_origin = [0; Origin::ALL.len()];
     let mut routes_of = BTreeSet::new();
+    let mut held = 0;
     let mut served = 0;
     let mut vips_of = BTreeSet::new();
     for (id, entry) in table.entries.iter().enumerate() {
@@ -709,16 +711,20 @@ fn check_invariants(table: &RouteTable) {
         let origin = entry.backend.origin;
         assert_eq!(table.find(&entry.route, address, origin), Some(id));
         by_origin[entry.backend.origin as usize] += 1;
+        let is_held = table.held.members.contains(&(entry.route.clone(), address));
+        held += usize::from(is_held);
         let pool = match &entry.route {
             RouteKey::Vip(vip) => {
-                vips_of.insert((address, *vip));
+                if !is_held {
+                    vips_of.insert((address, *vip));
+                }
                 Arc::clone(&table.next.vips[vip])
             }
             RouteKey::Http(http) => Arc::clone(find_pool(&table.next, http).unwrap()),
         };
         let mut members = pool.backends.iter();
         let is_member = members.any(|backend| Arc::ptr_eq(backend, &entry.backend));
-        let serves = table.is_serving(id);
+        let serves = table.is_serving(id) && !is_held;
         served += usize::from(serves);
         // Sources may announce an equal backend, and even the same one.
         assert!(is_member || !serves);
@@ -744,6 +750,7 @@ fn check_invariants(table: &RouteTable) {
     assert_eq!(table.size().entries, by_origin);
     let of = |origin| routes_of.iter().filter(|(by, _)| *by == origin).count();
     assert_eq!(table.routes_of, Origin::ALL.map(of));
+    assert_eq!(table.held(), held);
     assert!(table.expiry.count() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
     let hosts = table.next.hosts.iter();
@@ -1135,7 +1142,7 @@ fn a_source_at_its_limit_renews_what_it_has_and_gets_nothing_new() {
     assert_eq!((third.bound, third.over_limit), (Some(bound), 1));
     assert_eq!(
         third.told[0].bound.to_string(),
-        "guard.limits.nats.routes, 2"
+        "no more than guard.limits.nats.routes, 2"
     );
     assert_eq!(apply(&["b.x"], "10.0.0.2:80", Origin::Nats).added, 1);
     let fourth = apply(&["b.x"], "10.0.0.3:80", Origin::Nats);
@@ -1145,4 +1152,103 @@ fn a_source_at_its_limit_renews_what_it_has_and_gets_nothing_new() {
         2
     );
     assert_eq!(apply(&["c.x"], "10.0.0.3:80", Origin::File).added, 1);
+}
+
+/// Where registrations, withdrawals and time go on, of three backends of two routes.
+fn flap(table: &mut RouteTable, steps: &[(u8, u8, bool)], now: &mut Instant) {
+    for (host, port, registers) in steps {
+        let routes = [match host {
+            0 => http("a.x", ""),
+            _ => vip("tcp/192.0.2.1:80"),
+        }];
+        let one = backend(&format!("10.0.0.1:{}", port + 1), 1, Origin::Nats);
+        let event = match registers {
+            true => register(&routes, &one),
+            false => RouteEvent::Unregister(Unregistration {
+                routes: routes.to_vec(),
+                address: one.address,
+                instance_id: None,
+                origin: Origin::Nats,
+            }),
+        };
+        table.apply(event, *now);
+        *now += Duration::from_secs(1);
+        table.expire(*now);
+        check_invariants(table);
+    }
+}
+
+const FLAPPING: Settings = Settings {
+    suppress: 2.0,
+    reuse: 1.0,
+    half_life: Duration::from_secs(20),
+    longest: Duration::from_secs(60),
+};
+
+#[test]
+fn a_backend_that_comes_and_goes_is_held_back_and_never_the_last() {
+    let mut now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    table.set_damping(Some(FLAPPING));
+    let pool = |table: &RouteTable| {
+        let pool = &table.next.vips[&"tcp/192.0.2.1:80".parse().unwrap()];
+        let ports = pool.backends.iter().map(|backend| backend.address.port());
+        ports.collect::<Vec<u16>>()
+    };
+    flap(&mut table, &[(1, 0, true)], &mut now);
+    for _ in 0..3 {
+        flap(&mut table, &[(1, 1, true), (1, 1, false)], &mut now);
+    }
+    flap(&mut table, &[(1, 1, true)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![1], 1),
+        "it is held back"
+    );
+    flap(&mut table, &[(1, 0, false)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![2], 0),
+        "the last one serves"
+    );
+    flap(
+        &mut table,
+        &[(1, 0, true), (1, 1, false), (1, 1, true)],
+        &mut now,
+    );
+    assert_eq!((pool(&table), table.held()), (vec![1], 1));
+    now += FLAPPING.longest;
+    flap(&mut table, &[(1, 0, true)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![1, 2], 0),
+        "its time is over"
+    );
+    for _ in 0..4 {
+        flap(&mut table, &[(1, 1, false), (1, 1, true)], &mut now);
+    }
+    assert_eq!(table.held(), 1);
+    assert!(table.set_damping(None).changed);
+    assert_eq!((pool(&table), table.held()), (vec![1, 2], 0));
+    check_invariants(&table);
+}
+
+proptest! {
+    #[test]
+    fn no_pool_is_without_its_backends_however_they_flap(
+        steps in prop::collection::vec((0_u8..2, 0_u8..3, any::<bool>()), 1..120),
+    ) {
+        let mut now = Instant::now();
+        let mut table = RouteTable::new(THRESHOLD, now);
+        table.set_damping(Some(FLAPPING));
+        flap(&mut table, &steps, &mut now);
+        for pool in table.next.vips.values() {
+            prop_assert!(!pool.backends.is_empty());
+        }
+        // Once all is quiet, everything that is registered serves.
+        now += Duration::from_secs(100);
+        table.expire(now);
+        prop_assert_eq!(table.held(), 0);
+        check_invariants(&table);
+    }
 }
