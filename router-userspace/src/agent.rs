@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
+use ipnet::IpNet;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -22,7 +23,9 @@ use crate::l4::L4;
 use crate::l4::explain::Question;
 use crate::last_known_good::Kept;
 use crate::metrics::Metrics;
-use crate::route::table::{Change, RouteTable};
+use crate::rejects::Rejects;
+use crate::route::ownership::Ownership;
+use crate::route::table::{Change, KeptOut, RouteTable};
 use crate::route::{Origin, Registration, RouteEvent, RouteKey, Vip};
 use crate::snapshot::{Published, Snapshot};
 use crate::source;
@@ -45,12 +48,31 @@ pub struct Agent {
     /// VIPs with so few healthy backends that all are used.
     in_panic: BTreeSet<Vip>,
     metrics: Arc<Metrics>,
+    rejects: Arc<Rejects>,
+    /// That what is in the table was held against.
+    rules: Rules,
     tick: Duration,
     /// More leases are due than were looked at.
     is_behind: bool,
     /// Since it was told last.
     pruned: u64,
     full: WarningLimit,
+}
+
+/// What decides whether a route may be registered.
+#[derive(PartialEq)]
+struct Rules {
+    vip_ranges: Vec<IpNet>,
+    ownership: Arc<Ownership>,
+}
+
+impl Rules {
+    fn of(config: &Config) -> Rules {
+        Rules {
+            vip_ranges: config.l4.vip_ranges.clone(),
+            ownership: Arc::clone(&config.guard.ownership),
+        }
+    }
 }
 
 /// Layer 4 while another agent writes to it.
@@ -71,6 +93,8 @@ impl Agent {
     ) -> Agent {
         let now = now();
         let mut table = RouteTable::new(config.nats.stale_threshold, now);
+        table.set_limits(config.guard.limits);
+        table.set_damping(config.guard.damping());
         table.set_panic_threshold(config.health.panic_threshold);
         for origin in source::configured(config) {
             table.set_connected(origin, false, now);
@@ -84,6 +108,8 @@ impl Agent {
             reports,
             in_panic: BTreeSet::new(),
             metrics,
+            rejects: Arc::default(),
+            rules: Rules::of(config),
             tick,
             is_behind: false,
             pruned: 0,
@@ -94,7 +120,7 @@ impl Agent {
         // The ranges may be others than those of the agent that left the VIPs.
         let (allowed, foreign): (Vec<_>, Vec<_>) = adopted.into_iter().partition(|adopted| {
             let mut routes = adopted.routes.iter();
-            routes.all(|route| route.is_allowed(&config.l4))
+            routes.all(|route| route.is_allowed(Origin::Adopted, config))
         });
         change.vips.extend(foreign.iter().flat_map(vips));
         change.changed = !foreign.is_empty();
@@ -103,6 +129,11 @@ impl Agent {
         }
         agent.publish(change, now);
         agent
+    }
+
+    /// Where what limits keep out is listed.
+    pub fn list_rejects(&mut self, rejects: Arc<Rejects>) {
+        self.rejects = rejects;
     }
 
     /// Takes in what was on disk, before any source speaks. Of a VIP that layer 4 adopted, the maps
@@ -117,8 +148,13 @@ impl Agent {
                 registration.routes.retain(|route| {
                     let known =
                         matches!(route, RouteKey::Vip(vip) if before.vips.contains_key(vip));
-                    route.is_allowed(&config.l4) && !known
+                    route.is_allowed(Origin::Adopted, config) && !known
                 });
+            }
+            if let RouteEvent::Declare(declaration) = &event
+                && !RouteKey::Http(declaration.route.clone()).is_allowed(Origin::Adopted, config)
+            {
+                continue;
             }
             change.merge(self.table.apply(event, now));
         }
@@ -334,10 +370,21 @@ impl Agent {
     /// Publishes the table if `change` says that it is another, then tells layer 4.
     fn publish(&mut self, change: Change, now: Instant) -> bool {
         self.metrics.table(&change, self.table.size());
+        self.metrics.held_backends.set(self.table.held());
         if let Some(bound) = change.bound
             && let Some(suppressed) = self.full.allow(now)
         {
             tracing::warn!(%bound, suppressed, "no room for a registration: refused whole");
+        }
+        for KeptOut {
+            origin,
+            address,
+            route,
+            bound,
+        } in &change.told
+        {
+            let (what, why) = (format!("{address} {route}"), bound.to_string());
+            self.rejects.note(*origin, &what, &why);
         }
         if !change.changed {
             return false;
@@ -368,6 +415,7 @@ impl Agent {
 
     fn reload(&mut self, config: &Config) -> Change {
         self.table.set_stale_threshold(config.nats.stale_threshold);
+        self.table.set_limits(config.guard.limits);
         self.tick = tick(&config.nats);
         match (&mut self.l4, &mut self.held) {
             (Some(l4), _) => l4.reload(&config.l4, now()),
@@ -382,12 +430,22 @@ impl Agent {
         if !source::tells_policies(config) {
             self.know_policies(now());
         }
-        let mut change = self
-            .table
-            .retain_vips(|vip| config.l4.allows_vip(vip.address));
+        let rules = Rules::of(config);
+        let mut change = Change::default();
+        if rules != self.rules {
+            change = self
+                .table
+                .retain(|origin, route| route.is_allowed(origin, config));
+            self.rules = rules;
+        }
+        change.merge(self.table.set_damping(config.guard.damping()));
         if change.removed > 0 {
-            let vips = change.vips.len();
-            tracing::warn!(vips, "dropped VIPs outside l4.vip_ranges");
+            let (backends, vips) = (change.removed, change.vips.len());
+            tracing::warn!(
+                backends,
+                vips,
+                "dropped what l4.vip_ranges and guard do not allow"
+            );
         }
         let threshold = config.health.panic_threshold;
         change.merge(self.table.set_panic_threshold(threshold));

@@ -14,11 +14,13 @@ use ::http::uri::{Authority, PathAndQuery};
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+mod guard;
 mod http;
 mod l4;
 mod sources;
 mod state;
 
+pub use guard::{GuardConfig, SourceLimits};
 pub use http::{
     AccessLogFormat, BackendProxyProtocol, BackendTlsConfig, CertificateFiles, ClientAuth,
     ClientCertFormat, CollectorUrl, ForwardedClientCert, ForwardedHeader, HttpAccessLog,
@@ -65,6 +67,7 @@ pub struct Config {
     pub consul: ConsulConfig,
     pub http: HttpConfig,
     pub l4: L4Config,
+    pub guard: GuardConfig,
     pub health: HealthConfig,
     pub admin: AdminConfig,
     pub handover: HandoverConfig,
@@ -356,6 +359,7 @@ impl Config {
         self.state.validate()?;
         self.http.validate()?;
         self.health.validate()?;
+        self.guard.validate(&nats.subject_prefix)?;
         self.l4.validate()
     }
 }

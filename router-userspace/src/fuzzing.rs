@@ -54,10 +54,12 @@ pub fn registration(bytes: &[u8]) {
 
 /// A file of declared routes, and what becomes of requests for them.
 pub fn routes_file(bytes: &[u8]) {
+    let mut config = config::Config::default();
+    config.l4.vip_ranges.extend(vip_ranges());
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
-    let Ok(announced) = source::file::parse(text, &vip_ranges()) else {
+    let Ok(announced) = source::file::parse(text, &config) else {
         return;
     };
     announced.registrations.iter().for_each(check_registration);

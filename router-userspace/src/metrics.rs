@@ -23,6 +23,7 @@ use crate::l4::{BackendStats, L4Reader, L4Stats, VipStats};
 use crate::l7::metrics::L7Metrics;
 use crate::last_known_good::State;
 use crate::route::Origin;
+use crate::route::ownership::{Ground, Refusal};
 use crate::route::table::{Change, Size};
 use crate::route::wire::Reason;
 use crate::snapshot::Published;
@@ -46,6 +47,13 @@ pub struct Metrics {
     pub greets: Counter,
     /// In the order of [`Reason::ALL`].
     rejects: [Counter; Reason::ALL.len()],
+    /// In the order of [`Ground::ALL`].
+    guard_refusals: [Counter; Ground::ALL.len()],
+    /// Registrations kept out by `guard.limits`.
+    pub over_limit: Counter,
+    /// Backends held back by `guard.damping`, each time.
+    pub held: Counter,
+    pub held_backends: Gauge,
     pub nats_connected: Gauge,
     pub nats_connects: Counter,
     pub nats_first_connect: OnceLock<Instant>,
@@ -164,6 +172,10 @@ impl Default for Metrics {
             unregisters: Counter::default(),
             greets: Counter::default(),
             rejects: Default::default(),
+            guard_refusals: Default::default(),
+            over_limit: Counter::default(),
+            held: Counter::default(),
+            held_backends: Gauge::default(),
             nats_connected: Gauge::default(),
             nats_connects: Counter::default(),
             nats_first_connect: OnceLock::new(),
@@ -220,6 +232,19 @@ impl Metrics {
             .map(|reason| (reason.as_str(), self.rejects[*reason as usize].get()))
     }
 
+    /// Counts what the rules of `[guard]` refuse, if that is why something was refused.
+    pub fn guard_refused(&self, error: &anyhow::Error) {
+        let mut causes = error.chain();
+        if let Some(refusal) = causes.find_map(|cause| cause.downcast_ref::<Refusal>()) {
+            self.guard_refusals[refusal.ground as usize].inc();
+        }
+    }
+
+    /// What the rules of `[guard]` refused, of all sources.
+    pub fn guard_refusals(&self, ground: Ground) -> &Counter {
+        &self.guard_refusals[ground as usize]
+    }
+
     /// Counts what a batch did to the table, which is `size` big after it.
     pub fn table(&self, change: &Change, size: Size) {
         for (counter, count) in [
@@ -230,6 +255,8 @@ impl Metrics {
             (&self.expired, change.expired),
             (&self.shadowed, change.shadowed),
             (&self.full, change.full),
+            (&self.over_limit, change.over_limit),
+            (&self.held, change.held),
         ] {
             if count > 0 {
                 counter.add(count);
@@ -341,6 +368,23 @@ fn encode_sources(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
         metrics
             .rejects()
             .map(|(reason, count)| ([("reason", reason)], count)),
+    )?;
+    page.counters(
+        "viaduct_guard_refusals",
+        "Messages, keys, files and registrations refused by guard, by the kind of rule",
+        Ground::ALL
+            .map(|ground| (ground.as_str(), metrics.guard_refusals(ground).get()))
+            .into_iter()
+            .chain([
+                ("limit", metrics.over_limit.get()),
+                ("flapping", metrics.held.get()),
+            ])
+            .map(|(reason, count)| ([("reason", reason)], count)),
+    )?;
+    page.gauge(
+        "viaduct_guard_held_backends",
+        "Backends of routes held back because they came and went too often",
+        metrics.held_backends.get(),
     )?;
     page.gauge(
         "viaduct_nats_connected",

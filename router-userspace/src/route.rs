@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::config::{L4Config, PortRange};
+use crate::config::{Config, PortRange};
 use crate::route::conditions::Conditions;
 use crate::route::policy::{HashKey, HttpPolicy};
 
 pub mod conditions;
+pub mod damping;
 pub mod declared;
 pub mod expiry;
+pub mod ownership;
 pub mod policy;
 pub mod table;
 pub mod wire;
@@ -271,12 +273,13 @@ pub enum RouteEvent {
 }
 
 impl RouteKey {
-    /// Whether applications may claim it.
-    pub fn is_allowed(&self, config: &L4Config) -> bool {
-        match self {
+    /// Whether what a source said of it before may stay under a configuration.
+    pub fn is_allowed(&self, origin: Origin, config: &Config) -> bool {
+        let in_range = match self {
             RouteKey::Http(_) => true,
-            RouteKey::Vip(vip) => config.allows_vip(vip.address),
-        }
+            RouteKey::Vip(vip) => config.l4.allows_vip(vip.address),
+        };
+        in_range && config.guard.ownership.keeps(origin, self)
     }
 }
 

@@ -275,3 +275,18 @@ async fn of_a_vip_that_layer_4_adopted_what_is_on_disk_is_not_believed() {
         ]
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_drops_what_new_rules_do_not_allow_and_keeps_the_rest() {
+    let gateway = Gateway::start();
+    let snapshot = gateway
+        .send([register("10.0.0.1:1", "a.x"), register("10.0.0.1:1", "b.x")])
+        .await;
+    assert_eq!(snapshot.hosts.len(), 2);
+    let text = "[l4]\nvip_ranges = ['192.0.2.0/24']\n[guard]\nreserved_hosts = ['a.x']";
+    let config = || Event::Reload(Box::new(crate::config::parse(text).unwrap()));
+    let snapshot = gateway.send([config()]).await;
+    assert!(!snapshot.hosts.contains("a.x") && snapshot.hosts.contains("b.x"));
+    let again = gateway.send([config()]).await;
+    assert_eq!(again.revision, snapshot.revision, "nothing is published");
+}

@@ -43,10 +43,10 @@ pub struct DiffOptions {
 }
 
 pub fn apply(options: &Options) -> Result<(), Failure> {
-    let (nats, l4) = options.bucket.load()?;
-    let items = declared::load(&options.file, &l4).map_err(Failure::Usage)?;
+    let config = options.bucket.load()?;
+    let items = declared::load(&options.file, &config).map_err(Failure::Usage)?;
     let changes = block_on(async {
-        let (mut store, mut changes) = plan(&nats, items).await?;
+        let (mut store, mut changes) = plan(&config.nats, items).await?;
         if !options.dry_run {
             write(&mut store, &mut changes).await?;
         }
@@ -63,9 +63,9 @@ pub fn apply(options: &Options) -> Result<(), Failure> {
 }
 
 pub fn diff(options: &DiffOptions) -> Result<(), Failure> {
-    let (nats, l4) = options.bucket.load()?;
-    let items = declared::load(&options.file, &l4).map_err(Failure::Usage)?;
-    let (_, changes) = block_on(plan(&nats, items))?;
+    let config = options.bucket.load()?;
+    let items = declared::load(&options.file, &config).map_err(Failure::Usage)?;
+    let (_, changes) = block_on(plan(&config.nats, items))?;
     let text: String = match options.json {
         true => changes.iter().map(|change| change.row() + "\n").collect(),
         false => changes.iter().map(Change::lines).collect(),

@@ -22,7 +22,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         paths.extend(source::file::list(directory).map_err(Failure::Usage)?);
     }
     for path in &paths {
-        source::file::load(path, &config.l4.vip_ranges).map_err(Failure::Usage)?;
+        source::file::load(path, &config).map_err(Failure::Usage)?;
     }
     let text = match options.json {
         true => serde_json::to_string_pretty(&config).context("print the configuration")? + "\n",

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::cli::{ConfigOption, Failure};
-use crate::config::{L4Config, NatsConfig};
+use crate::config::Config;
 use crate::route::Vip;
 use crate::source::kv::entry::Key;
 
@@ -32,14 +32,14 @@ pub struct BucketOption {
 }
 
 impl BucketOption {
-    /// The servers and the bucket, and what VIPs are held against: without `l4.vip_ranges` here, the
+    /// The servers and the bucket, and what routes are held against: without `l4.vip_ranges` here, the
     /// gateways alone know theirs.
     ///
     /// # Errors
     /// The configuration, or that it names no server or bucket.
-    pub fn load(&self) -> Result<(NatsConfig, L4Config), Failure> {
-        let config = self.config.load()?;
-        let (mut nats, mut l4) = (config.nats, config.l4);
+    pub fn load(&self) -> Result<Config, Failure> {
+        let mut config = self.config.load()?;
+        let (nats, l4) = (&mut config.nats, &mut config.l4);
         if let Some(server) = &self.nats {
             nats.servers = vec![server.clone()];
         }
@@ -59,7 +59,7 @@ impl BucketOption {
             let everywhere = everywhere.map(|net| net.parse::<IpNet>().expect("a prefix"));
             l4.vip_ranges.extend(everywhere);
         }
-        Ok((nats, l4))
+        Ok(config)
     }
 }
 
@@ -87,7 +87,7 @@ pub fn key(name: &str) -> Result<Key, Failure> {
 ///
 /// # Errors
 /// One message with the file, the line, the entry and the key.
-pub fn load(path: &Path, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
+pub fn load(path: &Path, config: &Config) -> anyhow::Result<Vec<Item>> {
     let name = path.display();
     let metadata = std::fs::metadata(path).with_context(|| format!("read {name}"))?;
     ensure!(
@@ -96,8 +96,8 @@ pub fn load(path: &Path, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
     );
     let text = std::fs::read_to_string(path).with_context(|| format!("read {name}"))?;
     let items = match path.extension().is_some_and(|end| end == "json") {
-        true => parse_json(&text, l4),
-        false => parse_toml(&text, l4),
+        true => parse_json(&text, config),
+        false => parse_toml(&text, config),
     };
     items.with_context(|| name.to_string())
 }
@@ -111,7 +111,7 @@ struct File<T> {
     vip: Vec<T>,
 }
 
-fn parse_toml(text: &str, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
+fn parse_toml(text: &str, config: &Config) -> anyhow::Result<Vec<Item>> {
     let file: File<Spanned<toml::Table>> = toml::from_str(text)?;
     let table = |table: Spanned<toml::Table>| {
         let line = 1 + text[..table.span().start].matches('\n').count();
@@ -122,20 +122,20 @@ fn parse_toml(text: &str, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
         route: file.route.into_iter().map(table).collect(),
         vip: file.vip.into_iter().map(table).collect(),
     };
-    items(file, l4)
+    items(file, config)
 }
 
-fn parse_json(text: &str, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
+fn parse_json(text: &str, config: &Config) -> anyhow::Result<Vec<Item>> {
     let file: File<Map<String, Value>> = serde_json::from_str(text)?;
     let table = |table| (None, Value::Object(table));
     let file = File {
         route: file.route.into_iter().map(table).collect(),
         vip: file.vip.into_iter().map(table).collect(),
     };
-    items(file, l4)
+    items(file, config)
 }
 
-fn items(file: File<(Option<usize>, Value)>, l4: &L4Config) -> anyhow::Result<Vec<Item>> {
+fn items(file: File<(Option<usize>, Value)>, config: &Config) -> anyhow::Result<Vec<Item>> {
     let mut items = Vec::new();
     let mut keys = BTreeSet::new();
     for (kind, name, entries) in [("route", "name", file.route), ("vip", "address", file.vip)] {
@@ -144,7 +144,7 @@ fn items(file: File<(Option<usize>, Value)>, l4: &L4Config) -> anyhow::Result<Ve
                 Some(line) => format!("line {line}: {kind}[{i}]"),
                 None => format!("{kind}[{i}]"),
             };
-            let item = item(kind, name, value, l4).with_context(place)?;
+            let item = item(kind, name, value, config).with_context(place)?;
             ensure!(
                 keys.insert(item.key.clone()),
                 "{}: {} stands twice",
@@ -157,7 +157,7 @@ fn items(file: File<(Option<usize>, Value)>, l4: &L4Config) -> anyhow::Result<Ve
     Ok(items)
 }
 
-fn item(kind: &str, name: &str, mut value: Value, l4: &L4Config) -> anyhow::Result<Item> {
+fn item(kind: &str, name: &str, mut value: Value, config: &Config) -> anyhow::Result<Item> {
     let table = value.as_object_mut().expect("an entry is a table");
     let named = table.remove(name);
     let named = named.as_ref().and_then(Value::as_str);
@@ -174,7 +174,7 @@ fn item(kind: &str, name: &str, mut value: Value, l4: &L4Config) -> anyhow::Resu
             Some(number.ok_or_else(|| anyhow!("revision: {revision} is not one"))?)
         }
     };
-    key.read(value.to_string().as_bytes(), l4)
+    key.read(value.to_string().as_bytes(), config)
         .with_context(|| key.to_string())?;
     Ok(Item {
         key,
@@ -187,11 +187,8 @@ fn item(kind: &str, name: &str, mut value: Value, l4: &L4Config) -> anyhow::Resu
 mod tests {
     use super::*;
 
-    fn l4() -> L4Config {
-        L4Config {
-            vip_ranges: vec!["192.0.2.0/24".parse().unwrap()],
-            ..L4Config::default()
-        }
+    fn config() -> Config {
+        crate::config::parse("[l4]\nvip_ranges = [\"192.0.2.0/24\"]").unwrap()
     }
 
     const TOML: &str = r#"
@@ -215,8 +212,8 @@ mod tests {
                 "backend": [{"address": "10.0.0.1:80"}]}],
             "vip": [{"address": "tcp/192.0.2.1:80", "forwarding": "ipip"}]
         }"#;
-        let items = parse_toml(TOML, &l4()).unwrap();
-        assert_eq!(items, parse_json(json, &l4()).unwrap());
+        let items = parse_toml(TOML, &config()).unwrap();
+        assert_eq!(items, parse_json(json, &config()).unwrap());
         let keys: Vec<String> = items.iter().map(|item| item.key.to_string()).collect();
         assert_eq!(keys, ["route.shop", "vip.tcp.192.0.2.1.80"]);
         assert_eq!(items[0].revision, Some(7));
@@ -225,7 +222,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told_by_line_entry_and_key() {
-        let error = |text: &str| format!("{:#}", parse_toml(text, &l4()).unwrap_err());
+        let error = |text: &str| format!("{:#}", parse_toml(text, &config()).unwrap_err());
         let wrong = TOML.replace("10.0.0.1:80", "host:80");
         let told = error(&wrong);
         let wanted = "line 2: route[0]: route.shop: backend[0].address: ";

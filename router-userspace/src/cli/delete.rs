@@ -18,7 +18,7 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let (nats, _) = options.bucket.load()?;
+    let nats = options.bucket.load()?.nats;
     let key = declared::key(&options.name)?.to_string();
     block_on(async {
         let store = Store::open(&nats).await?;

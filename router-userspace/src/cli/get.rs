@@ -20,7 +20,7 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let (nats, _) = options.bucket.load()?;
+    let nats = options.bucket.load()?.nats;
     let key = options.name.as_deref().map(declared::key).transpose()?;
     let mut entries = block_on(async {
         let store = Store::open(&nats).await?;
@@ -104,7 +104,6 @@ fn drop_nulls(value: &mut Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::L4Config;
 
     #[test]
     fn what_is_printed_can_be_applied() {
@@ -134,11 +133,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file.toml");
         std::fs::write(&path, &text).unwrap();
-        let l4 = L4Config {
-            vip_ranges: vec!["192.0.2.0/24".parse().unwrap()],
-            ..L4Config::default()
-        };
-        let items = declared::load(&path, &l4).unwrap();
+        let config = crate::config::parse("[l4]\nvip_ranges = [\"192.0.2.0/24\"]").unwrap();
+        let items = declared::load(&path, &config).unwrap();
         let got: Vec<(String, Option<u64>)> = items
             .iter()
             .map(|item| (item.key.to_string(), item.revision))

@@ -1,4 +1,5 @@
 use super::*;
+use crate::route::Origin;
 
 #[test]
 fn an_empty_file_is_the_default() {
@@ -263,4 +264,74 @@ fn segments_are_served_as_the_sharding_mode_says() {
     assert!(format!("{error:#}").contains("needs nats.isolation_segments"));
     assert!(nats("bucket = \"a.b\"").is_err());
     assert!(nats("bucket = \"\"").is_ok());
+}
+
+#[test]
+fn guard_is_read_whole_and_written_back() {
+    let config = parse(
+        r#"
+        [guard]
+        default = "refuse"
+        reserved_hosts = ["login.x", "*.admin.x"]
+        [[guard.owner]]
+        hosts = ["shop.x", "*.shop.x"]
+        vips = ["192.0.2.16/28", "tcp/192.0.2.10:443"]
+        subjects = ["router.register.shop"]
+        sources = ["file"]
+        [guard.limits.nats]
+        routes = 10
+        [guard.damping]
+        suppress = 5
+        "#,
+    )
+    .unwrap();
+    let of_nats = config.guard.limits[Origin::Nats as usize];
+    assert_eq!((of_nats.routes, of_nats.backends), (Some(10), None));
+    assert!(config.guard.ownership.names_subjects());
+    assert!(config.guard.damping().is_some() && Config::default().guard.damping().is_none());
+    let text = toml::to_string(&config).unwrap();
+    assert_eq!(parse(&text).unwrap(), config, "{text}");
+}
+
+#[test]
+fn a_rule_of_guard_that_cannot_hold_is_refused_by_name() {
+    for (text, wanted) in [
+        (
+            "reserved_hosts = ['a.x/p']",
+            "guard.reserved_hosts: \"a.x/p\"",
+        ),
+        ("default = 'open'", "default"),
+        (
+            "[guard.limits.adopted]\nroutes = 1",
+            "\"adopted\" is not a source",
+        ),
+        (
+            "[[guard.owner]]\nsources = ['kv']",
+            "guard.owner[0]: neither hosts nor vips",
+        ),
+        (
+            "[[guard.owner]]\nhosts = ['a.x']",
+            "neither sources nor subjects",
+        ),
+        (
+            "[[guard.owner]]\nhosts = ['a.x']\nsources = ['nat']",
+            "guard.owner[0]: sources: \"nat\" is not a source",
+        ),
+        (
+            "[[guard.owner]]\nhosts = ['a.x']\nsubjects = ['router.register']",
+            "is not router.register.NAME",
+        ),
+        (
+            "[[guard.owner]]\nvips = ['192.0.2.1:80']\nsources = ['kv']",
+            "guard.owner[0]: vips: \"192.0.2.1:80\"",
+        ),
+        ("[guard.damping]\nsuppress = 2", "guard.damping.reuse"),
+        (
+            "[guard.damping]\nsuppress = 5\nmax_suppress = '1m'",
+            "guard.damping.max_suppress",
+        ),
+    ] {
+        let error = format!("{:#}", parse(&format!("[guard]\n{text}")).unwrap_err());
+        assert!(error.contains(wanted), "{text}: {error}");
+    }
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use crate::config::PortRange;
+use crate::config::{PortRange, SourceLimits};
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
     Backend, HttpMatch, Origin, Pool, Proto, Registered, Registration, RouteEvent, RouteKey,
@@ -31,8 +31,11 @@ use crate::route::{
 use crate::snapshot::Snapshot;
 
 mod declared;
+mod held;
 mod room;
 
+use held::Held;
+use room::has_backend_of;
 pub use room::{
     Bound, MAX_DECLARED, MAX_ENTRIES, MAX_HOST_PATHS, MAX_PATH_CONDITIONS, MAX_POOL_BACKENDS,
 };
@@ -65,6 +68,25 @@ pub struct Change {
     pub full: u64,
     /// The bound that refused a registration last.
     pub bound: Option<Bound>,
+    /// Registrations refused for `guard.limits`.
+    pub over_limit: u64,
+    /// Backends that were held out of a pool they would have joined.
+    pub held: u64,
+    /// Some of those, up to [`MAX_TOLD`].
+    pub told: Vec<KeptOut>,
+}
+
+/// Registrations that `[guard]` keeps out that are told one by one, of a batch.
+pub const MAX_TOLD: usize = 16;
+
+/// A registration that a bound kept out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptOut {
+    pub origin: Origin,
+    pub address: SocketAddr,
+    /// The first of its routes.
+    pub route: RouteKey,
+    pub bound: Bound,
 }
 
 /// How much the table holds.
@@ -87,6 +109,13 @@ pub struct RouteTable {
     hasher: DefaultHashBuilder,
     /// How many there are, in the order of [`Origin`]'s variants.
     by_origin: [usize; Origin::ALL.len()],
+    /// Routes with a backend of each, in the same order.
+    routes_of: [usize; Origin::ALL.len()],
+    limits: [SourceLimits; Origin::ALL.len()],
+    /// Backends that come and go too often.
+    held: Held,
+    /// Of the call that is under way.
+    now: Instant,
     /// Which VIPs a backend serves, for changes of its health.
     vips_of: BTreeSet<(SocketAddr, Vip)>,
     expiry: Expiry,
@@ -130,6 +159,10 @@ impl RouteTable {
             index: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             by_origin: [0; Origin::ALL.len()],
+            routes_of: [0; Origin::ALL.len()],
+            limits: [SourceLimits::default(); Origin::ALL.len()],
+            held: Held::default(),
+            now,
             vips_of: BTreeSet::new(),
             expiry: Expiry::default(),
             adopted_declarations: Vec::new(),
@@ -147,6 +180,7 @@ impl RouteTable {
 
     pub fn apply(&mut self, event: RouteEvent, now: Instant) -> Change {
         let mut change = Change::default();
+        self.now = now;
         match event {
             RouteEvent::Register(registration) => {
                 self.register(registration, now, &mut change);
@@ -158,25 +192,17 @@ impl RouteTable {
         change
     }
 
-    /// Removes the routes of VIPs that are not `allowed`.
-    pub fn retain_vips(&mut self, allowed: impl Fn(&Vip) -> bool) -> Change {
+    /// Removes what is not `allowed` of what sources announced and declared. Looks at all of the table.
+    pub fn retain(&mut self, allowed: impl Fn(Origin, &RouteKey) -> bool) -> Change {
         let mut change = Change::default();
-        let gone: Vec<(Vip, Arc<Pool>)> = self
-            .next
-            .vips
-            .iter()
-            .filter(|(vip, _)| !allowed(vip))
-            .map(|(vip, pool)| (*vip, Arc::clone(pool)))
-            .collect();
-        for (vip, pool) in gone {
-            for backend in &pool.backends {
-                let route = RouteKey::Vip(vip);
-                while let Some(id) = self.serving(&route, backend.address) {
-                    self.remove(id, &mut change);
-                    change.removed += 1;
-                }
+        for id in 0..u32::try_from(self.entries.len()).expect("MAX_ENTRIES fits u32") {
+            let entry = self.entries[id as usize].as_ref();
+            if entry.is_some_and(|entry| !allowed(entry.backend.origin, &entry.route)) {
+                self.remove(id, &mut change);
+                change.removed += 1;
             }
         }
+        self.retain_declared(&allowed, &mut change);
         change
     }
 
@@ -184,6 +210,8 @@ impl RouteTable {
     /// source that is away stay.
     pub fn expire(&mut self, now: Instant) -> Change {
         let mut change = Change::default();
+        self.now = now;
+        self.release_due(now, &mut change);
         let now = expiry::tick_before(self.epoch, now);
         for _ in 0..MAX_VISITS {
             let Some(id) = self.expiry.due(now) else {
@@ -290,6 +318,12 @@ impl RouteTable {
         self.stale_threshold = stale_threshold;
     }
 
+    /// Sets what each source may take from here on, in the order of [`Origin`]'s variants; what is there
+    /// stays.
+    pub fn set_limits(&mut self, limits: [SourceLimits; Origin::ALL.len()]) {
+        self.limits = limits;
+    }
+
     /// The table as it is, under a new revision.
     pub fn snapshot(&mut self) -> Snapshot {
         self.next.revision += 1;
@@ -327,9 +361,10 @@ impl RouteTable {
         found.clear();
         let find = |route| self.find(route, backend.address, backend.origin);
         found.extend(routes.iter().map(find));
-        if let Err(bound) = self.check_room(&routes, &found) {
+        if let Err(bound) = self.check_room(&routes, &found, backend.origin) {
             change.full += routes.len() as u64;
             change.bound = Some(bound);
+            change.tell(bound, &backend, &routes);
             self.found = found;
             return;
         }
@@ -442,11 +477,32 @@ impl RouteTable {
         id
     }
 
-    /// Puts an entry's backend into its pool, in place of what another source says of the address.
+    /// Has an entry's backend join its pool, unless it is held out of it.
     fn serve(&mut self, id: u32, change: &mut Change) {
+        if self.held.damping.suppressed() == 0 {
+            return self.join(id, change);
+        }
+        let Entry { route, backend, .. } = entry(&self.entries, id);
+        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
+        if !self.held.hold(pool, route, backend.address) {
+            self.join(id, change);
+        } else {
+            change.tell(Bound::Flapping, backend, std::slice::from_ref(route));
+        }
+    }
+
+    /// Puts an entry's backend into its pool, in place of what another source says of the address.
+    fn join(&mut self, id: u32, change: &mut Change) {
         let entry = entry(&self.entries, id);
         let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
-        put(pool, &entry.backend, &entry.registered);
+        let origin = entry.backend.origin;
+        self.routes_of[origin as usize] += usize::from(!has_backend_of(pool, origin));
+        let replaced = put(pool, &entry.backend, &entry.registered);
+        if let Some(replaced) = replaced
+            && !has_backend_of(pool, replaced)
+        {
+            self.routes_of[replaced as usize] -= 1;
+        }
         if let RouteKey::Vip(vip) = &entry.route {
             self.vips_of.insert((entry.backend.address, *vip));
         }
@@ -509,12 +565,22 @@ impl RouteTable {
 
     /// Takes an address out of its pool, which goes with its last.
     fn take_out(&mut self, route: &RouteKey, address: SocketAddr, change: &mut Change) {
+        if self.held.leave(route, address, self.now) {
+            return;
+        }
         let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
         let at = pool
             .backends
             .binary_search_by_key(&address, |backend| backend.address);
-        pool.backends
+        let gone = pool
+            .backends
             .remove(at.expect("an entry's backend is in its pool"));
+        if !has_backend_of(pool, gone.origin) {
+            self.routes_of[gone.origin as usize] -= 1;
+        }
+        let serving = pool.backends.len();
+        self.release_for(route, serving, change);
+        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
         let alone = pool
             .policy
             .as_ref()
@@ -624,6 +690,31 @@ impl Change {
         self.shadowed += later.shadowed;
         self.full += later.full;
         self.bound = later.bound.or(self.bound);
+        self.over_limit += later.over_limit;
+        self.held += later.held;
+        let room = MAX_TOLD.saturating_sub(self.told.len());
+        self.told.extend(later.told.into_iter().take(room));
+    }
+
+    /// Notes a registration that `[guard]` kept out.
+    fn tell(&mut self, bound: Bound, backend: &Backend, routes: &[RouteKey]) {
+        match bound {
+            Bound::SourceRoutes(..) | Bound::SourceBackends(..) => self.over_limit += 1,
+            Bound::Flapping => self.held += 1,
+            Bound::Entries
+            | Bound::PoolBackends
+            | Bound::HostPaths
+            | Bound::PathConditions
+            | Bound::Declared => return,
+        }
+        if let (Some(route), true) = (routes.first(), self.told.len() < MAX_TOLD) {
+            self.told.push(KeptOut {
+                origin: backend.origin,
+                address: backend.address,
+                route: route.clone(),
+                bound,
+            });
+        }
     }
 
     fn touch(&mut self, route: &RouteKey) {
@@ -643,19 +734,27 @@ fn is_of(gone: &Unregistration, backend: &Backend) -> bool {
 }
 
 /// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
-/// that names no algorithm keeps the pool's, as in gorouter.
-fn put(pool: &mut Pool, backend: &Arc<Backend>, registered: &Option<Arc<Registered>>) {
-    match pool
+/// that names no algorithm keeps the pool's, as in gorouter. Returns whose backend it takes the place of.
+fn put(
+    pool: &mut Pool,
+    backend: &Arc<Backend>,
+    registered: &Option<Arc<Registered>>,
+) -> Option<Origin> {
+    let replaced = match pool
         .backends
         .binary_search_by_key(&backend.address, |backend| backend.address)
     {
-        Ok(at) => pool.backends[at] = Arc::clone(backend),
+        Ok(at) => {
+            let before = std::mem::replace(&mut pool.backends[at], Arc::clone(backend));
+            Some(before.origin)
+        }
         // Most pools are small: grow by what is needed, not by doubling.
         Err(at) => {
             pool.backends.reserve_exact(1 + pool.backends.len() / 4);
             pool.backends.insert(at, Arc::clone(backend));
+            None
         }
-    }
+    };
     let known = pool.registered.as_ref();
     let known = known.and_then(|known| known.balance.clone());
     let new = registered.as_ref();
@@ -667,6 +766,7 @@ fn put(pool: &mut Pool, backend: &Arc<Backend>, registered: &Option<Arc<Register
         }
         .shared(),
     };
+    replaced
 }
 
 fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {

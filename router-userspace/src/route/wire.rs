@@ -22,6 +22,7 @@ use ipnet::IpNet;
 use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use crate::route::ownership::Refusal;
 use crate::route::policy::{BALANCE_PERCENT, HashKey, HashOf};
 use crate::route::{
     Backend, BackendTls, Balance, HttpMatch, HttpProtocol, Instance, Origin, Registration,
@@ -59,6 +60,8 @@ pub enum Reason {
     Vip,
     /// A VIP outside `l4.vip_ranges`.
     VipRange,
+    /// Not the publisher's to register, by the rules of `[guard]`.
+    Owner,
     Weight,
     RouteServiceUrl,
     /// What hashing needs.
@@ -203,7 +206,7 @@ pub fn check_backend_address(address: IpAddr) -> Result<(), &'static str> {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 13] = [
+    pub const ALL: [Reason; 14] = [
         Reason::Size,
         Reason::Syntax,
         Reason::Type,
@@ -212,6 +215,7 @@ impl Reason {
         Reason::Uri,
         Reason::Vip,
         Reason::VipRange,
+        Reason::Owner,
         Reason::Weight,
         Reason::RouteServiceUrl,
         Reason::Options,
@@ -229,11 +233,21 @@ impl Reason {
             Reason::Uri => "uri",
             Reason::Vip => "vip",
             Reason::VipRange => "vip_range",
+            Reason::Owner => "owner",
             Reason::Weight => "weight",
             Reason::RouteServiceUrl => "route_service_url",
             Reason::Options => "options",
             Reason::TooLong => "too_long",
             Reason::NoRoute => "no_route",
+        }
+    }
+}
+
+impl From<Refusal> for Reject {
+    fn from(refusal: Refusal) -> Reject {
+        Reject {
+            reason: Reason::Owner,
+            message: refusal.to_string(),
         }
     }
 }

@@ -14,11 +14,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, anyhow, ensure};
-use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::config::FileConfig;
+use crate::config::{Config, FileConfig};
 use crate::event::Event;
 use crate::route::declared::{Announcement, DeclaredRoute};
 use crate::route::policy::HttpPolicy;
@@ -40,7 +39,7 @@ pub async fn run(mut context: Context) {
     loop {
         let config = Arc::clone(&context.config.borrow_and_update());
         // The agent dropped what a reload left outside.
-        ledger.retain_routes(|route| route.is_allowed(&config.l4));
+        ledger.retain_routes(|route| route.is_allowed(Origin::File, &config));
         let paths = listing.look(&config.file, &context).await;
         files.retain(|path, known| {
             let stays = paths.contains(path);
@@ -55,7 +54,7 @@ pub async fn run(mut context: Context) {
         let mut events = Vec::new();
         for path in &paths {
             let known = files.entry(path.clone()).or_default();
-            let Some(read) = look(path, known, &config.l4.vip_ranges).await else {
+            let Some(read) = look(path, known, &config).await else {
                 continue;
             };
             let key = path.to_string_lossy();
@@ -69,7 +68,12 @@ pub async fn run(mut context: Context) {
                     events.append(&mut ledger.set(&key, content));
                     None
                 }
-                Err(error) => Some(format!("{error:#}")),
+                Err(error) => {
+                    if known.error.is_none() {
+                        context.metrics.guard_refused(&error);
+                    }
+                    Some(format!("{error:#}"))
+                }
             };
             if error.is_none() {
                 context.metrics.file_loads.inc();
@@ -195,7 +199,7 @@ pub fn list(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
 async fn look(
     path: &Path,
     known: &mut Known,
-    vip_ranges: &[IpNet],
+    config: &Arc<Config>,
 ) -> Option<anyhow::Result<Announcement>> {
     let before = version(path);
     // Without routes there are none that half a file could withdraw.
@@ -204,11 +208,11 @@ async fn look(
     if before.is_some() && (known.read == before || !settled) {
         return None;
     }
-    let (path, vip_ranges) = (path.to_owned(), vip_ranges.to_vec());
+    let (path, config) = (path.to_owned(), Arc::clone(config));
     let read = tokio::task::spawn_blocking(move || {
         let text = read(&path);
         let after = version(&path);
-        let parsed = text.map(|text| parse_file(&path, &text, &vip_ranges));
+        let parsed = text.map(|text| parse_file(&path, &text, &config));
         (parsed, after)
     });
     let (parsed, after) = read.await.expect("a file is read without a panic");
@@ -224,12 +228,12 @@ async fn look(
     }
 }
 
-/// Reads a routes file. VIPs are held against `vip_ranges`, as those of registrations are.
+/// Reads a routes file. What it names is held against `l4.vip_ranges` and the rules of `[guard]`.
 ///
 /// # Errors
 /// One message with the file, line and key.
-pub fn load(path: &Path, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
-    parse_file(path, &read(path)?, vip_ranges)
+pub fn load(path: &Path, config: &Config) -> anyhow::Result<Announcement> {
+    parse_file(path, &read(path)?, config)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
@@ -242,44 +246,46 @@ fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("read {name}"))
 }
 
-fn parse_file(path: &Path, text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
+fn parse_file(path: &Path, text: &str, config: &Config) -> anyhow::Result<Announcement> {
     let is_json = path
         .extension()
         .is_some_and(|extension| extension == "json");
     let content = match is_json {
-        true => parse_json(text, vip_ranges),
-        false => parse(text, vip_ranges),
+        true => parse_json(text, config),
+        false => parse(text, config),
     };
     content.with_context(|| format!("routes file {}", path.display()))
 }
 
-pub(crate) fn parse(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
+pub(crate) fn parse(text: &str, config: &Config) -> anyhow::Result<Announcement> {
     let file: File<Spanned<DeclaredRoute>> = toml::from_str(text)?;
     let routes = file.route.into_iter().map(|route| {
         let start = route.span().start;
         let line = move || format!("line {}: ", 1 + text[..start].matches('\n').count());
         (route.into_inner(), line)
     });
-    read_routes(routes, vip_ranges)
+    read_routes(routes, config)
 }
 
-fn parse_json(text: &str, vip_ranges: &[IpNet]) -> anyhow::Result<Announcement> {
+fn parse_json(text: &str, config: &Config) -> anyhow::Result<Announcement> {
     let file: File<DeclaredRoute> = serde_json::from_str(text)?;
     let routes = file.route.into_iter();
-    read_routes(routes.map(|route| (route, String::new)), vip_ranges)
+    read_routes(routes.map(|route| (route, String::new)), config)
 }
 
 /// Reads routes, each with where it stands.
 fn read_routes(
     routes: impl Iterator<Item = (DeclaredRoute, impl Fn() -> String)>,
-    vip_ranges: &[IpNet],
+    config: &Config,
 ) -> anyhow::Result<Announcement> {
     let mut content = Announcement::default();
     let mut policies: BTreeMap<HttpMatch, Arc<HttpPolicy>> = BTreeMap::new();
     for (i, (route, place)) in routes.enumerate() {
         let refused = |why| anyhow!("{}route[{i}].{why:#}", place());
-        let read = route.read(Origin::File, vip_ranges);
+        let read = route.read(Origin::File, &config.l4.vip_ranges);
         let read = read.map_err(refused)?;
+        let allowed = config.guard.ownership.check_announced(Origin::File, &read);
+        allowed.with_context(|| format!("{}route[{i}]", place()))?;
         for Declaration { route, policy } in &read.declarations {
             let before = policies.insert(route.clone(), Arc::clone(policy));
             ensure!(

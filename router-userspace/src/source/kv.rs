@@ -321,7 +321,7 @@ impl Source {
                     }
                     let config = Arc::clone(&config.borrow());
                     let revisions = &self.context.metrics.kv.revisions;
-                    let events = self.content.retain_allowed(&config.l4, revisions);
+                    let events = self.content.retain_allowed(&config, revisions);
                     return Ok(if self.send(events).await { Next::Anew } else { Next::End });
                 }
             }
@@ -374,7 +374,7 @@ impl Source {
         let config = Arc::clone(&self.context.config.borrow());
         let taken = self
             .content
-            .put(key, value, revision, &config.l4, &metrics.kv.revisions);
+            .put(key, value, revision, &config, &metrics.kv.revisions);
         match taken {
             Ok(events) => {
                 metrics.kv_values.inc();
@@ -384,6 +384,7 @@ impl Source {
             }
             Err(error) => {
                 metrics.kv_rejects.inc();
+                metrics.guard_refused(&error);
                 let error = format!("{error:#}");
                 self.context.rejects.clear(Origin::Kv, key);
                 self.context.rejects.note(Origin::Kv, key, &error);

@@ -124,12 +124,15 @@ impl Ledger {
         gone.iter().flat_map(|key| self.remove(key)).collect()
     }
 
-    /// Forgets the backends of routes that are not allowed, which the agent dropped by itself. What
+    /// Forgets what is said of routes that are not allowed, which the agent dropped by itself. What
     /// their keys say is taken in anew by the next [`Self::set`].
     pub fn retain_routes(&mut self, allowed: impl Fn(&RouteKey) -> bool) {
         self.backends.retain(|(route, _), _| allowed(route));
+        let may_declare = |route: &HttpMatch| allowed(&RouteKey::Http(route.clone()));
+        self.policies.retain(|route, _| may_declare(route));
         for content in self.contents.values_mut() {
             content.backends.retain(|(route, _)| allowed(route));
+            content.policies.retain(may_declare);
         }
     }
 

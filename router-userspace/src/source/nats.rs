@@ -5,6 +5,9 @@
 //! order. It announces the gateway by `<prefix>.start` after every connect, once the subscription is
 //! in place, and answers `<prefix>.greet`. The client reconnects for ever by itself.
 //!
+//! While rules of `[guard]` name subjects, one more subscription, `<prefix>.*.*`, has registrations and
+//! withdrawals of those who have a subject of their own; their last token says who published.
+//!
 //! Whether there is a connection is asked of the client, never taken from its events: those may be
 //! lost, and only wake the task.
 //!
@@ -30,8 +33,10 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::config::{Config, NatsConfig};
 use crate::event::Event;
-use crate::route::wire::Reason;
-use crate::route::{Origin, RouteEvent, wire};
+use crate::metrics::Metrics;
+use crate::route::ownership::Claimant;
+use crate::route::wire::{Reason, Reject};
+use crate::route::{Origin, RouteEvent, RouteKey, wire};
 use crate::source::Context;
 use crate::warning::WarningLimit;
 
@@ -80,7 +85,8 @@ pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> 
         .subscribe(wildcard)
         .await
         .context("subscribe to NATS")?;
-    let source = Source::new(config, client, context);
+    let mut source = Source::new(config, client, context);
+    source.follow_rules().await?;
     tokio::spawn(tokio::task::coop::unconstrained(
         source.run(subscriber, events),
     ));
@@ -268,6 +274,8 @@ fn backoff(attempt: usize) -> Duration {
 
 struct Source {
     subjects: Subjects,
+    /// Of the subjects that rules of `[guard]` may name, while some does.
+    owned: Option<Subscriber>,
     /// Which gateway this is, in `<prefix>.start`.
     id: String,
     client: Client,
@@ -302,6 +310,8 @@ struct Warnings {
 struct Subjects {
     register: String,
     unregister: String,
+    /// `<prefix>.*.*`: registrations and withdrawals in one, so that they keep their order.
+    owned: String,
     greet: String,
     start: String,
 }
@@ -320,6 +330,7 @@ impl Source {
     fn new(config: &NatsConfig, client: Client, context: Context) -> Source {
         Source {
             subjects: Subjects::new(&config.subject_prefix),
+            owned: None,
             id: format!("0-{}", uuid::Uuid::new_v4()),
             client,
             context,
@@ -342,6 +353,7 @@ impl Source {
     ) {
         let mut reconcile = tokio::time::interval(RECONCILE);
         let inbox = self.context.inbox.clone();
+        let mut reloads = self.context.config.clone();
         let mut waiting = false;
         loop {
             let full = !self.queue.is_empty() && inbox.capacity() == 0;
@@ -350,11 +362,19 @@ impl Source {
             }
             waiting = full;
             // All are cancel safe; what is done with them is not part of the select. In this order:
-            // the subscription is empty wherever another branch is taken.
+            // the subscriptions are empty wherever another branch is taken.
             tokio::select! {
                 biased;
                 message = subscriber.next() => {
                     self.enqueue(message.expect("the client reconnects for ever"));
+                }
+                message = next_of(&mut self.owned) => {
+                    self.enqueue(message.expect("the client reconnects for ever"));
+                }
+                Ok(()) = reloads.changed() => {
+                    if let Err(error) = self.follow_rules().await {
+                        tracing::error!("{error:#}: the subjects of guard.owner are not heard");
+                    }
                 }
                 event = events.recv() => {
                     self.react(event.expect("the client reports as long as it lives"));
@@ -373,6 +393,21 @@ impl Source {
                 }
             }
         }
+    }
+
+    /// Listens to subjects of their own owners while a rule names some.
+    async fn follow_rules(&mut self) -> anyhow::Result<()> {
+        let config = Arc::clone(&self.context.config.borrow());
+        let wanted = config.guard.ownership.names_subjects();
+        if wanted && self.owned.is_none() {
+            let subject = self.subjects.owned.clone();
+            let subscriber = self.client.subscribe(subject).await;
+            self.owned = Some(subscriber.context("subscribe to NATS")?);
+        } else if !wanted && let Some(mut subscriber) = self.owned.take() {
+            // What it still has is dropped and counted; without a connection there is nobody to tell.
+            let _ = subscriber.unsubscribe().await;
+        }
+        Ok(())
     }
 
     /// Holds a message for the agent, or drops it.
@@ -436,19 +471,29 @@ impl Source {
         let subject = message.subject.as_str();
         let config = Arc::clone(&self.context.config.borrow());
         // The segment beside: those of others are not this gateway's.
-        let event = if subject == self.subjects.register {
+        let mut owner = String::new();
+        let (kind, claimant) = self.subjects.read(subject, &mut owner);
+        let event = if kind == Kind::Register {
             metrics.registers.inc();
             let read = wire::register(&message.payload, &config.l4.vip_ranges);
+            let read = read.and_then(|registration| {
+                admit(metrics, &config, claimant, &registration.routes)?;
+                Ok(registration)
+            });
             read.map(|registration| {
                 let segment = registration.backend.instance().isolation_segment.clone();
                 (RouteEvent::Register(registration), segment)
             })
-        } else if subject == self.subjects.unregister {
+        } else if kind == Kind::Unregister {
             metrics.unregisters.inc();
             let read = wire::unregister(&message.payload);
+            let read = read.and_then(|(gone, segment)| {
+                admit(metrics, &config, claimant, &gone.routes)?;
+                Ok((gone, segment))
+            });
             read.map(|(gone, segment)| (RouteEvent::Unregister(gone), segment))
         } else {
-            if subject == self.subjects.greet {
+            if kind == Kind::Greet {
                 metrics.greets.inc();
                 self.greet(message).await;
             }
@@ -580,17 +625,71 @@ impl Source {
     }
 }
 
+/// The next message of a subscription; of none, never.
+async fn next_of(subscriber: &mut Option<Subscriber>) -> Option<Message> {
+    match subscriber {
+        Some(subscriber) => subscriber.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Holds what a message names against the rules of `[guard]`.
+fn admit(
+    metrics: &Metrics,
+    config: &Config,
+    claimant: Claimant<'_>,
+    routes: &[RouteKey],
+) -> Result<(), Reject> {
+    let admitted = config.guard.ownership.check(claimant, routes);
+    admitted.map_err(|refusal| {
+        metrics.guard_refusals(refusal.ground).inc();
+        refusal.into()
+    })
+}
+
 /// What a message takes of the budget.
 fn cost(message: &Message) -> u32 {
     u32::try_from(message.payload.len() + MESSAGE_OVERHEAD).expect("a message fits u32")
 }
 
+/// What a message is about, by its subject.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Register,
+    Unregister,
+    Greet,
+    Other,
+}
+
 impl Subjects {
+    /// Says who publishes, too. A subject that owns hosts is named by its registrations, in withdrawals
+    /// as well.
+    fn read<'s>(&self, subject: &'s str, owner: &'s mut String) -> (Kind, Claimant<'s>) {
+        for (own, kind) in [
+            (&self.register, Kind::Register),
+            (&self.unregister, Kind::Unregister),
+            (&self.greet, Kind::Greet),
+        ] {
+            let Some(rest) = subject.strip_prefix(&**own) else {
+                continue;
+            };
+            if rest.is_empty() {
+                return (kind, Claimant::Source(Origin::Nats));
+            }
+            if rest.starts_with('.') && kind != Kind::Greet {
+                owner.extend([&*self.register, rest]);
+                return (kind, Claimant::Subject(owner));
+            }
+        }
+        (Kind::Other, Claimant::Source(Origin::Nats))
+    }
+
     fn new(prefix: &str) -> Subjects {
         let subject = |name: &str| format!("{prefix}.{name}");
         Subjects {
             register: subject("register"),
             unregister: subject("unregister"),
+            owned: subject("*.*"),
             greet: subject("greet"),
             start: subject("start"),
         }

@@ -20,6 +20,9 @@ use crate::snapshot::{Published, Snapshot};
 use crate::source::Context;
 use crate::source::status::State;
 
+/// A rule that gives a host to another source than a test is of; a table of its own, so it comes last.
+pub(crate) const OWNED: &str = "\n[[guard.owner]]\nhosts = [\"owned.x\"]\nsources = [\"nats\"]\n";
+
 /// An agent with one source.
 pub(crate) struct Gateway {
     pub(crate) metrics: Arc<Metrics>,

@@ -15,10 +15,10 @@ use ipnet::IpNet;
 use rand::Rng;
 use tokio::sync::watch;
 
-use crate::config::{Config, L4Config};
+use crate::config::Config;
 use crate::event::Event;
 use crate::route::declared::Announcement;
-use crate::route::{Origin, RouteEvent};
+use crate::route::{Origin, RouteEvent, RouteKey};
 use crate::source::Context;
 use crate::source::ledger::Ledger;
 use crate::source::status::State;
@@ -40,7 +40,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 pub(crate) type Session<C> = for<'a> fn(&'a C, &'a mut Store) -> BoxFuture<'a, anyhow::Error>;
 
 /// Holds sessions by what the configuration says, until the process ends. `section` is what they
-/// depend on, beside `l4.vip_ranges`; `None` switches the source off, and takes its routes back.
+/// depend on, beside `l4.vip_ranges` and `guard`; `None` switches the source off, and takes its routes back.
 pub(crate) async fn follow<C: PartialEq>(
     context: Context,
     origin: Origin,
@@ -51,7 +51,7 @@ pub(crate) async fn follow<C: PartialEq>(
     let mut store = Store::new(context, origin);
     loop {
         let current = Arc::clone(&config.borrow_and_update());
-        store.adopt(&current.l4);
+        store.adopt(&current);
         let Some(settings) = section(&current) else {
             store.switch_off().await;
             if config.changed().await.is_err() {
@@ -67,7 +67,9 @@ pub(crate) async fn follow<C: PartialEq>(
             tokio::time::sleep(wait).await;
         };
         let differs = |new: &Config| {
-            new.l4.vip_ranges != current.l4.vip_ranges || section(new).as_ref() != Some(&settings)
+            new.l4.vip_ranges != current.l4.vip_ranges
+                || new.guard.ownership != current.guard.ownership
+                || section(new).as_ref() != Some(&settings)
         };
         tokio::select! {
             biased;
@@ -177,6 +179,8 @@ impl Store {
                 known || content.is_empty() || self.ledger.key_count() < MAX_KEYS,
                 "more than {MAX_KEYS} keys"
             );
+            let ownership = &self.context.config.borrow().guard.ownership;
+            ownership.check_announced(self.origin, &content)?;
             Ok(content)
         });
         match content {
@@ -184,7 +188,7 @@ impl Store {
                 self.accept(key);
                 self.pending.extend(self.ledger.set(key, content));
             }
-            Err(error) => self.refuse(key, &format!("{error:#}")),
+            Err(error) => self.refuse(key, &error),
         }
         self.send().await;
     }
@@ -229,24 +233,28 @@ impl Store {
     }
 
     /// Tells once of a key that stays refused.
-    fn refuse(&mut self, key: &str, why: &str) {
-        if self.refused.get(key).is_some_and(|known| known == why) {
+    fn refuse(&mut self, key: &str, error: &anyhow::Error) {
+        let why = format!("{error:#}");
+        if self.refused.get(key) == Some(&why) {
             return;
         }
         self.context.metrics.source_rejects[self.origin as usize].inc();
-        self.context.rejects.note(self.origin, key, why);
+        self.context.metrics.guard_refused(error);
+        self.context.rejects.note(self.origin, key, &why);
         if let Some(suppressed) = self.refusals.allow(Instant::now()) {
             let origin = self.origin.as_str();
             tracing::warn!(origin, key, why, suppressed, "refused: it stays as it was");
         }
         if self.refused.len() < MAX_REFUSED || self.refused.contains_key(key) {
-            self.refused.insert(key.to_owned(), why.to_owned());
+            self.refused.insert(key.to_owned(), why);
         }
     }
 
     /// Follows a reload: the agent dropped by itself what is not allowed.
-    fn adopt(&mut self, l4: &L4Config) {
-        self.ledger.retain_routes(|route| route.is_allowed(l4));
+    fn adopt(&mut self, config: &Config) {
+        let origin = self.origin;
+        let is_allowed = |route: &RouteKey| route.is_allowed(origin, config);
+        self.ledger.retain_routes(is_allowed);
     }
 
     async fn switch_off(&mut self) {
@@ -284,9 +292,15 @@ impl Store {
             let event = self.pending.pop_front().expect("it is not empty");
             let config = self.context.config.borrow();
             // Read before a reload that has the agent drop it.
-            let stale = matches!(&event, RouteEvent::Register(registration)
-                if !registration.routes.iter().all(|route| route.is_allowed(&config.l4)));
-            if !stale {
+            let is_allowed = |route: &RouteKey| route.is_allowed(self.origin, &config);
+            let stands = match &event {
+                RouteEvent::Register(registration) => registration.routes.iter().all(is_allowed),
+                RouteEvent::Declare(declared) => {
+                    is_allowed(&RouteKey::Http(declared.route.clone()))
+                }
+                RouteEvent::Unregister(_) | RouteEvent::Withdraw(_) => true,
+            };
+            if stands {
                 permit.send(Event::Route(event));
             }
         }

@@ -55,6 +55,7 @@ pub(super) fn start(
             let reader = l4.as_ref().map(L4::reader);
             let metrics = Arc::clone(&context.metrics);
             let mut agent = Agent::new(&config, published, l4, reports, metrics);
+            agent.list_rejects(Arc::clone(&context.rejects));
             if let Some(kept) = last_known_good::read(&config.state) {
                 agent.adopt(kept, &config);
             }

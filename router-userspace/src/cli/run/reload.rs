@@ -5,12 +5,13 @@ use anyhow::bail;
 use crate::config::{Config, NatsConfig};
 
 /// Keys, and tables ending in a dot, that a reload changes; `http` is layer 7's to judge.
-const RELOADABLE: [&str; 20] = [
+const RELOADABLE: [&str; 21] = [
     "nats.prune_interval",
     "nats.stale_threshold",
     "nats.minimum_register_interval",
     "nats.startup_grace",
     "file.",
+    "guard.",
     "redis.",
     "etcd.",
     "zookeeper.",

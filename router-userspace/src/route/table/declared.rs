@@ -68,6 +68,27 @@ impl RouteTable {
         self.follow_declared(&gone.route, change);
     }
 
+    /// Withdraws the declarations that are not `allowed`.
+    pub(super) fn retain_declared(
+        &mut self,
+        allowed: impl Fn(Origin, &RouteKey) -> bool,
+        change: &mut Change,
+    ) {
+        let mut gone = Vec::new();
+        for (route, policies) in &self.next.declared {
+            let key = RouteKey::Http(route.clone());
+            let origins = policies.iter().map(|policy| policy.origin);
+            let refused = origins.filter(|origin| !allowed(*origin, &key));
+            gone.extend(refused.map(|origin| Withdrawal {
+                route: route.clone(),
+                origin,
+            }));
+        }
+        for withdrawal in gone {
+            self.withdraw(&withdrawal, change);
+        }
+    }
+
     /// Ends what was adopted and no source has spoken of, once all have had their time to.
     pub(super) fn expire_declared(&mut self, now: Tick, change: &mut Change) {
         let adopted = self.sources[Origin::Adopted as usize];

@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::route::policy::HttpPolicy;
 use crate::route::table::{RouteTable, find_pool};
-use crate::route::{HttpMatch, RouteKey};
+use crate::route::{HttpMatch, Origin, Pool, RouteKey};
 use crate::snapshot::{HostRoutes, Snapshot};
 
 /// Backends of routes, over all routes.
@@ -32,6 +32,12 @@ pub enum Bound {
     PathConditions,
     /// [`MAX_DECLARED`].
     Declared,
+    /// `guard.limits` of the source: so many routes.
+    SourceRoutes(Origin, usize),
+    /// `guard.limits` of the source: so many backends.
+    SourceBackends(Origin, usize),
+    /// `guard.damping`: it came and went too often. The backend is registered, and held out of its pool.
+    Flapping,
 }
 
 impl RouteTable {
@@ -41,6 +47,7 @@ impl RouteTable {
         &self,
         routes: &[RouteKey],
         found: &[Option<u32>],
+        origin: Origin,
     ) -> Result<(), Bound> {
         let new = || {
             let pairs = routes.iter().zip(found);
@@ -50,6 +57,14 @@ impl RouteTable {
         if self.index.len() + count > MAX_ENTRIES {
             return Err(Bound::Entries);
         }
+        let limits = self.limits[origin as usize];
+        if let Some(most) = limits.backends
+            && count > 0
+            && self.by_origin[origin as usize] + count > most
+        {
+            return Err(Bound::SourceBackends(origin, most));
+        }
+        let mut routes_of = self.routes_of[origin as usize];
         for route in new() {
             let pool = match route {
                 RouteKey::Vip(vip) => self.next.vips.get(vip),
@@ -63,6 +78,14 @@ impl RouteTable {
             };
             if pool.is_some_and(|pool| pool.backends.len() >= MAX_POOL_BACKENDS) {
                 return Err(Bound::PoolBackends);
+            }
+            if let Some(most) = limits.routes
+                && pool.is_none_or(|pool| !has_backend_of(pool, origin))
+            {
+                routes_of += 1;
+                if routes_of > most {
+                    return Err(Bound::SourceRoutes(origin, most));
+                }
             }
         }
         Ok(())
@@ -97,9 +120,29 @@ impl fmt::Display for Bound {
                     "{MAX_PATH_CONDITIONS} routes with conditions of one path"
                 )
             }
+            Bound::SourceRoutes(origin, most) => {
+                write!(
+                    f,
+                    "no more than guard.limits.{}.routes, {most}",
+                    origin.as_str()
+                )
+            }
+            Bound::SourceBackends(origin, most) => {
+                write!(
+                    f,
+                    "no more than guard.limits.{}.backends, {most}",
+                    origin.as_str()
+                )
+            }
+            Bound::Flapping => write!(f, "guard.damping: it came and went too often"),
             Bound::Declared => write!(f, "{MAX_DECLARED} declared routes"),
         }
     }
+}
+
+/// Whether a source has a backend in the pool. Mostly the first is of it, or none.
+pub(super) fn has_backend_of(pool: &Pool, origin: Origin) -> bool {
+    pool.backends.iter().any(|backend| backend.origin == origin)
 }
 
 /// Whether the host of `route`, which is new, has room for it and the rest of `new`, `count` in all.

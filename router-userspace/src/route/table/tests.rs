@@ -3,7 +3,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::SourceLimits;
 use crate::route::conditions::Conditions;
+use crate::route::damping::Settings;
 use crate::route::expiry::TICK;
 use crate::route::policy::{HttpPolicy, Redirect};
 use crate::route::{Balance, Declaration, Instance, Withdrawal};
@@ -503,7 +505,8 @@ fn vips_that_are_not_allowed_any_more_go_and_the_rest_stays() {
         let one = backend(&format!("10.0.0.1:{port}"), 1, Origin::Nats);
         table.apply(register(&routes, &one), now);
     }
-    let change = table.retain_vips(|vip| vip.proto == Proto::Tcp);
+    let change =
+        table.retain(|_, route| !matches!(route, RouteKey::Vip(vip) if vip.proto != Proto::Tcp));
     assert_eq!((change.removed, change.vips.len()), (3, 1));
     assert_eq!((table.size().http_routes, table.size().vips), (1, 1));
     check_invariants(&table);
@@ -714,6 +717,8 @@ fn check_invariants(table: &RouteTable) {
     assert_eq!(table.index.len(), live);
     assert_eq!(table.free.len() + live, table.entries.len());
     let mut by_origin = [0; Origin::ALL.len()];
+    let mut routes_of = BTreeSet::new();
+    let mut held = 0;
     let mut served = 0;
     let mut vips_of = BTreeSet::new();
     for (id, entry) in table.entries.iter().enumerate() {
@@ -723,19 +728,26 @@ fn check_invariants(table: &RouteTable) {
         let origin = entry.backend.origin;
         assert_eq!(table.find(&entry.route, address, origin), Some(id));
         by_origin[entry.backend.origin as usize] += 1;
+        let is_held = table.held.members.contains(&(entry.route.clone(), address));
+        held += usize::from(is_held);
         let pool = match &entry.route {
             RouteKey::Vip(vip) => {
-                vips_of.insert((address, *vip));
+                if !is_held {
+                    vips_of.insert((address, *vip));
+                }
                 Arc::clone(&table.next.vips[vip])
             }
             RouteKey::Http(http) => Arc::clone(find_pool(&table.next, http).unwrap()),
         };
         let mut members = pool.backends.iter();
         let is_member = members.any(|backend| Arc::ptr_eq(backend, &entry.backend));
-        let serves = table.is_serving(id);
+        let serves = table.is_serving(id) && !is_held;
         served += usize::from(serves);
         // Sources may announce an equal backend, and even the same one.
         assert!(is_member || !serves);
+        if serves {
+            routes_of.insert((origin, entry.route.clone()));
+        }
         if origin.expires() {
             assert!(
                 table.expiry.scheduled(id, entry.scheduled),
@@ -753,6 +765,9 @@ fn check_invariants(table: &RouteTable) {
         }
     }
     assert_eq!(table.size().entries, by_origin);
+    let of = |origin| routes_of.iter().filter(|(by, _)| *by == origin).count();
+    assert_eq!(table.routes_of, Origin::ALL.map(of));
+    assert_eq!(table.held(), held);
     assert!(table.expiry.count() <= live, "a lease is looked at once");
     assert_eq!(vips_of, table.vips_of);
     let hosts = table.next.hosts.iter();
@@ -1119,4 +1134,138 @@ fn an_adopted_policy_is_that_of_whoever_declares_the_route_first() {
     assert_eq!(said(&table), [Origin::Kv]);
     table.apply(withdraw(&route, Origin::Kv), now);
     assert!(said(&table).is_empty());
+}
+
+#[test]
+fn a_source_at_its_limit_renews_what_it_has_and_gets_nothing_new() {
+    let now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    let mut limits = [SourceLimits::default(); Origin::ALL.len()];
+    limits[Origin::Nats as usize] = SourceLimits {
+        routes: Some(2),
+        backends: Some(3),
+    };
+    table.set_limits(limits);
+    let mut apply = |hosts: &[&str], address: &str, origin| {
+        let routes: Vec<RouteKey> = hosts.iter().map(|host| http(host, "")).collect();
+        let change = table.apply(register(&routes, &backend(address, 1, origin)), now);
+        check_invariants(&table);
+        change
+    };
+    let first = apply(&["a.x", "b.x"], "10.0.0.1:80", Origin::Nats);
+    assert_eq!((first.added, first.over_limit), (2, 0));
+    let third = apply(&["a.x", "c.x"], "10.0.0.1:80", Origin::Nats);
+    let bound = Bound::SourceRoutes(Origin::Nats, 2);
+    assert_eq!((third.bound, third.over_limit), (Some(bound), 1));
+    assert_eq!(
+        third.told[0].bound.to_string(),
+        "no more than guard.limits.nats.routes, 2"
+    );
+    assert_eq!(apply(&["b.x"], "10.0.0.2:80", Origin::Nats).added, 1);
+    let fourth = apply(&["b.x"], "10.0.0.3:80", Origin::Nats);
+    assert_eq!(fourth.bound, Some(Bound::SourceBackends(Origin::Nats, 3)));
+    assert_eq!(
+        apply(&["a.x", "b.x"], "10.0.0.1:80", Origin::Nats).refreshed,
+        2
+    );
+    assert_eq!(apply(&["c.x"], "10.0.0.3:80", Origin::File).added, 1);
+}
+
+/// Where registrations, withdrawals and time go on, of three backends of two routes.
+fn flap(table: &mut RouteTable, steps: &[(u8, u8, bool)], now: &mut Instant) {
+    for (host, port, registers) in steps {
+        let routes = [match host {
+            0 => http("a.x", ""),
+            _ => vip("tcp/192.0.2.1:80"),
+        }];
+        let one = backend(&format!("10.0.0.1:{}", port + 1), 1, Origin::Nats);
+        let event = match registers {
+            true => register(&routes, &one),
+            false => RouteEvent::Unregister(Unregistration {
+                routes: routes.to_vec(),
+                address: one.address,
+                instance_id: None,
+                origin: Origin::Nats,
+            }),
+        };
+        table.apply(event, *now);
+        *now += Duration::from_secs(1);
+        table.expire(*now);
+        check_invariants(table);
+    }
+}
+
+const FLAPPING: Settings = Settings {
+    suppress: 2.0,
+    reuse: 1.0,
+    half_life: Duration::from_secs(20),
+    longest: Duration::from_secs(60),
+};
+
+#[test]
+fn a_backend_that_comes_and_goes_is_held_back_and_never_the_last() {
+    let mut now = Instant::now();
+    let mut table = RouteTable::new(THRESHOLD, now);
+    table.set_damping(Some(FLAPPING));
+    let pool = |table: &RouteTable| {
+        let pool = &table.next.vips[&"tcp/192.0.2.1:80".parse::<Vip>().unwrap()];
+        let ports = pool.backends.iter().map(|backend| backend.address.port());
+        ports.collect::<Vec<u16>>()
+    };
+    flap(&mut table, &[(1, 0, true)], &mut now);
+    for _ in 0..3 {
+        flap(&mut table, &[(1, 1, true), (1, 1, false)], &mut now);
+    }
+    flap(&mut table, &[(1, 1, true)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![1], 1),
+        "it is held back"
+    );
+    flap(&mut table, &[(1, 0, false)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![2], 0),
+        "the last one serves"
+    );
+    flap(
+        &mut table,
+        &[(1, 0, true), (1, 1, false), (1, 1, true)],
+        &mut now,
+    );
+    assert_eq!((pool(&table), table.held()), (vec![1], 1));
+    now += FLAPPING.longest;
+    flap(&mut table, &[(1, 0, true)], &mut now);
+    assert_eq!(
+        (pool(&table), table.held()),
+        (vec![1, 2], 0),
+        "its time is over"
+    );
+    for _ in 0..4 {
+        flap(&mut table, &[(1, 1, false), (1, 1, true)], &mut now);
+    }
+    assert_eq!(table.held(), 1);
+    assert!(table.set_damping(None).changed);
+    assert_eq!((pool(&table), table.held()), (vec![1, 2], 0));
+    check_invariants(&table);
+}
+
+proptest! {
+    #[test]
+    fn no_pool_is_without_its_backends_however_they_flap(
+        steps in prop::collection::vec((0_u8..2, 0_u8..3, any::<bool>()), 1..120),
+    ) {
+        let mut now = Instant::now();
+        let mut table = RouteTable::new(THRESHOLD, now);
+        table.set_damping(Some(FLAPPING));
+        flap(&mut table, &steps, &mut now);
+        for pool in table.next.vips.values() {
+            prop_assert!(!pool.backends.is_empty());
+        }
+        // Once all is quiet, everything that is registered serves.
+        now += Duration::from_secs(100);
+        table.expire(now);
+        prop_assert_eq!(table.held(), 0);
+        check_invariants(&table);
+    }
 }

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::*;
-use crate::source::rig::{Gateway, Link, free_address, until};
+use crate::source::rig::{Gateway, Link, OWNED, free_address, until};
 use crate::source::status::State;
 
 /// A double of an agent: the three endpoints with the indexes, waits, refusals and shapes of answers
@@ -388,4 +388,26 @@ async fn a_token_without_rights_is_told_so() {
     .await;
     gateway.reload(&text("good")).await;
     gateway.serves("a.x", &["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn a_host_that_a_rule_gives_to_others_is_refused() {
+    let double = Double::start().await;
+    let owned = ["viaduct.uris=owned.x"];
+    double.set("one", &[instance("1", "10.0.0.1", 80, &owned)]);
+    let free = ["viaduct.uris=free.x"];
+    double.set("two", &[instance("1", "10.0.0.1", 80, &free)]);
+    let text = config(double.address, OWNED);
+    let gateway = Gateway::start(Origin::Consul, &text, run);
+    gateway.serves("free.x", &["10.0.0.1:80"]).await;
+    until(
+        || format!("it is refused: {:?}", gateway.rejects.list()),
+        || {
+            let list = gateway.rejects.list();
+            list.iter()
+                .any(|reject| reject.why.contains("guard.owner[0]"))
+        },
+    )
+    .await;
+    assert!(gateway.backends("owned.x").is_empty());
 }

@@ -2,7 +2,8 @@ use std::net::SocketAddr;
 use std::process::Command;
 
 use super::*;
-use crate::source::rig::{Gateway, Link, Server as Process, free_address, until};
+use crate::route::ownership::Ground;
+use crate::source::rig::{Gateway, Link, OWNED, Server as Process, free_address, until};
 use crate::source::status::State;
 
 struct Server {
@@ -346,4 +347,26 @@ async fn it_speaks_tls_to_a_server_that_its_certificates_vouch_for() {
     let ca = format!("ca_file = {certificate:?}\n");
     gateway.reload(&config(&server.url(), &ca)).await;
     gateway.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_host_that_a_rule_gives_to_others_is_refused_until_a_reload_allows_it() {
+    let server = Server::start().await;
+    let plain = config(&server.url(), "");
+    let gateway = Gateway::start(Origin::Etcd, &(plain.clone() + OWNED), run);
+    gateway.is_whole().await;
+    let key = "/viaduct/routes/a";
+    server.put(key, route("owned.x", "10.0.0.1:80")).await;
+    gateway
+        .refuses(key, "guard.owner[0] gives it to nats")
+        .await;
+    server.put("/services/free/1", "10.0.0.1:80").await;
+    gateway.serves("free.x", &["10.0.0.1:80"]).await;
+    assert_eq!(gateway.metrics.guard_refusals(Ground::Owned).get(), 1);
+    assert!(gateway.backends("owned.x").is_empty());
+    gateway.reload(&plain).await;
+    gateway.serves("owned.x", &["10.0.0.1:80"]).await;
+    gateway.reload(&(plain + OWNED)).await;
+    gateway.serves("owned.x", &[]).await;
+    gateway.serves("free.x", &["10.0.0.1:80"]).await;
 }

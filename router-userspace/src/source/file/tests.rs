@@ -9,8 +9,8 @@ use crate::metrics::Metrics;
 use crate::rejects::Rejects;
 use crate::route::{Balance, HttpProtocol, RouteEvent};
 
-fn ranges() -> Vec<IpNet> {
-    vec!["192.0.2.0/24".parse().unwrap()]
+fn config() -> Arc<Config> {
+    Arc::new(crate::config::parse("[l4]\nvip_ranges = [\"192.0.2.0/24\"]").unwrap())
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn a_route_has_every_property_of_a_registration() {
     let Announcement {
         registrations,
         declarations,
-    } = parse(text, &ranges()).unwrap();
+    } = parse(text, &config()).unwrap();
     assert_eq!(registrations.len(), 2);
     let routes: Vec<String> = registrations[0]
         .routes
@@ -87,7 +87,7 @@ fn a_mistake_is_named_by_line_and_key() {
             ["line 4", "port 0"],
         ),
     ] {
-        let error = format!("{:#}", parse(&text, &ranges()).unwrap_err());
+        let error = format!("{:#}", parse(&text, &config()).unwrap_err());
         for part in parts {
             assert!(error.contains(part), "{text:?}: {error:?} lacks {part:?}");
         }
@@ -159,20 +159,26 @@ async fn a_file_that_is_being_written_is_left_until_it_rests() {
     let path = directory.path().join("routes.toml");
     std::fs::write(&path, text(&["a.x", "b.x"])).unwrap();
     let mut known = Known::default();
-    let first = look(&path, &mut known, &[]).await.unwrap().unwrap();
+    let first = look(&path, &mut known, &config()).await.unwrap().unwrap();
     assert_eq!(first.registrations.len(), 2);
     known.is_empty = first.is_empty();
-    assert!(look(&path, &mut known, &[]).await.is_none(), "nothing new");
+    assert!(
+        look(&path, &mut known, &config()).await.is_none(),
+        "nothing new"
+    );
     // Half of it is a good file too.
     std::fs::write(&path, text(&["a.x"])).unwrap();
-    assert!(look(&path, &mut known, &[]).await.is_none());
+    assert!(look(&path, &mut known, &config()).await.is_none());
     std::fs::write(&path, text(&["a.x", "b.x", "c.x"])).unwrap();
-    assert!(look(&path, &mut known, &[]).await.is_none());
-    let rested = look(&path, &mut known, &[]).await.unwrap().unwrap();
+    assert!(look(&path, &mut known, &config()).await.is_none());
+    let rested = look(&path, &mut known, &config()).await.unwrap().unwrap();
     assert_eq!(rested.registrations.len(), 3);
     std::fs::remove_file(&path).unwrap();
     for _ in 0..2 {
-        let error = look(&path, &mut known, &[]).await.unwrap().unwrap_err();
+        let error = look(&path, &mut known, &config())
+            .await
+            .unwrap()
+            .unwrap_err();
         assert!(
             format!("{error:#}").contains("routes.toml"),
             "it is tried again"
@@ -236,7 +242,7 @@ fn example() -> &'static str {
 
 #[test]
 fn the_documented_example_is_valid_and_has_every_key() {
-    let content = parse(example(), &ranges()).unwrap();
+    let content = parse(example(), &config()).unwrap();
     assert_eq!(content.registrations.len(), 5);
     assert_eq!(content.declarations.len(), 5);
     for key in [
@@ -275,9 +281,9 @@ fn the_documented_example_is_valid_and_has_every_key() {
 fn routes_that_contradict_each_other_are_refused() {
     let route = |asks: &str| format!("[[route]]\nuris = [\"a.x\"]\n{asks}\n");
     let same = route("compression = true").repeat(2);
-    assert_eq!(parse(&same, &ranges()).unwrap().declarations.len(), 2);
+    assert_eq!(parse(&same, &config()).unwrap().declarations.len(), 2);
     let other = route("compression = true") + &route("balance = \"round-robin\"");
-    let error = parse(&other, &ranges()).unwrap_err().to_string();
+    let error = parse(&other, &config()).unwrap_err().to_string();
     assert!(
         error.starts_with("line 4: route[1].uris: ") && error.contains("a.x"),
         "{error}"
@@ -292,4 +298,16 @@ async fn next_route(events: &mut tokio::sync::mpsc::Receiver<Event>) -> Event {
             event => return event,
         }
     }
+}
+
+#[test]
+fn a_route_that_rules_give_to_others_refuses_the_file_by_its_place() {
+    let rules = "[[guard.owner]]\nhosts = [\"b.x\"]\nsources = [\"kv\"]";
+    let config = crate::config::parse(rules).unwrap();
+    assert!(parse(&text(&["a.x"]), &config).is_ok());
+    let error = format!("{:#}", parse(&text(&["a.x", "b.x"]), &config).unwrap_err());
+    assert_eq!(
+        error,
+        "line 5: route[1]: uris: b.x is not to be registered here: guard.owner[0] gives it to kv"
+    );
 }

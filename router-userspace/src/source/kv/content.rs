@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{anyhow, ensure};
 
-use crate::config::{L4Config, MAX_SOURCE_PREFIXES, VipConfig};
+use crate::config::{Config, L4Config, MAX_SOURCE_PREFIXES, VipConfig};
 use crate::event::Event;
 use crate::route::declared::Announcement;
 use crate::route::{Origin, RouteEvent, RouteKey, Vip};
@@ -56,7 +56,7 @@ impl Content {
         key: &str,
         value: &[u8],
         revision: u64,
-        l4: &L4Config,
+        config: &Config,
         revisions: &Revisions,
     ) -> anyhow::Result<Vec<Event>> {
         if !self.keys.contains(key) {
@@ -67,14 +67,14 @@ impl Content {
             self.keys.insert(key.into());
         }
         let parsed: Key = key.parse()?;
-        let events = match parsed.read(value, l4)? {
+        let events = match parsed.read(value, config)? {
             Declared::Route(route) => {
                 revisions.set(key, revision, routes(&route));
                 as_events(self.ledger.set(key, route))
             }
             Declared::Vip(policy) => {
                 let vip = policy.address;
-                self.check_room(&policy, l4)?;
+                self.check_room(&policy, &config.l4)?;
                 self.forget_policy(vip);
                 self.prefixes += prefixes(&policy);
                 self.vips.insert(vip, VipConfig::clone(&policy));
@@ -105,9 +105,13 @@ impl Content {
     }
 
     /// Forgets what another configuration does not allow; the agent drops such routes by itself.
-    pub fn retain_allowed(&mut self, l4: &L4Config, revisions: &Revisions) -> Vec<Event> {
-        self.ledger.retain_routes(|route| route.is_allowed(l4));
-        let refused = self.vips.values().filter(|vip| l4.check_vip(vip).is_err());
+    pub fn retain_allowed(&mut self, config: &Config, revisions: &Revisions) -> Vec<Event> {
+        let is_allowed = |route: &RouteKey| route.is_allowed(Origin::Kv, config);
+        self.ledger.retain_routes(is_allowed);
+        let refused = self.vips.values().filter(|policy| {
+            let is_valid = config.l4.check_vip(policy).is_ok();
+            !is_valid || !is_allowed(&RouteKey::Vip(policy.address))
+        });
         let refused: Vec<Vip> = refused.map(|policy| policy.address).collect();
         let gone = |vip: Vip| {
             self.forget_policy(vip);

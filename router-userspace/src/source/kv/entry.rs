@@ -12,10 +12,11 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::config::{L4Config, PortRange, VipConfig};
+use crate::config::{Config, PortRange, VipConfig};
 use crate::route::declared::{Announcement, DeclaredRoute};
+use crate::route::ownership::Claimant;
 use crate::route::wire::MAX_MESSAGE_BYTES;
-use crate::route::{Origin, Vip};
+use crate::route::{Origin, RouteKey, Vip};
 
 /// Bytes of a key, as a NATS subject has room for it.
 pub const MAX_KEY_BYTES: usize = 512;
@@ -38,11 +39,12 @@ pub enum Declared {
 }
 
 impl Key {
-    /// Reads the value of this key as it is to be acted on. VIPs are held against `l4.vip_ranges`.
+    /// Reads the value of this key as it is to be acted on. VIPs are held against `l4.vip_ranges`,
+    /// and all against the rules of `[guard]`.
     ///
     /// # Errors
     /// One message that begins with the key of the value that is wrong.
-    pub fn read(&self, value: &[u8], l4: &L4Config) -> anyhow::Result<Declared> {
+    pub fn read(&self, value: &[u8], config: &Config) -> anyhow::Result<Declared> {
         ensure!(
             value.len() <= MAX_VALUE_BYTES,
             "{} bytes, at most {MAX_VALUE_BYTES}",
@@ -52,7 +54,11 @@ impl Key {
             Key::Route(_) => {
                 let route: DeclaredRoute =
                     deserialize(&mut serde_json::Deserializer::from_slice(value))?;
-                let announcement = route.read(Origin::Kv, &l4.vip_ranges)?;
+                let announcement = route.read(Origin::Kv, &config.l4.vip_ranges)?;
+                config
+                    .guard
+                    .ownership
+                    .check_announced(Origin::Kv, &announcement)?;
                 Ok(Declared::Route(announcement))
             }
             Key::Vip(vip) => {
@@ -65,7 +71,10 @@ impl Key {
                     "address: the key names {vip}"
                 );
                 let policy: VipConfig = deserialize(Value::Object(policy))?;
-                l4.check_vip(&policy)?;
+                config.l4.check_vip(&policy)?;
+                let claimant = Claimant::Source(Origin::Kv);
+                let route = RouteKey::Vip(*vip);
+                config.guard.ownership.check(claimant, &[route])?;
                 Ok(Declared::Vip(Box::new(policy)))
             }
         }
@@ -209,17 +218,14 @@ mod tests {
         }
     }
 
-    fn l4() -> L4Config {
-        L4Config {
-            vip_ranges: vec!["192.0.2.0/24".parse().unwrap()],
-            ..L4Config::default()
-        }
+    fn config() -> Config {
+        crate::config::parse("[l4]\nvip_ranges = [\"192.0.2.0/24\"]").unwrap()
     }
 
     #[track_caller]
     fn refused(key: &str, value: &str) -> String {
         let key: Key = key.parse().unwrap();
-        format!("{:#}", key.read(value.as_bytes(), &l4()).unwrap_err())
+        format!("{:#}", key.read(value.as_bytes(), &config()).unwrap_err())
     }
 
     #[test]
@@ -228,7 +234,7 @@ mod tests {
         let value =
             br#"{"uris": ["a.x"], "vips": ["tcp/192.0.2.1:80"], "timeouts": {"total": "5s"},
             "backend": [{"address": "10.0.0.1:80", "weight": 7}]}"#;
-        let Declared::Route(route) = key.read(value, &l4()).unwrap() else {
+        let Declared::Route(route) = key.read(value, &config()).unwrap() else {
             panic!("a route")
         };
         assert_eq!(route.registrations[0].backend.weight, 7);
@@ -236,7 +242,7 @@ mod tests {
         assert_eq!(route.declarations.len(), 1);
         let key: Key = "vip.tcp.192.0.2.1.80".parse().unwrap();
         let value = br#"{"forwarding": "ipip", "drain": "1m", "allow": ["198.51.100.0/24"]}"#;
-        let Declared::Vip(policy) = key.read(value, &l4()).unwrap() else {
+        let Declared::Vip(policy) = key.read(value, &config()).unwrap() else {
             panic!("a policy")
         };
         assert_eq!(policy.address, "tcp/192.0.2.1:80".parse().unwrap());
@@ -282,7 +288,7 @@ mod tests {
         #[test]
         fn no_bytes_panic(value: Vec<u8>, key in ".*") {
             for key in ["route.a", "vip.tcp.192.0.2.1.80"] {
-                let _ = key.parse::<Key>().unwrap().read(&value, &l4());
+                let _ = key.parse::<Key>().unwrap().read(&value, &config());
             }
             let _ = key.parse::<Key>();
         }

@@ -434,3 +434,39 @@ async fn entries_are_written_over_the_revision_that_was_read_and_over_no_other()
         "{error:#}"
     );
 }
+
+#[tokio::test]
+async fn routes_and_policies_that_rules_give_to_others_are_refused() {
+    let store = tempfile::tempdir().unwrap();
+    let server = server(None, &store).await;
+    let gateway = Gateway::start(server.address).await;
+    gateway.is(State::Followed).await;
+    let bucket = bucket(server.address).await;
+    let mut guarded = crate::config::parse(
+        "[[guard.owner]]\nhosts = ['*.x']\nvips = ['192.0.2.0/24']\nsources = ['file']",
+    )
+    .unwrap();
+    guarded.nats = config(server.address).nats;
+    guarded.l4 = config(server.address).l4;
+    gateway.reload.send_replace(Arc::new(guarded));
+    bucket.put("route.a", route("a.x")).await.unwrap();
+    bucket
+        .put("vip.tcp.192.0.2.1.80", "{}".into())
+        .await
+        .unwrap();
+    bucket.put("route.c", route("c.y")).await.unwrap();
+    gateway.serves("c.y").await;
+    assert!(!gateway.published.load().hosts.contains("a.x"));
+    let list = gateway.rejects.list();
+    for (key, field) in [
+        ("route.a", "uris: a.x"),
+        ("vip.tcp.192.0.2.1.80", "vips: tcp/"),
+    ] {
+        let told = list.iter().find(|reject| reject.what == key);
+        let why = &told.unwrap_or_else(|| panic!("{key}: {list:?}")).why;
+        assert!(
+            why.contains(field) && why.contains("guard.owner[0]"),
+            "{why}"
+        );
+    }
+}

@@ -5,11 +5,13 @@ use tokio::sync::watch;
 use super::*;
 use crate::agent::Agent;
 use crate::event::INBOX_DEPTH;
-use crate::metrics::Metrics;
+use crate::rejects::Rejects;
+use crate::route::ownership::Ground;
 use crate::snapshot::{Published, Snapshot};
 use crate::source::nats_server::{Server, until};
 
 mod access;
+mod accounts;
 
 #[test]
 fn backoff_grows_to_its_bound_and_varies() {
@@ -24,7 +26,9 @@ fn backoff_grows_to_its_bound_and_varies() {
 struct Gateway {
     published: Published,
     metrics: Arc<Metrics>,
-    _reload: watch::Sender<Arc<Config>>,
+    rejects: Arc<Rejects>,
+    inbox: mpsc::Sender<Event>,
+    reload: watch::Sender<Arc<Config>>,
 }
 
 impl Gateway {
@@ -46,8 +50,12 @@ impl Gateway {
             nats,
             ..Config::default()
         };
-        config.nats.prune_interval = Duration::from_millis(50);
         config.l4.vip_ranges = vec!["192.0.2.0/24".parse().unwrap()];
+        Gateway::of(config).await
+    }
+
+    async fn of(mut config: Config) -> Gateway {
+        config.nats.prune_interval = Duration::from_millis(50);
         let (nats, fixed) = (config.nats.clone(), config.clone());
         let (reload, config) = watch::channel(Arc::new(config));
         let (inbox, events) = mpsc::channel(INBOX_DEPTH);
@@ -61,12 +69,13 @@ impl Gateway {
             Arc::clone(&metrics),
         );
         tokio::spawn(agent.run(events));
+        let rejects = Arc::<Rejects>::default();
         start(
             &nats,
             Context {
-                inbox,
+                inbox: inbox.clone(),
                 metrics: Arc::clone(&metrics),
-                rejects: Arc::default(),
+                rejects: Arc::clone(&rejects),
                 config,
             },
         )
@@ -75,8 +84,17 @@ impl Gateway {
         Gateway {
             published,
             metrics,
-            _reload: reload,
+            rejects,
+            inbox,
+            reload,
         }
+    }
+
+    /// As the program does on SIGHUP.
+    async fn reload(&self, config: Config) {
+        self.reload.send_replace(Arc::new(config.clone()));
+        let event = Event::Reload(Box::new(config));
+        self.inbox.send(event).await.unwrap();
     }
 
     async fn until(&self, what: &str, holds: impl Fn(&Snapshot, &Metrics) -> bool) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use redis::Commands;
 
 use super::*;
-use crate::source::rig::{Gateway, Link, free_address};
+use crate::source::rig::{Gateway, Link, OWNED, free_address};
 use crate::source::status::State;
 
 /// Servers end with their test.
@@ -326,4 +326,25 @@ async fn it_speaks_tls_to_a_server_that_its_certificates_vouch_for() {
     let client = client.replace("KEY", &path("key.pem"));
     gateway.reload(&text(&(ca + &client))).await;
     gateway.serves("a.x", &["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn a_host_that_a_rule_gives_to_others_is_refused() {
+    let server = Server::start(&NOTIFY).await;
+    let text = config(server.process.address, OWNED);
+    let gateway = Gateway::start(Origin::Redis, &text, run);
+    push(&server, "frontend:owned.x", &["", "http://10.0.0.1:80"]).await;
+    push(&server, "/rs/free.x", &["10.0.0.1:80"]).await;
+    gateway.serves("free.x", &["10.0.0.1:80"]).await;
+    crate::source::rig::until(
+        || format!("it is refused: {:?}", gateway.rejects.list()),
+        || {
+            let list = gateway.rejects.list();
+            list.iter()
+                .any(|reject| reject.why.contains("guard.owner[0]"))
+        },
+    )
+    .await;
+    assert!(gateway.rejects.list()[0].what.contains("owned.x"));
+    assert!(gateway.backends("owned.x").is_empty());
 }

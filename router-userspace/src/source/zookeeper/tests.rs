@@ -4,7 +4,7 @@ use std::process::Command;
 use zookeeper_client::{Acls, CreateMode};
 
 use super::*;
-use crate::source::rig::{Gateway, Link, Server as Process, free_address, until};
+use crate::source::rig::{Gateway, Link, OWNED, Server as Process, free_address, until};
 use crate::source::status::State;
 
 /// Where the distribution keeps the server; it brings no program of its own.
@@ -242,4 +242,20 @@ async fn a_node_that_may_not_be_read_is_refused_and_a_user_who_may_reads_it() {
     gateway.refuses("/services/c", "not authorized").await;
     gateway.is_whole().await;
     assert_eq!(gateway.backends("c.x"), ["10.0.0.1:80"], "it stays");
+}
+
+#[tokio::test]
+async fn a_host_that_a_rule_gives_to_others_is_refused() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let key = "/viaduct/routes/a";
+    create(&client, key, &route("owned.x", "10.0.0.1:80")).await;
+    create(&client, "/services/free/1", "10.0.0.1:80").await;
+    let text = config(server.process.address, "") + OWNED;
+    let gateway = Gateway::start(Origin::Zookeeper, &text, run);
+    gateway.serves("free.x", &["10.0.0.1:80"]).await;
+    gateway
+        .refuses(key, "guard.owner[0] gives it to nats")
+        .await;
+    assert!(gateway.backends("owned.x").is_empty());
 }
