@@ -126,9 +126,16 @@ impl GuardConfig {
 }
 
 impl TryFrom<GuardTable> for GuardConfig {
-    type Error = anyhow::Error;
+    /// With all its causes, of which serde shows one line.
+    type Error = String;
 
-    fn try_from(table: GuardTable) -> anyhow::Result<GuardConfig> {
+    fn try_from(table: GuardTable) -> Result<GuardConfig, String> {
+        GuardConfig::read(table).map_err(|error| format!("{error:#}"))
+    }
+}
+
+impl GuardConfig {
+    fn read(table: GuardTable) -> anyhow::Result<GuardConfig> {
         let reserved = patterns::<HostPattern>(&table.reserved_hosts);
         let reserved = reserved.context("guard.reserved_hosts")?;
         let rules = table.owner.iter().enumerate().map(|(at, owner)| {

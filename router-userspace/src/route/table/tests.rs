@@ -1208,7 +1208,8 @@ fn a_backend_that_comes_and_goes_is_held_back_and_never_the_last() {
     let mut table = RouteTable::new(THRESHOLD, now);
     table.set_damping(Some(FLAPPING));
     let pool = |table: &RouteTable| {
-        let pool = &table.next.vips[&"tcp/192.0.2.1:80".parse::<Vip>().unwrap()];
+        let vip: Vip = "tcp/192.0.2.1:80".parse().unwrap();
+        let pool = &table.next.vips[&vip];
         let ports = pool.backends.iter().map(|backend| backend.address.port());
         ports.collect::<Vec<u16>>()
     };
