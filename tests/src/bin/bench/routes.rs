@@ -34,6 +34,7 @@ const FIRST_VIP_PORT: u16 = 10_000;
 
 pub(crate) fn measure() -> anyhow::Result<Report> {
     let mut report = Report::new("routes");
+    crate::lookup::measure(&mut report)?;
     for table in TABLES {
         let mut bench = Bench::start(table)?;
         eprintln!("routes: filling a table of {table}");
