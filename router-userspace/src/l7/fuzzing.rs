@@ -193,7 +193,7 @@ static ROUTES: LazyLock<Snapshot> = LazyLock::new(|| {
         ("*.b.a.com", "/a"),
         ("192.0.2.1", ""),
     ] {
-        snapshot.hosts.add(host.into());
+        snapshot.hosts.add(host);
         let routes = snapshot.hosts.get_mut(host).expect("it was added");
         routes.insert(path.into(), None, Arc::default());
     }

@@ -65,7 +65,7 @@ fn snapshot(routes: impl IntoIterator<Item = (&'static str, Pool)>) -> Snapshot 
         ..Snapshot::default()
     };
     for (host, pool) in routes {
-        snapshot.hosts.add(host.into());
+        snapshot.hosts.add(host);
         let routes = snapshot.hosts.get_mut(host).expect("just added");
         routes.insert("".into(), None, Arc::new(pool));
     }

@@ -13,7 +13,7 @@ fn snapshot(routes: &[&str]) -> Snapshot {
         let (route, wanted) = route.split_once(' ').unwrap_or((route, ""));
         let (host, path) = route.split_at(route.find('/').unwrap_or(route.len()));
         let conditions = (!wanted.is_empty()).then(|| Arc::new(conditions(wanted)));
-        snapshot.hosts.add(host.into());
+        snapshot.hosts.add(host);
         let host_routes = snapshot.hosts.get_mut(host).unwrap();
         host_routes.insert(path.into(), conditions, Arc::default());
     }

@@ -14,12 +14,12 @@ use anyhow::ensure;
 use http::{HeaderMap, Method};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
-use router_userspace::l7::router::{self, Lookup};
-use router_userspace::route::table::RouteTable;
-use router_userspace::route::{
+use viaduct::l7::router::{self, Lookup};
+use viaduct::route::table::RouteTable;
+use viaduct::route::{
     Backend, HttpMatch, Origin, Registration, RouteEvent, RouteKey, Unregistration,
 };
-use router_userspace::snapshot::Snapshot;
+use viaduct::snapshot::Snapshot;
 
 use crate::report::Report;
 
