@@ -12,14 +12,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::StateConfig;
-use crate::route::RouteEvent;
 
 mod bytes;
+mod events;
 mod file;
 mod policy;
 mod words;
 mod writer;
 
+pub use events::Events;
 pub use writer::{State, Writer, start};
 
 /// The file, in `state.directory`.
@@ -34,8 +35,7 @@ const MAX_FILE_BYTES: u64 = 4 << 30;
 /// What an earlier gateway knew.
 #[derive(Debug)]
 pub struct Kept {
-    /// Declarations first, all of [`Origin::Adopted`](crate::route::Origin::Adopted).
-    pub events: Vec<RouteEvent>,
+    pub events: Events,
     /// Since when nothing may have been repeated.
     pub as_of: SystemTime,
 }

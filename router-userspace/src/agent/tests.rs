@@ -257,7 +257,7 @@ async fn of_a_vip_that_layer_4_adopted_what_is_on_disk_is_not_believed() {
     let outside = "tcp/198.51.100.1:80";
     let on_disk = ["tcp/192.0.2.1:80", "tcp/192.0.2.2:80", outside];
     let kept = Kept {
-        events: vec![adopted("10.0.0.2:80", &on_disk)],
+        events: vec![adopted("10.0.0.2:80", &on_disk)].into(),
         as_of: std::time::SystemTime::now(),
     };
     agent.adopt(kept, &config);

@@ -17,11 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::bytes::{Decoder, Encoder};
+use super::events::{self, Events};
 use super::{FILE, Kept, MAX_FILE_BYTES, NEW_FILE, policy, words};
-use crate::route::policy::HttpPolicy;
-use crate::route::{
-    Backend, Balance, Declaration, Origin, Pool, Registration, RouteEvent, RouteKey,
-};
+use crate::route::{Backend, Origin, Pool};
 use crate::snapshot::Snapshot;
 
 /// The last byte is the version of all that follows.
@@ -30,10 +28,10 @@ const HEADER: &[u8; 8] = b"VIADUCT\x01";
 const SEAL_BYTES: usize = 8 + 4;
 const BUFFER_BYTES: usize = 256 << 10;
 
-const END: u8 = 0;
-const DECLARATION: u8 = 1;
-const HTTP_POOL: u8 = 2;
-const VIP_POOL: u8 = 3;
+pub const END: u8 = 0;
+pub const DECLARATION: u8 = 1;
+pub const HTTP_POOL: u8 = 2;
+pub const VIP_POOL: u8 = 3;
 
 /// Why there is nothing from a file.
 #[derive(Debug)]
@@ -72,7 +70,7 @@ pub fn read(path: &Path) -> Result<Kept, Unread> {
         return Err(Unread::Corrupt(format!("{length} bytes long")));
     }
     let content = fs::read(path).map_err(unreadable)?;
-    decode(&content).map_err(Unread::Corrupt)
+    decode(content).map_err(Unread::Corrupt)
 }
 
 pub fn encode(
@@ -151,7 +149,7 @@ fn put_pool<W: Write>(out: &mut Encoder<W>, pool: &Pool, known: &mut Known) -> i
 
 /// # Errors
 /// What is wrong with it.
-pub fn decode(content: &[u8]) -> Result<Kept, String> {
+pub fn decode(content: Vec<u8>) -> Result<Kept, String> {
     let (start, rest) = content
         .split_at_checked(HEADER.len())
         .ok_or("shorter than its header")?;
@@ -172,62 +170,13 @@ pub fn decode(content: &[u8]) -> Result<Kept, String> {
         return Err("the checksum is another".to_owned());
     }
     let mut input = Decoder(records);
-    decode_records(&mut input)
+    let as_of = events::check(&mut input).and_then(|()| input.number());
+    let as_of = as_of
         .filter(|_| input.0.is_empty())
-        .ok_or_else(|| format!("malformed {} bytes before the end", input.0.len()))
-}
-
-fn decode_records(input: &mut Decoder<'_>) -> Option<Kept> {
-    let mut events = Vec::new();
-    let mut backends = Vec::new();
-    let mut last: Option<Arc<HttpPolicy>> = None;
-    loop {
-        let route = match input.byte()? {
-            END => break,
-            DECLARATION => {
-                let route = words::http(input)?;
-                let policy = policy::policy(input)?;
-                // Routes of one declaration share it, and stand together as often as not.
-                let policy = match &last {
-                    Some(last) if **last == policy => Arc::clone(last),
-                    Some(_) | None => Arc::new(policy),
-                };
-                last = Some(Arc::clone(&policy));
-                events.push(RouteEvent::Declare(Declaration { route, policy }));
-                continue;
-            }
-            HTTP_POOL => RouteKey::Http(words::http(input)?),
-            VIP_POOL => RouteKey::Vip(words::vip(input)?),
-            _ => return None,
-        };
-        pool(input, route, &mut backends, &mut events)?;
-    }
-    let as_of = UNIX_EPOCH.checked_add(Duration::from_secs(input.number()?))?;
-    Some(Kept { events, as_of })
-}
-
-/// Reads the registrations that make a pool.
-fn pool(
-    input: &mut Decoder<'_>,
-    route: RouteKey,
-    backends: &mut Vec<Arc<Backend>>,
-    events: &mut Vec<RouteEvent>,
-) -> Option<()> {
-    let balance: Option<Balance> = input.option(words::balance)?;
-    let route_service_url = input.text_option()?;
-    let count = input.number()?;
-    for _ in 0..count {
-        let number: usize = input.small()?;
-        if number == backends.len() {
-            backends.push(Arc::new(words::backend(input)?));
-        }
-        events.push(RouteEvent::Register(Registration {
-            routes: vec![route.clone()],
-            backend: Arc::clone(backends.get(number)?),
-            stale_after: None,
-            balance: balance.clone(),
-            route_service_url: route_service_url.clone(),
-        }));
-    }
-    Some(())
+        .and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)))
+        .ok_or_else(|| format!("malformed {} bytes before the end", input.0.len()))?;
+    Ok(Kept {
+        events: Events::new(content, HEADER.len()),
+        as_of,
+    })
 }

@@ -11,6 +11,7 @@ mod ipvs;
 mod l4;
 mod l7;
 mod local;
+mod lookup;
 mod path;
 mod report;
 mod routes;
@@ -21,6 +22,10 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 
 use crate::report::Report;
+
+/// The gateway's own, for what is measured in this process.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Parser)]
 #[command(name = "bench", about = "Measure the gateway")]

@@ -67,6 +67,7 @@ pub(crate) fn measure(names: &[String], rounds: Option<usize>) -> anyhow::Result
         names.is_empty() || names.iter().any(|name| name == kind || name == row)
     };
     let mut report = Report::new("routes");
+    crate::lookup::measure(&mut report)?;
     for table in TABLES {
         let chosen: Vec<&str> = rows_of(table)
             .filter(|(kind, row)| is_chosen(kind, row))
