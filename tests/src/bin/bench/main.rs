@@ -11,7 +11,6 @@ mod ipvs;
 mod l4;
 mod l7;
 mod local;
-mod lookup;
 mod path;
 mod report;
 mod routes;

@@ -5,6 +5,7 @@
 //! Each table has a site of its own, which is filled once; the rows of a table are measured in it one
 //! after another. A row is chosen by its name, or by its kind, which is the name without the table.
 
+mod alone;
 mod churn;
 mod cold_start;
 mod first;
@@ -35,7 +36,9 @@ const BATCH: usize = 1000;
 /// memory. Prime, and of no table a divisor.
 const STRIDE: usize = 7919;
 
-/// Kinds of rows of every table.
+/// Kinds of rows of every table, of the router and the route table by themselves,
+const ALONE: [&str; 2] = ["lookup", "table"];
+/// and of a gateway.
 const KINDS: [&str; 7] = [
     "fill",
     "rss",
@@ -67,7 +70,6 @@ pub(crate) fn measure(names: &[String], rounds: Option<usize>) -> anyhow::Result
         names.is_empty() || names.iter().any(|name| name == kind || name == row)
     };
     let mut report = Report::new("routes");
-    crate::lookup::measure(&mut report)?;
     for table in TABLES {
         let chosen: Vec<&str> = rows_of(table)
             .filter(|(kind, row)| is_chosen(kind, row))
@@ -83,7 +85,7 @@ pub(crate) fn measure(names: &[String], rounds: Option<usize>) -> anyhow::Result
 /// Kinds and names of a table's rows.
 fn rows_of(table: usize) -> impl Iterator<Item = (&'static str, String)> {
     let largest = KINDS_OF_LARGEST.iter().filter(move |_| table == LARGEST);
-    let kinds = KINDS.iter().chain(largest);
+    let kinds = ALONE.iter().chain(&KINDS).chain(largest);
     kinds.map(move |kind| (*kind, format!("{kind}-{table}")))
 }
 
@@ -94,6 +96,12 @@ fn of_table(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let has = |kind: &str| chosen.contains(&kind);
+    if ALONE.into_iter().any(has) {
+        alone::measure(table, chosen, rounds, report)?;
+    }
+    if chosen.iter().all(|kind| ALONE.contains(kind)) {
+        return Ok(());
+    }
     let mut bench = Bench::start(table)?;
     eprintln!("routes: filling a table of {table}");
     bench.fill(chosen, report)?;

@@ -23,8 +23,6 @@ use viaduct::snapshot::Snapshot;
 
 use crate::report::Report;
 
-const TABLES: [usize; 3] = [10, 100_000, 1_000_000];
-const ROUNDS: usize = 7;
 const LOOKUPS: usize = 200_000;
 /// Pairs of an instance that joins a route and leaves it.
 const CHANGES: usize = 50_000;
@@ -32,25 +30,30 @@ const CHANGES: usize = 50_000;
 const BATCH: usize = 64;
 const STALE: Duration = Duration::from_secs(120);
 
-pub(crate) fn measure(report: &mut Report) -> anyhow::Result<()> {
-    for size in TABLES {
-        let start = Instant::now();
-        let mut table = RouteTable::new(STALE, start);
-        let mut published = table.snapshot();
-        for n in 0..size {
-            table.apply(register(n, 80), start);
-            if n % BATCH == 0 {
-                published = table.snapshot();
-            }
+/// Those rows of a table that are `chosen`.
+pub(super) fn measure(
+    size: usize,
+    chosen: &[&str],
+    rounds: usize,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let mut table = RouteTable::new(STALE, start);
+    let mut published = table.snapshot();
+    for n in 0..size {
+        table.apply(register(n, 80), start);
+        if n % BATCH == 0 {
+            published = table.snapshot();
         }
-        let mut random = Random(1);
-        for round in 0..ROUNDS {
-            eprintln!(
-                "routes: lookups among {size}, round {} of {ROUNDS}",
-                round + 1
-            );
-            let spread: Vec<usize> = (0..LOOKUPS).map(|_| random.below(size)).collect();
+    }
+    let mut random = Random(1);
+    for round in 0..rounds {
+        eprintln!("routes: {size} alone, round {} of {rounds}", round + 1);
+        let spread: Vec<usize> = (0..LOOKUPS).map(|_| random.below(size)).collect();
+        if chosen.contains(&"table") {
             change(&mut table, &mut published, &spread[..CHANGES], report)?;
+        }
+        if chosen.contains(&"lookup") {
             look_up(&table.snapshot(), &spread, report)?;
         }
     }
