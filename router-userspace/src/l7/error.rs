@@ -27,6 +27,8 @@ pub enum Failure {
     EmptyHost,
     Bad(BadRequest),
     MethodNotAllowed,
+    /// It came on a connection that was begun for hosts of another certificate.
+    Misdirected,
     /// A transfer coding other than `chunked`.
     TransferCoding,
     /// An `Expect` other than `100-continue`.
@@ -149,7 +151,7 @@ pub enum BackendTimeout {
 }
 
 /// A label of the metric that counts answers of the gateway itself.
-pub const REASONS: [&str; 29] = [
+pub const REASONS: [&str; 30] = [
     "empty_host",
     "bad_request",
     "method_not_allowed",
@@ -178,6 +180,7 @@ pub const REASONS: [&str; 29] = [
     "body_too_large",
     "route_rate",
     "client_rate",
+    "misdirected",
     "unparsable",
 ];
 
@@ -194,6 +197,7 @@ impl Failure {
                 StatusCode::BAD_REQUEST
             }
             Failure::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Failure::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Failure::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Failure::Expectation => StatusCode::EXPECTATION_FAILED,
             Failure::UriTooLong => StatusCode::URI_TOO_LONG,
@@ -254,6 +258,7 @@ impl Failure {
                 RateLimit::Route => 26,
                 RateLimit::Client => 27,
             },
+            Failure::Misdirected => 28,
         }
     }
 
@@ -271,6 +276,7 @@ impl Failure {
             Failure::Bad(BadRequest::ProcessInstance) => "invalid_cf_process_instance_header",
             Failure::Bad(BadRequest::Target | BadRequest::PathAboveRoot) => "invalid_target",
             Failure::MethodNotAllowed => "method_not_allowed",
+            Failure::Misdirected => "misdirected_request",
             Failure::TransferCoding => "unsupported_transfer_coding",
             Failure::Expectation => "unsupported_expectation",
             Failure::UriTooLong => "uri_too_long",
@@ -390,6 +396,9 @@ impl fmt::Display for Failure {
                 BadRequest::ProcessInstance => "Invalid X-CF-Process-Instance Header",
             },
             Failure::MethodNotAllowed => "Method is not supported.",
+            Failure::Misdirected => {
+                "This connection is for other hosts; another one serves this one."
+            }
             Failure::TransferCoding => "Transfer coding is not supported.",
             Failure::Expectation => "Expectation is not supported.",
             Failure::UriTooLong => "Request target is too long.",

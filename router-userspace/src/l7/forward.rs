@@ -123,6 +123,9 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
+    if is_misdirected(client, request.version(), &findings) {
+        return Err(Failure::Misdirected);
+    }
     throttle::by_gateway(worker, client.peer.ip(), request.headers())?;
     let mut pool = find_pool(worker, &findings, &request)?;
     progress.observed.set_route(&pool);
@@ -177,6 +180,18 @@ async fn forward(
 }
 
 /// Where a request comes from; `returned`, by way of its route's service.
+/// RFC 9110 §15.5.20, of connections that clients share between hosts (RFC 9113 §9.1.1): the host's own
+/// certificate, and who must show one, was not part of this connection's handshake.
+fn is_misdirected(client: &Client, version: Version, findings: &Findings) -> bool {
+    let Some(sni) = client.tls.as_ref().and_then(|tls| tls.sni.as_deref()) else {
+        return false;
+    };
+    let host = router::strip_port(findings.host_str());
+    validate::is_multiplexed(version)
+        && !host.eq_ignore_ascii_case(sni)
+        && (client.worker.tls.server()).is_some_and(|server| server.separates(sni, host))
+}
+
 fn origin_of(client: &Client, version: Version, returned: bool) -> headers::Origin<'_> {
     let worker = &client.worker;
     worker.settings(|settings| {

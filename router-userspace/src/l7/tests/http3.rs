@@ -213,6 +213,42 @@ async fn echo(http2: bool) -> TestBackend {
 }
 
 #[tokio::test]
+async fn a_request_for_a_host_of_another_certificate_is_421() {
+    let backend = TestBackend::named("hello").await;
+    let others = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["b.com".to_owned()]).unwrap();
+    let [certificate_file, key_file] = ["b.crt", "b.key"].map(|name| others.path().join(name));
+    std::fs::write(&certificate_file, made.cert.pem()).unwrap();
+    std::fs::write(&key_file, made.signing_key.serialize_pem()).unwrap();
+    let pool = || pool([crate::l7::tests::backend(backend.address)]);
+    let routes = ["a.com", "b.com", "c.com"].map(|host| (host, pool()));
+    let site = Site::with(snapshot(routes), |config| {
+        config.tls.certificates.push(CertificateFiles {
+            certificate_file,
+            key_file,
+        });
+    });
+    let mut client = site.client().await;
+    // Nobody has a certificate for the last: the first stands for it.
+    for (host, status) in [
+        ("a.com", 200),
+        ("b.com", 421),
+        ("b.com:8443", 421),
+        ("c.com", 200),
+    ] {
+        let mut request = get("/");
+        *request.uri_mut() = format!("https://{host}/").parse().unwrap();
+        assert_eq!(
+            client.exchange(request).await.unwrap().status,
+            status,
+            "{host}"
+        );
+    }
+    let errors = site.gateway.metrics.totals().errors;
+    assert!(errors.contains(&("misdirected", 2)), "{errors:?}");
+}
+
+#[tokio::test]
 async fn requests_are_served_by_backends_of_either_version() {
     for http2 in [false, true] {
         let app = echo(http2).await;

@@ -134,6 +134,13 @@ impl Certificates {
         !self.of(host).is_empty()
     }
 
+    /// Whether clients that name `host` are shown other certificates than those that name `sni`.
+    pub(super) fn separates(&self, sni: &str, host: &str) -> bool {
+        let shown = self.of(Some(sni));
+        let is_shown = |key: &Arc<CertifiedKey>| shown.iter().any(|other| Arc::ptr_eq(key, other));
+        !self.of(Some(host)).iter().any(is_shown)
+    }
+
     fn of(&self, host: Option<&str>) -> &[Arc<CertifiedKey>] {
         self.named(host).unwrap_or(&self.default)
     }
@@ -203,6 +210,20 @@ mod tests {
         ] {
             let chosen = all.choose(Some("a.com"), &[schemes]).unwrap();
             assert!(Arc::ptr_eq(&chosen, &wanted.key), "{schemes:?}");
+        }
+    }
+
+    #[test]
+    fn hosts_of_one_certificate_are_not_separate() {
+        let one = certificate(&["a.com", "*.a.com"], &PKCS_ED25519);
+        let other = certificate(&["b.com"], &PKCS_ED25519);
+        for (strict, unknown) in [(false, false), (true, true)] {
+            let all = Certificates::new([&one, &other], strict);
+            assert!(!all.separates("a.com", "x.a.com") && !all.separates("x.a.com", "A.com"));
+            assert!(all.separates("a.com", "b.com") && all.separates("b.com", "x.a.com"));
+            // Without `strict` the first stands for what has none.
+            assert_eq!(all.separates("a.com", "c.com"), unknown);
+            assert!(all.separates("b.com", "c.com"));
         }
     }
 

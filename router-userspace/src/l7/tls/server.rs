@@ -73,6 +73,11 @@ impl TlsServer {
     pub(in crate::l7) fn serves(&self, host: Option<&str>) -> bool {
         self.certificates.serves(host)
     }
+
+    /// Whether a client that named `sni` would have been shown another certificate for `host`.
+    pub(in crate::l7) fn separates(&self, sni: &str, host: &str) -> bool {
+        self.certificates.separates(sni, host)
+    }
 }
 
 #[cfg(feature = "http3")]
