@@ -25,7 +25,7 @@ use crate::report::Report;
 #[derive(Parser)]
 #[command(name = "bench", about = "Measure the gateway")]
 struct Cli {
-    /// What to measure; without a name, everything but ipvs
+    /// What to measure; without a name, everything but soak and ipvs
     which: Option<Bench>,
     /// Of l4, only the rows whose names begin so
     #[arg(default_value = "")]
@@ -35,6 +35,9 @@ struct Cli {
     json: bool,
     #[command(flatten)]
     l7: l7::Options,
+    /// Of soak: how long
+    #[arg(long, default_value_t = 60)]
+    minutes: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -49,6 +52,8 @@ enum Bench {
     Local,
     /// Registrations over NATS, and how soon they are served
     Routes,
+    /// The proxy's memory under all kinds of requests, for --minutes
+    Soak,
     /// The gateway beside IPVS, in the machine of `cargo xtask bench ipvs`
     Ipvs,
 }
@@ -70,6 +75,7 @@ fn main() -> ExitCode {
             Bench::L7 => l7::measure(&cli.l7),
             Bench::Local => local::measure(),
             Bench::Routes => routes::measure(),
+            Bench::Soak => l7::soak::measure(cli.minutes),
             Bench::Ipvs => ipvs::measure(),
         };
         match measured {
