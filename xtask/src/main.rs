@@ -57,7 +57,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<OsString>,
     },
-    /// Measure l4, path, l7, local or routes, without a name all of them; or ipvs, in a machine that has it
+    /// Measure l4, path, l7, local or routes, without a name all of them; or soak, for an hour; or ipvs, in a machine that has it
     Bench {
         which: Option<String>,
         /// Of l4, only the rows whose names begin so
@@ -89,6 +89,9 @@ struct L7Options {
     /// Of l7: count system calls as well
     #[arg(long)]
     syscalls: bool,
+    /// Of soak: how long, an hour unless given
+    #[arg(long, value_name = "N")]
+    minutes: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -209,6 +212,7 @@ fn bench(
         ("--rounds", &l7.rounds),
         ("--rows", &l7.rows),
         ("--peers", &l7.peers),
+        ("--minutes", &l7.minutes),
     ];
     for (option, value) in options {
         if let Some(value) = value {

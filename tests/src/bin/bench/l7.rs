@@ -16,6 +16,7 @@ mod load;
 mod peers;
 mod rows;
 mod site;
+pub(crate) mod soak;
 mod syscalls;
 mod tunnel;
 mod usage;
@@ -144,7 +145,7 @@ fn start(peer: Peer, site: &Site, row: &Row) -> anyhow::Result<Contender> {
         if let Some(Err(error)) = contender.process.as_mut().map(|p| p.ensure_alive()) {
             return Some(Err(error));
         }
-        match load::try_once(site, row, &contender) {
+        match load::try_once(site, row, contender.address) {
             Ok(()) => Some(Ok(())),
             Err(error) => {
                 last = Some(error);

@@ -29,7 +29,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[derive(Parser)]
 #[command(name = "bench", about = "Measure the gateway")]
 struct Cli {
-    /// What to measure; without a name, everything but ipvs
+    /// What to measure; without a name, everything but soak and ipvs
     which: Option<Bench>,
     /// Of l4, only the rows whose names begin so
     #[arg(default_value = "")]
@@ -39,6 +39,9 @@ struct Cli {
     json: bool,
     #[command(flatten)]
     l7: l7::Options,
+    /// Of soak: how long
+    #[arg(long, default_value_t = 60)]
+    minutes: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -53,6 +56,8 @@ enum Bench {
     Local,
     /// Registrations over NATS, and how soon they are served
     Routes,
+    /// The proxy's memory under all kinds of requests, for --minutes
+    Soak,
     /// The gateway beside IPVS, in the machine of `cargo xtask bench ipvs`
     Ipvs,
 }
@@ -74,6 +79,7 @@ fn main() -> ExitCode {
             Bench::L7 => l7::measure(&cli.l7),
             Bench::Local => local::measure(),
             Bench::Routes => routes::measure(&cli.l7.names, cli.l7.rounds),
+            Bench::Soak => l7::soak::measure(cli.minutes),
             Bench::Ipvs => ipvs::measure(),
         };
         match measured {

@@ -64,8 +64,7 @@ pub(crate) fn measure(
 }
 
 /// One request of the row's kind is answered as it ought to be.
-pub(crate) fn try_once(site: &Site, row: &Row, contender: &Contender) -> anyhow::Result<()> {
-    let address = contender.address;
+pub(crate) fn try_once(site: &Site, row: &Row, address: SocketAddr) -> anyhow::Result<()> {
     match row.load {
         Load::Streams | Load::Calls => {
             let mut client = h2(site, row, address)?;
@@ -78,6 +77,21 @@ pub(crate) fn try_once(site: &Site, row: &Row, contender: &Contender) -> anyhow:
             site.run(Role::Client, || client::once(&target))
         }
     }
+}
+
+/// So many requests a second, or as many messages as come back through a tunnel: how many, and how many
+/// requests failed.
+pub(crate) fn mixed(
+    site: &Site,
+    row: &Row,
+    address: SocketAddr,
+    rate: f64,
+) -> anyhow::Result<(f64, f64)> {
+    let served = match row.load {
+        Load::Messages => saturate(site, row, address)?,
+        _ => paced(site, row, address, rate)?,
+    };
+    Ok((served.count, served.errors))
 }
 
 /// As often as there is an answer.

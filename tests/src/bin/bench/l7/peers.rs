@@ -8,7 +8,7 @@ mod haproxy;
 mod nginx;
 mod pingora;
 mod sozu;
-mod viaduct;
+pub(crate) mod viaduct;
 
 use std::net::SocketAddr;
 use std::path::Path;
