@@ -25,17 +25,20 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use crate::config::{PortRange, SourceLimits};
 use crate::route::expiry::{self, Expiry, Tick};
 use crate::route::{
-    Backend, HttpMatch, Origin, Pool, Proto, Registered, Registration, RouteEvent, RouteKey,
+    Backend, HttpMatch, Origin, Proto, Registered, Registration, RouteEvent, RouteKey,
     Unregistration, Vip,
 };
 use crate::snapshot::Snapshot;
 
+mod change;
 mod declared;
 mod held;
+mod pools;
 mod room;
 
+pub use change::{Change, KeptOut, MAX_TOLD};
 use held::Held;
-use room::has_backend_of;
+use pools::{find_pool, pool_mut};
 pub use room::{
     Bound, MAX_DECLARED, MAX_ENTRIES, MAX_HOST_PATHS, MAX_PATH_CONDITIONS, MAX_POOL_BACKENDS,
 };
@@ -46,48 +49,6 @@ pub const MAX_DRAINING: usize = 4096;
 /// Leases that [`RouteTable::expire`] looks at in one call: less than a millisecond of work, since many
 /// that began together are due together.
 pub const MAX_VISITS: usize = 1024;
-
-/// What a call did to the table.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Change {
-    /// Whether there is something to publish.
-    pub changed: bool,
-    /// The VIPs whose pool, or the health in it, changed.
-    pub vips: BTreeSet<Vip>,
-    pub added: u64,
-    pub updated: u64,
-    /// Repeated without a difference.
-    pub refreshed: u64,
-    /// Withdrawn by their source.
-    pub removed: u64,
-    /// Not repeated in time.
-    pub expired: u64,
-    /// Noted without effect, because a source of precedence names the same backend.
-    pub shadowed: u64,
-    /// Refused with their registration, which one of the bounds of this module kept out.
-    pub full: u64,
-    /// The bound that refused a registration last.
-    pub bound: Option<Bound>,
-    /// Registrations refused for `guard.limits`.
-    pub over_limit: u64,
-    /// Backends that were held out of a pool they would have joined.
-    pub held: u64,
-    /// Some of those, up to [`MAX_TOLD`].
-    pub told: Vec<KeptOut>,
-}
-
-/// Registrations that `[guard]` keeps out that are told one by one, of a batch.
-pub const MAX_TOLD: usize = 16;
-
-/// A registration that a bound kept out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptOut {
-    pub origin: Origin,
-    pub address: SocketAddr,
-    /// The first of its routes.
-    pub route: RouteKey,
-    pub bound: Bound,
-}
 
 /// How much the table holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -477,71 +438,6 @@ impl RouteTable {
         id
     }
 
-    /// Has an entry's backend join its pool, unless it is held out of it.
-    fn serve(&mut self, id: u32, change: &mut Change) {
-        if self.held.damping.suppressed() == 0 {
-            return self.join(id, change);
-        }
-        let Entry { route, backend, .. } = entry(&self.entries, id);
-        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
-        if !self.held.hold(pool, route, backend.address) {
-            self.join(id, change);
-        } else {
-            change.tell(Bound::Flapping, backend, std::slice::from_ref(route));
-        }
-    }
-
-    /// Puts an entry's backend into its pool, in place of what another source says of the address.
-    fn join(&mut self, id: u32, change: &mut Change) {
-        let entry = entry(&self.entries, id);
-        let pool = pool_mut(&mut self.next, &entry.route).expect("an entry's route has a pool");
-        let origin = entry.backend.origin;
-        self.routes_of[origin as usize] += usize::from(!has_backend_of(pool, origin));
-        let replaced = put(pool, &entry.backend, &entry.registered);
-        if let Some(replaced) = replaced
-            && !has_backend_of(pool, replaced)
-        {
-            self.routes_of[replaced as usize] -= 1;
-        }
-        if let RouteKey::Vip(vip) = &entry.route {
-            self.vips_of.insert((entry.backend.address, *vip));
-        }
-        change.touch(&entry.route);
-    }
-
-    /// Makes sure of a pool for `route`, and returns the route in the strings of the entries that it
-    /// has already.
-    fn make_pool(&mut self, route: RouteKey) -> RouteKey {
-        let mut http = match route {
-            RouteKey::Http(http) => http,
-            RouteKey::Vip(vip) => {
-                let pool = self.next.vips.entry(vip);
-                pool.or_insert_with(|| Arc::new(Pool::default()));
-                return route;
-            }
-        };
-        if let Some(pool) = find_pool(&self.next, &http) {
-            let other = pool.backends.first().map(|backend| backend.address);
-            let route = RouteKey::Http(http);
-            let other = other.and_then(|address| self.serving(&route, address));
-            return other.map_or(route, |id| entry(&self.entries, id).route.clone());
-        }
-        if http.path.is_empty() {
-            // All of them are one in memory.
-            http.path = Arc::default();
-        }
-        let pool = Pool {
-            policy: self.declared(&http).cloned(),
-            ..Pool::default()
-        };
-        self.next.hosts.add(&http.host);
-        let routes = self.next.hosts.get_mut(&http.host).expect("just added");
-        let (path, conditions) = (Arc::clone(&http.path), http.conditions.clone());
-        routes.insert(path, conditions, Arc::new(pool));
-        self.http_routes += 1;
-        RouteKey::Http(http)
-    }
-
     fn remove(&mut self, id: u32, change: &mut Change) {
         let served = self.is_serving(id);
         let hash = entry_hash(&self.entries, &self.hasher, id);
@@ -561,56 +457,6 @@ impl RouteTable {
             Some(next) => self.serve(next, change),
             None => self.take_out(&entry.route, entry.backend.address, change),
         }
-    }
-
-    /// Takes an address out of its pool, which goes with its last.
-    fn take_out(&mut self, route: &RouteKey, address: SocketAddr, change: &mut Change) {
-        if self.held.leave(route, address, self.now) {
-            return;
-        }
-        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
-        let at = pool
-            .backends
-            .binary_search_by_key(&address, |backend| backend.address);
-        let gone = pool
-            .backends
-            .remove(at.expect("an entry's backend is in its pool"));
-        if !has_backend_of(pool, gone.origin) {
-            self.routes_of[gone.origin as usize] -= 1;
-        }
-        let serving = pool.backends.len();
-        self.release_for(route, serving, change);
-        let pool = pool_mut(&mut self.next, route).expect("an entry's route has a pool");
-        let alone = pool
-            .policy
-            .as_ref()
-            .is_some_and(|policy| policy.answers_alone());
-        let empty = pool.backends.is_empty() && !alone;
-        if let RouteKey::Vip(vip) = route {
-            self.vips_of.remove(&(address, *vip));
-        }
-        if empty {
-            self.remove_pool(route);
-        }
-        change.touch(route);
-    }
-
-    fn remove_pool(&mut self, route: &RouteKey) {
-        let http = match route {
-            RouteKey::Http(http) => http,
-            RouteKey::Vip(vip) => {
-                self.next.vips.remove(vip);
-                return;
-            }
-        };
-        let routes = self.next.hosts.get_mut(&http.host);
-        let routes = routes.expect("a pool's host is there");
-        if routes.count() == 1 {
-            self.next.hosts.remove(&http.host);
-        } else {
-            routes.remove(&http.path, http.conditions.as_deref());
-        }
-        self.http_routes -= 1;
     }
 
     /// Looks at an entry whose time may have come.
@@ -677,113 +523,12 @@ impl Entry {
     }
 }
 
-impl Change {
-    /// Adds what a later call did.
-    pub fn merge(&mut self, mut later: Change) {
-        self.changed |= later.changed;
-        self.vips.append(&mut later.vips);
-        self.added += later.added;
-        self.updated += later.updated;
-        self.refreshed += later.refreshed;
-        self.removed += later.removed;
-        self.expired += later.expired;
-        self.shadowed += later.shadowed;
-        self.full += later.full;
-        self.bound = later.bound.or(self.bound);
-        self.over_limit += later.over_limit;
-        self.held += later.held;
-        let room = MAX_TOLD.saturating_sub(self.told.len());
-        self.told.extend(later.told.into_iter().take(room));
-    }
-
-    /// Notes a registration that `[guard]` kept out.
-    fn tell(&mut self, bound: Bound, backend: &Backend, routes: &[RouteKey]) {
-        match bound {
-            Bound::SourceRoutes(..) | Bound::SourceBackends(..) => self.over_limit += 1,
-            Bound::Flapping => self.held += 1,
-            Bound::Entries
-            | Bound::PoolBackends
-            | Bound::HostPaths
-            | Bound::PathConditions
-            | Bound::Declared => return,
-        }
-        if let (Some(route), true) = (routes.first(), self.told.len() < MAX_TOLD) {
-            self.told.push(KeptOut {
-                origin: backend.origin,
-                address: backend.address,
-                route: route.clone(),
-                bound,
-            });
-        }
-    }
-
-    fn touch(&mut self, route: &RouteKey) {
-        self.changed = true;
-        if let RouteKey::Vip(vip) = route {
-            self.vips.insert(*vip);
-        }
-    }
-}
-
 /// Whether the instance that leaves is the one that has the address, as far as both say who they are.
 fn is_of(gone: &Unregistration, backend: &Backend) -> bool {
     match (&gone.instance_id, &backend.instance().id) {
         (Some(gone), Some(known)) => gone == known,
         (None, _) | (_, None) => true,
     }
-}
-
-/// Puts a backend into a pool and the pool under the policy of this, its latest registration; one
-/// that names no algorithm keeps the pool's, as in gorouter. Returns whose backend it takes the place of.
-fn put(
-    pool: &mut Pool,
-    backend: &Arc<Backend>,
-    registered: &Option<Arc<Registered>>,
-) -> Option<Origin> {
-    let replaced = match pool
-        .backends
-        .binary_search_by_key(&backend.address, |backend| backend.address)
-    {
-        Ok(at) => {
-            let before = std::mem::replace(&mut pool.backends[at], Arc::clone(backend));
-            Some(before.origin)
-        }
-        // Most pools are small: grow by what is needed, not by doubling.
-        Err(at) => {
-            pool.backends.reserve_exact(1 + pool.backends.len() / 4);
-            pool.backends.insert(at, Arc::clone(backend));
-            None
-        }
-    };
-    let known = pool.registered.as_ref();
-    let known = known.and_then(|known| known.balance.clone());
-    let new = registered.as_ref();
-    pool.registered = match new.and_then(|new| new.balance.as_ref()).or(known.as_ref()) {
-        None => registered.clone(),
-        Some(balance) => Registered {
-            balance: Some(balance.clone()),
-            route_service_url: new.and_then(|new| new.route_service_url.clone()),
-        }
-        .shared(),
-    };
-    replaced
-}
-
-fn find_pool<'s>(snapshot: &'s Snapshot, route: &HttpMatch) -> Option<&'s Arc<Pool>> {
-    let (_, routes) = snapshot.hosts.get(&route.host)?;
-    let known = routes.get(&route.path, route.conditions.as_deref())?;
-    Some(known.pool)
-}
-
-fn pool_mut<'s>(snapshot: &'s mut Snapshot, route: &RouteKey) -> Option<&'s mut Pool> {
-    let pool = match route {
-        RouteKey::Vip(vip) => snapshot.vips.get_mut(vip)?,
-        RouteKey::Http(http) => {
-            let routes = snapshot.hosts.get_mut(&http.host)?;
-            routes.get_mut(&http.path, http.conditions.as_deref())?
-        }
-    };
-    Some(Arc::make_mut(pool))
 }
 
 fn entry(entries: &[Option<Entry>], id: u32) -> &Entry {

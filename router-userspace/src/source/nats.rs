@@ -11,11 +11,11 @@
 //! Whether there is a connection is asked of the client, never taken from its events: those may be
 //! lost, and only wake the task.
 //!
-//! The client reads no more at a time than the agent takes in before its next turn ([`READ_BYTES`]), so a
+//! The client reads no more at a time than the agent takes in before its next turn (`READ_BYTES` of [`connection`](self::connection)), so a
 //! burst of any length waits at the server. Beyond that nothing here waits for the agent with messages
 //! unread: the task empties the subscription whenever it runs and holds what the agent's inbox has no
 //! room for, [`BUDGET_BYTES`] with the inbox's part. What exceeds that is dropped, counted and logged, and
-//! repaired by the next heartbeats; so is what the client drops when more than [`SUBSCRIPTION_CAPACITY`]
+//! repaired by the next heartbeats; so is what the client drops when more than `SUBSCRIPTION_CAPACITY`
 //! messages arrive before the task runs.
 
 use std::collections::VecDeque;
@@ -23,11 +23,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::Context as _;
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Message, Subscriber, ToServerAddrs};
+use async_nats::{Client, Message, Subscriber};
 use futures_util::StreamExt;
-use rand::Rng;
 use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -40,13 +39,12 @@ use crate::route::{Origin, RouteEvent, RouteKey, wire};
 use crate::source::Context;
 use crate::warning::WarningLimit;
 
-/// Bytes the client reads at a time. It does so 128 times at most before others of its thread have
-/// their turn (tokio's budget of a task), so this says how much comes between two turns of the agent:
-/// about as many messages as its inbox holds. Of a server that is faster, the rest waits in the socket.
-const READ_BYTES: u16 = 4096;
+mod connection;
+mod subjects;
 
-/// Messages the client holds until this task runs: those that it reads in one turn.
-const SUBSCRIPTION_CAPACITY: usize = 1 << 16;
+use self::connection::{CLIENT_EVENTS, explain};
+pub use self::connection::{check, connect, options, publish, reach};
+use self::subjects::{Kind, Subjects};
 
 /// Bytes of messages that are read and not taken in by the agent yet, each counted with
 /// [`MESSAGE_OVERHEAD`]: about 100,000 registrations.
@@ -56,16 +54,8 @@ const MESSAGE_OVERHEAD: usize = 256;
 /// Bytes that the agent is asked to give back at a time.
 const RELEASE_BYTES: usize = 1 << 20;
 
-/// Events of the client that wait for this task. More are dropped: [`Source::follow`] needs none of
-/// them and looks at least once in [`RECONCILE`].
-const CLIENT_EVENTS: usize = 64;
-
+/// Between two looks at the connection, at most.
 const RECONCILE: Duration = Duration::from_secs(1);
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Also how soon a server that went away without a word is noticed: after two missed answers.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Connects in the background, subscribes, and starts the task.
 ///
@@ -91,185 +81,6 @@ pub async fn start(config: &NatsConfig, context: Context) -> anyhow::Result<()> 
         source.run(subscriber, events),
     ));
     Ok(())
-}
-
-/// Publishes one message by hand and waits until the server has taken it: what comes back to an inbox
-/// of the same connection was handled after it.
-///
-/// # Errors
-/// Also when no server answers within the timeout of a connect, and what the server says against it.
-pub async fn publish(config: &NatsConfig, kind: &str, payload: Vec<u8>) -> anyhow::Result<()> {
-    let servers = config.servers.join(", ");
-    let (events_in, mut events) = mpsc::channel(CLIENT_EVENTS);
-    let client = connect(config, "viaduct", events_in).await?;
-    let subject = format!("{}.{kind}", config.subject_prefix);
-    let inbox = client.new_inbox();
-    let mut answers = client.subscribe(inbox.clone()).await.context("subscribe")?;
-    client
-        .publish(subject.clone(), payload.into())
-        .await
-        .context("publish")?;
-    client.publish(inbox, "".into()).await.context("publish")?;
-    let refused = async {
-        while let Some(event) = events.recv().await {
-            if let async_nats::Event::ServerError(error) = event {
-                return error;
-            }
-        }
-        std::future::pending().await
-    };
-    // The server's errors come before its answer, and so are looked at first.
-    let taken = async {
-        tokio::select! {
-            biased;
-            error = refused => bail!("{error}"),
-            _ = answers.next() => Ok(()),
-        }
-    };
-    tokio::time::timeout(CONNECT_TIMEOUT, taken)
-        .await
-        .map_err(|_| anyhow!("no answer within {CONNECT_TIMEOUT:?}"))
-        .flatten()
-        .with_context(|| format!("publish {subject} to {servers}"))
-}
-
-/// Connects to a server, and says which version it is of.
-///
-/// # Errors
-/// None answers, or it refuses.
-pub async fn reach(config: &NatsConfig) -> anyhow::Result<String> {
-    let (events, _) = mpsc::channel(CLIENT_EVENTS);
-    let client = connect(config, "viaduct", events).await?;
-    Ok(client.server_info().version)
-}
-
-/// Connects once, under a name that the server shows.
-///
-/// # Errors
-/// Names the servers, and the keys that they refuse.
-pub async fn connect(
-    config: &NatsConfig,
-    name: &str,
-    events: mpsc::Sender<async_nats::Event>,
-) -> anyhow::Result<Client> {
-    let options = options(config, events).await?.name(name);
-    let client = options.connect(&config.servers[..]).await;
-    client
-        .map_err(|error| anyhow!(explain(config, &error.to_string())))
-        .with_context(|| format!("connect to {}", config.servers.join(", ")))
-}
-
-/// What the client says of a connection that was not made, with the keys that it may be about.
-fn explain(config: &NatsConfig, error: &str) -> String {
-    let lower = error.to_lowercase();
-    if lower.contains("authorization") || lower.contains("authentication") {
-        let said = match config {
-            NatsConfig { user: Some(_), .. } => "nats.user and nats.password are",
-            NatsConfig { token: Some(_), .. } => "nats.token is",
-            NatsConfig {
-                nkey_seed: Some(_), ..
-            } => "nats.nkey_seed is",
-            NatsConfig {
-                credentials_file: Some(_),
-                ..
-            } => "nats.credentials_file is",
-            NatsConfig {
-                client_certificate_file: Some(_),
-                ..
-            } => "nats.client_certificate_file is",
-            _ => "a client without user, token, key or certificate is",
-        };
-        return format!("{said} refused by the server: {error}");
-    }
-    if lower.contains("tls") || lower.contains("certificate") {
-        return format!(
-            "{error}: nats.ca_file, or what the server makes of nats.client_certificate_file"
-        );
-    }
-    error.to_owned()
-}
-
-/// Checks all that can be checked without a server, but the certificate files.
-///
-/// # Errors
-/// Names the key.
-pub async fn check(config: &NatsConfig) -> anyhow::Result<()> {
-    config
-        .servers
-        .to_server_addrs()
-        .with_context(|| format!("nats.servers {:?}", config.servers))?;
-    let (events, _) = mpsc::channel(1);
-    options(config, events).await?;
-    Ok(())
-}
-
-/// What the configuration says of the connection, checked as far as it can be without one.
-///
-/// # Errors
-/// Names the key.
-pub async fn options(
-    config: &NatsConfig,
-    events: mpsc::Sender<async_nats::Event>,
-) -> anyhow::Result<ConnectOptions> {
-    let mut options = ConnectOptions::new()
-        .name("viaduct")
-        .read_buffer_capacity(READ_BYTES)
-        .subscription_capacity(SUBSCRIPTION_CAPACITY)
-        .connection_timeout(CONNECT_TIMEOUT)
-        .ping_interval(PING_INTERVAL)
-        .reconnect_delay_callback(backoff)
-        .event_callback(move |event| {
-            // A full channel loses an event, not the order of those that fit.
-            let _ = events.try_send(event);
-            std::future::ready(())
-        });
-    let secret = |key: &str, secret: &crate::config::Secret| {
-        secret.reveal().with_context(|| format!("nats.{key}"))
-    };
-    match (&config.user, &config.password) {
-        (Some(user), Some(password)) => {
-            options = options.user_and_password(user.clone(), secret("password", password)?);
-        }
-        (None, None) => {}
-        (Some(_), None) => bail!("nats.user without nats.password"),
-        (None, Some(_)) => bail!("nats.password without nats.user"),
-    }
-    if let Some(token) = &config.token {
-        options = options.token(secret("token", token)?);
-    }
-    if let Some(seed) = &config.nkey_seed {
-        let seed = secret("nkey_seed", seed)?;
-        nkeys::KeyPair::from_seed(&seed).context("nats.nkey_seed")?;
-        options = options.nkey(seed);
-    }
-    if let Some(path) = &config.credentials_file {
-        options = options
-            .credentials_file(path)
-            .await
-            .with_context(|| format!("nats.credentials_file {}", path.display()))?;
-    }
-    if let Some(path) = &config.ca_file {
-        options = options.add_root_certificates(path.clone());
-    }
-    if let (Some(certificate), Some(key)) =
-        (&config.client_certificate_file, &config.client_key_file)
-    {
-        options = options.add_client_certificate(certificate.clone(), key.clone());
-    }
-    Ok(options)
-}
-
-/// The wait before an attempt: doubling from 10 ms, half of it by chance, so that the gateways of a
-/// site do not come back to a restarted server all at once.
-fn backoff(attempt: usize) -> Duration {
-    let exponent = u32::try_from(attempt.saturating_sub(1))
-        .unwrap_or(u32::MAX)
-        .min(16);
-    if attempt <= 1 {
-        return Duration::ZERO;
-    }
-    let most = Duration::from_millis(10 << exponent).min(MAX_BACKOFF);
-    rand::rng().random_range(most / 2..=most)
 }
 
 struct Source {
@@ -305,15 +116,6 @@ struct Warnings {
     rejects: [WarningLimit; Reason::ALL.len()],
     dropped: WarningLimit,
     server: WarningLimit,
-}
-
-struct Subjects {
-    register: String,
-    unregister: String,
-    /// `<prefix>.*.*`: registrations and withdrawals in one, so that they keep their order.
-    owned: String,
-    greet: String,
-    start: String,
 }
 
 /// `<prefix>.start` and the answer to `<prefix>.greet`, in gorouter's words.
@@ -650,50 +452,6 @@ fn admit(
 /// What a message takes of the budget.
 fn cost(message: &Message) -> u32 {
     u32::try_from(message.payload.len() + MESSAGE_OVERHEAD).expect("a message fits u32")
-}
-
-/// What a message is about, by its subject.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Register,
-    Unregister,
-    Greet,
-    Other,
-}
-
-impl Subjects {
-    /// Says who publishes, too. A subject that owns hosts is named by its registrations, in withdrawals
-    /// as well.
-    fn read<'s>(&self, subject: &'s str, owner: &'s mut String) -> (Kind, Claimant<'s>) {
-        for (own, kind) in [
-            (&self.register, Kind::Register),
-            (&self.unregister, Kind::Unregister),
-            (&self.greet, Kind::Greet),
-        ] {
-            let Some(rest) = subject.strip_prefix(&**own) else {
-                continue;
-            };
-            if rest.is_empty() {
-                return (kind, Claimant::Source(Origin::Nats));
-            }
-            if rest.starts_with('.') && kind != Kind::Greet {
-                owner.extend([&*self.register, rest]);
-                return (kind, Claimant::Subject(owner));
-            }
-        }
-        (Kind::Other, Claimant::Source(Origin::Nats))
-    }
-
-    fn new(prefix: &str) -> Subjects {
-        let subject = |name: &str| format!("{prefix}.{name}");
-        Subjects {
-            register: subject("register"),
-            unregister: subject("unregister"),
-            owned: subject("*.*"),
-            greet: subject("greet"),
-            start: subject("start"),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::route::conditions::Conditions;
 use crate::route::damping::Settings;
 use crate::route::expiry::TICK;
 use crate::route::policy::{HttpPolicy, Redirect};
-use crate::route::{Balance, Declaration, Instance, Withdrawal};
+use crate::route::{Balance, Declaration, Instance, Pool, Withdrawal};
 
 const THRESHOLD: Duration = Duration::from_secs(120);
 

@@ -13,16 +13,6 @@ use crate::source::nats_server::{Server, until};
 mod access;
 mod accounts;
 
-#[test]
-fn backoff_grows_to_its_bound_and_varies() {
-    assert_eq!(backoff(1), Duration::ZERO);
-    for attempt in 2..100 {
-        let most = Duration::from_millis(10 << (attempt - 1).min(16)).min(MAX_BACKOFF);
-        assert!((most / 2..=most).contains(&backoff(attempt)));
-    }
-    assert!(backoff(usize::MAX) >= MAX_BACKOFF / 2);
-}
-
 struct Gateway {
     published: Published,
     metrics: Arc<Metrics>,

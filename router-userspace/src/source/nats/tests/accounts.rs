@@ -1,5 +1,7 @@
 //! Subjects of their own: who published is told by what the server makes of the accounts of publishers.
 
+use async_nats::ConnectOptions;
+
 use super::*;
 
 /// As in docs/guarding.md.
