@@ -8,6 +8,8 @@ use http::{HeaderMap, Uri};
 use ipnet::IpNet;
 
 use crate::l7::edits::{self, RequestUrl};
+#[cfg(feature = "http3")]
+pub use crate::l7::fuzzing::http3_frames;
 pub use crate::l7::fuzzing::{certificate, cookies, interim, proxy_protocol, request};
 use crate::route::wire;
 use crate::route::{Declaration, Registration, RouteKey};
@@ -16,10 +18,12 @@ use crate::{config, source};
 /// The name of a corpus, and what its files are given to.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: &[Target] = &[
     ("certificate", certificate),
     ("config", configuration),
     ("cookies", cookies),
+    #[cfg(feature = "http3")]
+    ("http3_frames", http3_frames),
     ("interim", interim),
     ("proxy_protocol", proxy_protocol),
     ("registration", registration),

@@ -39,7 +39,7 @@ fn every_target_has_a_corpus_and_a_program() {
 
 #[test]
 fn the_corpora_pass() {
-    for (name, target) in TARGETS {
+    for &(name, target) in TARGETS {
         let corpus = corpus(name);
         assert!(!corpus.is_empty(), "{name}");
         for (path, bytes) in corpus {

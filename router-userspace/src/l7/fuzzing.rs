@@ -8,6 +8,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri, Version};
 use crate::config::{BackendProxyProtocol, ClientCertFormat, HttpLimits, HttpSticky};
 use crate::l7::client_cert::{self, ClientCertHeader};
 use crate::l7::headers::{self, Origin};
+#[cfg(feature = "http3")]
+use crate::l7::http3::frames::{Frames, Piece, TooLong};
 use crate::l7::informational;
 use crate::l7::proxy_protocol::{self, Addresses, Parsed};
 use crate::l7::router::{self, Lookup};
@@ -67,6 +69,35 @@ pub fn proxy_protocol(bytes: &[u8]) {
             && to.ip().to_canonical() == destination.ip().to_canonical();
         assert!(same && (from.port(), to.port()) == (source.port(), destination.port()));
     }
+}
+
+/// A stream of HTTP/3: the first byte says of what kind, and how long its frames may be.
+#[cfg(feature = "http3")]
+pub fn http3_frames(bytes: &[u8]) {
+    let Some((first, stream)) = bytes.split_first() else {
+        return;
+    };
+    let max_len = u64::from(first >> 1);
+    let frames = || match first & 1 {
+        0 => Frames::of_request(max_len),
+        _ => Frames::of_control(max_len),
+    };
+    let (mut at_once, mut by_byte) = (frames(), frames());
+    let whole = at_once.read(stream);
+    let mut sum = Piece::default();
+    for byte in stream.chunks(1) {
+        let Ok(piece) = by_byte.read(byte) else {
+            assert_eq!(whole, Err(TooLong));
+            return;
+        };
+        sum.data_len += piece.data_len;
+        sum.empty_data += piece.empty_data;
+        sum.useful += piece.useful;
+        sum.other += piece.other;
+    }
+    assert_eq!(whole, Ok(sum));
+    assert_eq!(at_once.is_whole(), by_byte.is_whole());
+    assert!(sum.data_len <= stream.len());
 }
 
 /// What a backend sends before its response.

@@ -28,7 +28,7 @@ use crate::l7::handshake::{HandshakeFailure, MAX_TLS_HANDSHAKES, TlsSession};
 use crate::l7::worker::{OpenConnection, Worker};
 
 mod body;
-mod frames;
+pub(super) mod frames;
 mod listen;
 mod socket;
 mod transport;

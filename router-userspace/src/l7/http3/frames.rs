@@ -12,7 +12,7 @@ const HEADERS: u64 = 1;
 
 /// Where a stream is, between pieces.
 #[derive(Debug)]
-pub(super) struct Frames {
+pub(in crate::l7) struct Frames {
     /// Bytes of frames other than DATA, at most.
     max_len: u64,
     /// The type of a unidirectional stream is still to come.
@@ -26,7 +26,7 @@ pub(super) struct Frames {
 
 /// What a piece of a stream has in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(in crate::l7) struct Piece {
     /// Bytes of bodies.
     pub data_len: usize,
     pub empty_data: usize,
@@ -38,10 +38,10 @@ pub(super) struct Piece {
 
 /// A frame is longer than it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TooLong;
+pub(in crate::l7) struct TooLong;
 
 impl Frames {
-    pub(super) fn of_request(max_len: u64) -> Frames {
+    pub(in crate::l7) fn of_request(max_len: u64) -> Frames {
         Frames {
             max_len,
             expects_type: false,
@@ -53,7 +53,7 @@ impl Frames {
     }
 
     /// Of a unidirectional stream, which begins with its type (RFC 9114 §6.2).
-    pub(super) fn of_control(max_len: u64) -> Frames {
+    pub(in crate::l7) fn of_control(max_len: u64) -> Frames {
         Frames {
             expects_type: true,
             ..Frames::of_request(max_len)
@@ -61,13 +61,13 @@ impl Frames {
     }
 
     /// Whether the stream may end here.
-    pub(super) fn is_whole(&self) -> bool {
+    pub(in crate::l7) fn is_whole(&self) -> bool {
         self.left == 0 && self.have == 0
     }
 
     /// # Errors
     /// A frame that begins in it is too long.
-    pub(super) fn read(&mut self, mut bytes: &[u8]) -> Result<Piece, TooLong> {
+    pub(in crate::l7) fn read(&mut self, mut bytes: &[u8]) -> Result<Piece, TooLong> {
         let mut piece = Piece::default();
         while !bytes.is_empty() {
             if self.left > 0 {
