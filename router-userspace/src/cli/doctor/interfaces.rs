@@ -26,6 +26,10 @@ pub(super) fn checks(config: &L4Config) -> Vec<Check> {
     checks
 }
 
+/// The largest MTU whose frames are in one buffer under XDP: a page of 4096 octets without headroom
+/// (256), `skb_shared_info` (320), the Ethernet header (14) and two VLAN tags (8).
+const ONE_BUFFER_MTU: u32 = 3498;
+
 /// Which hook it will be. `features` are unknown before Linux 6.3.
 fn hook(name: String, attach: Attach, device: &Interface, features: Option<XdpFeatures>) -> Check {
     let choice = choose(attach, device);
@@ -76,6 +80,14 @@ fn hints(
         ));
     }
     let xdp = choose(attach, device).hooks[0] == Hook::Native;
+    if xdp && features.is_none() && device.mtu > ONE_BUFFER_MTU {
+        hints.push(Check::hint(
+            format!("interface {interface}"),
+            "native XDP before Linux 6.3 loses frames of more than one buffer on their way to another \
+             interface",
+            format!("set l4.attach to \"tcx\", or an MTU of at most {ONE_BUFFER_MTU}"),
+        ));
+    }
     if xdp && device.kind.as_deref() == Some("veth") {
         hints.push(Check::hint(
             format!("interface {interface}"),
@@ -134,6 +146,22 @@ mod tests {
         );
         assert!(check.found.contains("attach is tcx"), "{}", check.found);
         assert!(check.found.contains("checksums"), "{}", check.found);
+    }
+
+    #[test]
+    fn large_frames_on_an_old_kernel_are_warned_of() {
+        let of = |attach, mtu, features| {
+            let device = Interface {
+                mtu,
+                ..device(None)
+            };
+            hints("eth0", attach, &device, features).len()
+        };
+        let known = Some(XdpFeatures::from_bits(0x27));
+        assert_eq!(of(Attach::Auto, 9000, None), 1);
+        assert_eq!(of(Attach::Auto, 3498, None), 0);
+        assert_eq!(of(Attach::Auto, 9000, known), 0);
+        assert_eq!(of(Attach::Tcx, 9000, None), 0);
     }
 
     #[test]
