@@ -123,10 +123,10 @@ async fn forward(
     if findings.options_asterisk {
         return Ok(Forwarded::Response(answer_options()));
     }
+    throttle::by_gateway(worker, client.peer.ip(), request.headers())?;
     if is_misdirected(client, request.version(), &findings) {
         return Err(Failure::Misdirected);
     }
-    throttle::by_gateway(worker, client.peer.ip(), request.headers())?;
     let mut pool = find_pool(worker, &findings, &request)?;
     progress.observed.set_route(&pool);
     throttle::by_route(worker, &pool, client.peer.ip(), request.headers())?;
@@ -179,9 +179,8 @@ async fn forward(
     Ok(compression.apply(worker, forwarded))
 }
 
-/// Where a request comes from; `returned`, by way of its route's service.
-/// RFC 9110 §15.5.20, of connections that clients share between hosts (RFC 9113 §9.1.1): the host's own
-/// certificate, and who must show one, was not part of this connection's handshake.
+/// RFC 9110 §15.5.20, of connections that clients share between hosts (RFC 9113 §9.1.1): the host has a
+/// certificate of its own, and this connection's handshake was done with another.
 fn is_misdirected(client: &Client, version: Version, findings: &Findings) -> bool {
     let Some(sni) = client.tls.as_ref().and_then(|tls| tls.sni.as_deref()) else {
         return false;
@@ -192,6 +191,7 @@ fn is_misdirected(client: &Client, version: Version, findings: &Findings) -> boo
         && (client.worker.tls.server()).is_some_and(|server| server.separates(sni, host))
 }
 
+/// Where a request comes from; `returned`, by way of its route's service.
 fn origin_of(client: &Client, version: Version, returned: bool) -> headers::Origin<'_> {
     let worker = &client.worker;
     worker.settings(|settings| {
