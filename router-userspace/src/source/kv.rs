@@ -93,10 +93,17 @@ fn context_of(client: &Client) -> jetstream::Context {
     jetstream
 }
 
-/// Makes the bucket, as the gateway and `viaduct apply` do.
+/// Makes the bucket, as the gateway and `viaduct apply` do. Of those who make it at the same moment, the
+/// server lets one, and tells others that its subjects are taken.
 async fn create(jetstream: &jetstream::Context, bucket: &str) -> anyhow::Result<Stream> {
-    let made = jetstream.create_stream(stream_config(bucket)).await;
-    made.with_context(|| format!("create the bucket {bucket}"))
+    let refused = match jetstream.create_stream(stream_config(bucket)).await {
+        Ok(made) => return Ok(made),
+        Err(refused) => refused,
+    };
+    match find(jetstream, bucket).await {
+        Ok(Some(stream)) => Ok(stream),
+        _ => Err(refused).with_context(|| format!("create the bucket {bucket}")),
+    }
 }
 
 /// A bucket as its clients expect it to be made (ADR-8). The client's own call for it does not

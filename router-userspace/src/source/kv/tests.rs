@@ -108,6 +108,16 @@ fn route(host: &str) -> bytes::Bytes {
 }
 
 #[tokio::test]
+async fn all_who_make_the_bucket_at_the_same_moment_have_it() {
+    let store = tempfile::tempdir().unwrap();
+    let server = server(None, &store).await;
+    let made = futures_util::future::join_all((0..16).map(|_| bucket(server.address))).await;
+    for bucket in made {
+        bucket.put("route.a", route("a.x")).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn the_bucket_is_made_read_whole_and_followed() {
     let store = tempfile::tempdir().unwrap();
     let server = server(None, &store).await;
